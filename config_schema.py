@@ -1,0 +1,268 @@
+"""What a config must be: types, ranges and closed sets of every key, and which values go together. Everything wrong is said at once."""
+
+import inspect
+import re
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Literal, Optional, Union
+
+import pydantic
+import torch
+from omegaconf import DictConfig, OmegaConf
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, StrictBool
+
+import losses
+from utils import DTYPES, UserError, nearest
+
+Dtype = Literal[tuple(DTYPES)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+TRAINERS = ("BasicTrainer",)
+PLANNED_TRAINERS = ("FSDPTrainer", "TensorParallelTrainer")
+# torch.optim optimizers that need more than a gradient: a closure, sparse gradients
+UNSUITABLE_OPTIMIZERS = ("Optimizer", "LBFGS", "SparseAdam")
+OPTIMIZERS = sorted(
+    name
+    for name, value in vars(torch.optim).items()
+    if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and name not in UNSUITABLE_OPTIMIZERS
+)
+
+# Ranges of the losses' hyperparameters, whichever loss has them.
+HYPERPARAMETERS = {
+    "beta": (PositiveFloat, ...),
+    "alpha": (NonNegativeFloat, ...),
+    "label_smoothing": (Annotated[float, Field(ge=0, lt=0.5)], ...),
+    "reference_free": (StrictBool, ...),
+    "average_log_prob": (StrictBool, ...),
+}
+
+
+class Node(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+
+class Wandb(Node):
+    enabled: StrictBool
+    entity: Optional[str]
+    project: str
+
+
+class Model(Node):
+    name_or_path: Optional[str]
+    from_config: Optional[dict]
+    tokenizer_name_or_path: Optional[str]
+    archive: Optional[str]
+    block_name: Optional[str]
+    add_bos: StrictBool
+    policy_dtype: Dtype
+    fsdp_policy_mp: Optional[Dtype]
+    reference_dtype: Optional[Dtype]
+
+
+class Corpus(Node):
+    """Keys of every dataset."""
+
+    invalid_rows: Literal["error", "skip", "keep"]
+    truncation_mode: Literal["keep_start", "keep_end"]
+
+
+class Published(Corpus):
+    loader: Literal["hh", "shp", "se"]
+    path: str
+    escape_special_tokens: StrictBool
+
+
+class Jsonl(Corpus):
+    loader: Literal["jsonl"]
+    path: str
+    subset: Optional[str]
+    train_split: str
+    eval_split: str
+    eval_path: Optional[str]
+    eval_fraction: Annotated[float, Field(gt=0, lt=1)]
+    escape_special_tokens: StrictBool
+
+
+class Reviews(Corpus):
+    loader: Literal["reviews"]
+    n_train: Annotated[int, Field(gt=0, le=2856)]
+    n_test: Annotated[int, Field(gt=0, le=408)]
+    seed: int
+    min_margin: Annotated[float, Field(gt=0, le=0.4)]
+
+
+class Config(Node):
+    seed: NonNegativeInt
+    exp_name: Name
+    batch_size: PositiveInt
+    eval_batch_size: PositiveInt
+    debug: StrictBool
+    fsdp_port: Optional[int]
+    wandb: Wandb
+    local_dirs: Annotated[list[str], Field(min_length=1)]
+    local_run_dir: Optional[str]
+    sample_during_eval: StrictBool
+    n_eval_model_samples: PositiveInt
+    do_first_eval: StrictBool
+    lr: PositiveFloat
+    gradient_accumulation_steps: PositiveInt
+    max_grad_norm: PositiveFloat
+    max_length: PositiveInt
+    max_prompt_length: PositiveInt
+    n_epochs: Optional[PositiveInt]
+    n_examples: Optional[PositiveInt]
+    drop_last: StrictBool
+    n_eval_examples: Optional[PositiveInt]
+    trainer: Literal[TRAINERS + PLANNED_TRAINERS]
+    optimizer: Literal[tuple(OPTIMIZERS)]
+    warmup_steps: NonNegativeInt
+    activation_checkpointing: StrictBool
+    eval_every: PositiveInt
+    save_every: Optional[PositiveInt]
+    minimum_log_interval_secs: NonNegativeFloat
+    max_skipped_steps: NonNegativeInt
+    deterministic: StrictBool
+    model: Model
+    datasets: Annotated[dict[Name, Annotated[Union[Published, Jsonl, Reviews], Field(discriminator="loader")]], Field(min_length=1)]
+    loss: dict
+
+
+def check_config(config: DictConfig, overrides: Iterable[str] = ()) -> list[str]:
+    """Check a resolved config, and round eval_every and save_every down to multiples of batch_size, in place.
+
+    Args:
+        config: as Hydra composed it.
+        overrides: the command line's, to tell a value that was given from a default.
+
+    Returns:
+        lines to print: what was adjusted, what will have no effect.
+
+    Raises:
+        UserError: something is wrong; it names everything that is.
+    """
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise UserError(f"missing: {', '.join(f'{key}=...' for key in missing)}")
+    values = OmegaConf.to_container(config, resolve=True)
+    problems = _schema_problems(values) + _loss_problems(values.get("loss"))
+    if problems:
+        raise UserError("\n".join(problems))
+    problems = _joint_problems(config)
+    notes = _round_down(config, problems)
+    if problems:
+        raise UserError("\n".join(problems))
+    return notes + _warnings(config, list(overrides))
+
+
+def _schema_problems(values: Mapping) -> list[str]:
+    try:
+        Config.model_validate(values)
+    except pydantic.ValidationError as error:
+        return [_line(problem, values) for problem in error.errors()]
+    return []
+
+
+def _line(problem: Mapping, values: Mapping) -> str:
+    """One line for one problem that pydantic found."""
+    place = [str(part) for part in problem["loc"]]
+    if len(place) > 2 and place[0] == "datasets":  # the discriminator's value is no part of the key
+        place.pop(2)
+    key = ".".join(place)
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {key}{nearest(key, flat_keys(values))}"
+    if key == "exp_name":
+        return f"exp_name={problem['input']!r}: letters, digits, '.', '_' and '-' alone, because it names a folder"
+    if key == "optimizer":
+        hint = nearest(str(problem["input"]), OPTIMIZERS)
+        return f"optimizer={problem['input']}: not in torch.optim{hint}; it has {', '.join(OPTIMIZERS)}"
+    message = problem["msg"].removeprefix("Input should be ")
+    return f"{key}={problem['input']}: must be {message}"
+
+
+def flat_keys(values: Mapping, prefix: str = "") -> list[str]:
+    """'a.b.c' for every leaf of a nested mapping."""
+    keys = []
+    for key, value in values.items():
+        keys += flat_keys(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else [f"{prefix}{key}"]
+    return keys
+
+
+def _loss_problems(loss: Optional[Mapping]) -> list[str]:
+    """The loss's name, and its hyperparameters by the signature of its function."""
+    values = dict(loss or {})
+    try:
+        name, values = losses.resolve(values.pop("name", None), values)
+    except KeyError as error:
+        return [f"loss.name={error.args[0]}: not a loss{nearest(str(error.args[0]), losses.OBJECTIVES)}"]
+    except ValueError as error:
+        return [str(error)]
+    known = list(inspect.signature(losses.OBJECTIVES[name].function).parameters)[1:]
+    schema = pydantic.create_model(name, __base__=Node, **{key: HYPERPARAMETERS[key] for key in known})
+    try:
+        schema.model_validate(values)
+    except pydantic.ValidationError as error:
+        return [_line({**problem, "loc": ("loss", *problem["loc"])}, {"loss": {key: 0 for key in known}}) for problem in error.errors()]
+    return []
+
+
+def _joint_problems(config: DictConfig) -> list[str]:
+    """Values that are right one by one, but cannot go together."""
+    problems = []
+    if config.trainer in PLANNED_TRAINERS:
+        problems.append(f"trainer={config.trainer}: training on several devices is not there yet; trainer=BasicTrainer runs on one")
+    if config.exp_name.strip(".") == "" or ".." in config.exp_name:
+        problems.append(f"exp_name={config.exp_name!r}: '..' is no part of a name")
+    if config.batch_size % config.gradient_accumulation_steps:
+        problems.append(
+            f"batch_size={config.batch_size} does not divide by gradient_accumulation_steps={config.gradient_accumulation_steps}"
+        )
+    if config.max_prompt_length >= config.max_length:
+        problems.append(
+            f"max_prompt_length={config.max_prompt_length} leaves no room for a response: it must be below max_length={config.max_length}"
+        )
+    if config.n_epochs is None and config.n_examples is None:
+        problems.append("n_epochs and n_examples are both null: give one of them")
+    if config.model.name_or_path is None and config.model.from_config is None:
+        problems.append("model.name_or_path is null: name a model on the hub or a local folder")
+    if config.model.from_config is not None and not config.model.tokenizer_name_or_path:
+        problems.append("model.from_config needs model.tokenizer_name_or_path")
+    return problems
+
+
+def _round_down(config: DictConfig, problems: list[str]) -> list[str]:
+    notes = []
+    for key in ("eval_every", "save_every"):
+        value = config[key]
+        if value is None or value % config.batch_size == 0:
+            continue
+        if value < config.batch_size:
+            problems.append(f"{key}={value} is less than batch_size={config.batch_size}")
+            continue
+        config[key] = value - value % config.batch_size
+        notes.append(f"{key}={value} rounded down to {config[key]}, a multiple of batch_size={config.batch_size}")
+    return notes
+
+
+def _warnings(config: DictConfig, overrides: list[str]) -> list[str]:
+    notes = []
+    name, _ = losses.resolve(config.loss.name, {key: value for key, value in config.loss.items() if key != "name"})
+    if name == "tdpo1" and any(re.match(r"\+*loss\.alpha=", override) for override in overrides):
+        notes.append("warning: TDPO1 has no alpha; loss.alpha is ignored")
+    if losses.OBJECTIVES[name].needs_reference and config.model.archive is None:
+        notes.append(f"warning: {name} without model.archive: policy and reference start from the model as it is, without SFT")
+    return notes
+
+
+def explain_composition_error(message: str, known_keys: list[str]) -> str:
+    """Hydra's message about a command line that does not compose, as one line with a remedy."""
+    text = " ".join(message.split())
+    if found := re.search(r"Could not override '([^']+)'", text):
+        return f"unknown key {found.group(1)}{nearest(found.group(1), known_keys)}"
+    if found := re.search(r"Could not append to config\. An item is already at '([^']+)'", text):
+        return f"{found.group(1)} exists already: leave the + out"
+    if found := re.search(r"(?:Could not find|In '[^']+': Could not find) '(\w+)/([^']+)'.*?Available options in '[^']+': (.*)", text):
+        group, name, options = found.group(1), found.group(2), found.group(3).split()
+        return f"{group}={name}: there is no config/{group}/{name}.yaml{nearest(name, options)}; there are {', '.join(options)}"
+    if found := re.search(r"Missing mandatory value: (\S+)", text):
+        return f"missing: {found.group(1)}=..."
+    return text
+
+

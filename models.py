@@ -1,0 +1,148 @@
+"""From the config's `model` to tokenizer, policy and reference."""
+
+import os
+from collections.abc import Mapping
+from typing import Optional
+
+import huggingface_hub
+import torch
+import transformers
+from omegaconf import DictConfig, OmegaConf
+
+import reviews
+from checkpoints import check_archive, read_archive
+from utils import UserError, disable_dropout
+
+EMBEDDED_TOKENIZER = "reviews"  # model.tokenizer_name_or_path of model=tiny
+
+
+def go_offline_if_unreachable(names: list[str]) -> None:
+    """Where something must come from the hub and the hub cannot be reached, look into the local cache alone, at once.
+
+    The hub's client would otherwise retry for half a minute for each file.
+    """
+    if huggingface_hub.constants.HF_HUB_OFFLINE or all(os.path.exists(name) for name in names):
+        return
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
+    except Exception as error:
+        import datasets
+
+        print(f"The Hugging Face hub cannot be reached ({error}): models and datasets come from the local cache alone.")
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+        datasets.config.HF_HUB_OFFLINE = True
+
+
+def load_tokenizer(model: DictConfig, cache_dir: Optional[str]):
+    """The tokenizer, with a padding token.
+
+    Raises:
+        UserError: it cannot be found, or has no end-of-sequence token.
+    """
+    name = model.tokenizer_name_or_path or model.name_or_path
+    if name == EMBEDDED_TOKENIZER:
+        return embedded_tokenizer()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"tokenizer {name} cannot be loaded: {_reason(error)}") from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"tokenizer {name} has no end-of-sequence token, with which every response ends")
+    if model.add_bos and tokenizer.bos_token_id is None:
+        raise UserError(f"model.add_bos=true, but tokenizer {name} has no beginning-of-sequence token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token_id = tokenizer.eos_token_id
+    return tokenizer
+
+
+def embedded_tokenizer():
+    """One token a word of the embedded film reviews."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    special = ["<|endoftext|>", "<|padding|>", "<|unknown|>"]
+    vocabulary = {word: i for i, word in enumerate(special + reviews.vocabulary())}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=special[2]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=special[0], bos_token=special[0], pad_token=special[1], unk_token=special[2]
+    )
+
+
+def load_model_config(model: DictConfig, tokenizer, cache_dir: Optional[str]):
+    """The Transformers config: of a pretrained model, or of one that `model.from_config` describes.
+
+    Raises:
+        UserError: it cannot be found, or from_config has fields that make no model.
+    """
+    try:
+        if model.from_config is None:
+            return transformers.AutoConfig.from_pretrained(model.name_or_path, cache_dir=cache_dir, trust_remote_code=False)
+        fields = OmegaConf.to_container(model.from_config)
+        ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        return transformers.AutoConfig.for_model(fields.pop("model_type"), vocab_size=len(tokenizer), **ids, **fields)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"model {model.name_or_path or 'from_config'} cannot be loaded: {_reason(error)}") from None
+
+
+def check_model(model: DictConfig, model_config, tokenizer, max_length: int) -> Optional[Mapping[str, torch.Tensor]]:
+    """Everything about the model that can be known before its weights are loaded.
+
+    Returns:
+        the state dict of a `model.archive` that is a file, not yet read from disk; None for others.
+
+    Raises:
+        UserError: max_length exceeds the model's positions, the tokenizer has more entries than the model, or the archive does not fit.
+    """
+    positions = getattr(model_config, "max_position_embeddings", None)
+    if positions is not None and max_length > positions:
+        raise UserError(f"max_length={max_length} exceeds the model's {positions} positions")
+    vocabulary = getattr(model_config, "vocab_size", None)
+    if vocabulary is not None and len(tokenizer) > vocabulary:
+        raise UserError(f"the tokenizer has {len(tokenizer)} entries, the model {vocabulary}: they do not belong together")
+    if model.archive is None or os.path.isdir(model.archive):
+        return None
+    state = read_archive(model.archive)
+    with torch.device("meta"):
+        empty = transformers.AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
+    check_archive(model.archive, state, empty)
+    return state
+
+
+def build_model(
+    model: DictConfig, model_config, dtype: torch.dtype, cache_dir: Optional[str], archive: Optional[Mapping[str, torch.Tensor]]
+) -> torch.nn.Module:
+    """A causal language model on the CPU in `dtype`, without dropout.
+
+    Weights come from `archive` (a state dict), else from the folder `model.archive`, else from `model.name_or_path`, else (from_config)
+    they are random: seed torch before.
+
+    Raises:
+        UserError: the weights cannot be loaded, or do not fit.
+    """
+    folder = model.archive if model.archive is not None and os.path.isdir(model.archive) else None
+    if archive is not None or (folder is None and model.from_config is not None):
+        built = transformers.AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=False)
+        if archive is not None:
+            built.load_state_dict(archive, strict=False)  # check_archive was stricter: only tied weights may be missing
+            built.tie_weights()
+    else:
+        built = _from_pretrained(folder or model.name_or_path, model_config, dtype, cache_dir)
+    disable_dropout(built)
+    return built
+
+
+def _from_pretrained(name: str, model_config, dtype: torch.dtype, cache_dir: Optional[str]) -> torch.nn.Module:
+    try:
+        built, info = transformers.AutoModelForCausalLM.from_pretrained(
+            name, config=model_config, dtype=dtype, cache_dir=cache_dir, output_loading_info=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"the weights of {name} cannot be loaded: {_reason(error)}") from None
+    problems = {what: sorted(map(str, info[what])) for what in ("missing_keys", "mismatched_keys") if info.get(what)}
+    if problems:
+        raise UserError(f"the weights of {name} do not fit the model: {problems}")
+    return built
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,291 @@
+"""Preference data: from rows to prompts with responses and pairs. To train on your own pairs, see README, "Your own data".
+
+A loader returns the published contract, a dict from prompt to
+    responses: list of texts; pairs: list of (index of chosen, index of rejected); sft_target: the text that SFT trains on
+and may add `scores`, one a response. Prompt and response are concatenated as they are: a response brings its own leading space.
+"""
+
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple, Optional, Union
+
+import bs4
+import numpy as np
+from omegaconf import OmegaConf
+
+import chat
+import reviews
+from batching import BatchStream, TokenizedSplit, get_collate_fn
+from rows import Row, RowReport, has_split, read_rows
+from tokenization import special_token_strings, tokenize_batch_element
+from utils import UserError, nearest
+
+__all__ = ["get_dataset", "get_collate_fn", "get_batch_iterator", "tokenize_batch_element", "load_split"]
+
+ASSISTANT = "\n\nAssistant:"
+Dataset = dict[str, dict]  # the contract above
+
+
+class Source(NamedTuple):
+    """What a loader is given."""
+
+    split: str  # train or test
+    options: Mapping  # config/datasets/<name>.yaml
+    report: RowReport
+    cache_dir: Optional[str]
+    tokenizer: object  # for chat templates; None where a caller has none
+
+    def rows(self, split: Optional[str] = None, path: Optional[str] = None) -> Iterator[Row]:
+        rows = read_rows(path or self.options["path"], split or self.split, self.options.get("subset"), self.cache_dir)
+        return self.report.rows(rows)
+
+
+def load_hh(source: Source) -> Dataset:
+    """Anthropic helpful-harmless: rows {chosen, rejected}, whole dialogues `\\n\\nHuman: ...\\n\\nAssistant: ...` with a shared prompt.
+
+    As published, the prompt is taken from chosen, and rejected is cut by its length; a rejected with another prompt is a row defect.
+    The SFT target is the last chosen response of a prompt.
+    """
+    data: Dataset = defaultdict(lambda: {"responses": [], "pairs": []})
+    for row in source.rows():
+        texts = source.report.texts(row, "chosen", "rejected")
+        if texts is None:
+            continue
+        end = texts[0].rfind(ASSISTANT)
+        if end < 0:
+            source.report.refuse(row, f"no {ASSISTANT!r} in 'chosen'")
+            continue
+        prompt = texts[0][: end + len(ASSISTANT)]
+        chosen, rejected = (text[len(prompt) :] for text in texts)
+        if source.report.usable_pair(row, prompt, chosen, rejected, same_prompt=texts[1].startswith(prompt)):
+            _add_pair(data[prompt], chosen, rejected)
+    return dict(data)
+
+
+def load_shp(source: Source) -> Dataset:
+    """Stanford Human Preferences: pairs whose score ratio is at least 2; the SFT target is the response with the highest score."""
+    data: Dataset = defaultdict(lambda: {"responses": [], "pairs": [], "scores": []})
+    for row in source.rows():
+        texts = source.report.texts(row, "history", "human_ref_A", "human_ref_B")
+        if texts is None:
+            continue
+        scores = [row.fields.get(name) for name in ("score_A", "score_B")]
+        if not all(isinstance(score, (int, float)) and score > 0 for score in scores) or row.fields.get("labels") not in (0, 1):
+            source.report.refuse(row, "score_A and score_B must be numbers above 0, labels 0 or 1")
+            continue
+        if max(scores[0] / scores[1], scores[1] / scores[0]) < 2:
+            continue
+        prompt = "\n\nHuman: " + texts[0] + ASSISTANT
+        order = (0, 1) if row.fields["labels"] == 1 else (1, 0)  # labels 1: A is preferred
+        if source.report.usable_pair(row, prompt, *(" " + texts[1 + i] for i in order)):
+            entry = data[prompt]
+            first = len(entry["responses"])
+            entry["pairs"].append((first + order[0], first + order[1]))
+            entry["responses"] += [" " + text for text in texts[1:]]
+            entry["scores"] += scores
+    for entry in data.values():
+        entry["sft_target"] = entry["responses"][int(np.argmax(entry["scores"]))]
+    return dict(data)
+
+
+def load_se(source: Source) -> Dataset:
+    """StackExchange: answers without HTML except code, every two answers a pair ordered by score; 1 % of the rows are the test split.
+
+    The rows come as one split `train` and are shuffled with seed 42, as published.
+    """
+    rows = read_rows(source.options["path"], "train", source.options.get("subset"), source.cache_dir)
+    order = np.random.default_rng(42).permutation(len(rows))  # what datasets.Dataset.shuffle(seed=42) does
+    n_test = int(len(rows) * 0.01)
+    order = order[:n_test] if source.split == "test" else order[n_test:]
+    data: Dataset = {}
+    for row in source.report.rows(rows[int(i)] for i in order):
+        answers = row.fields.get("answers")
+        question = source.report.texts(row, "question")
+        if question is None:
+            continue
+        if not isinstance(answers, list) or not all(_is_answer(answer) for answer in answers) or len(answers) < 2:
+            source.report.refuse(row, "answers must be two or more of {text, pm_score}")
+            continue
+        texts = [" " + strip_html_tags(answer["text"]) for answer in answers]
+        if not all(source.report.is_text(row, "answers", text) for text in texts):
+            continue
+        prompt = "\n\nHuman: " + strip_html_tags(question[0]) + ASSISTANT
+        if not source.report.usable_answers(row, prompt, texts):
+            continue
+        scores = [answer["pm_score"] for answer in answers]
+        indices = range(len(answers))
+        pairs = [(i, j) if scores[i] > scores[j] else (j, i) for i in indices for j in indices if i < j]
+        data[prompt] = {"responses": texts, "pairs": pairs, "scores": scores, "sft_target": texts[int(np.argmax(scores))]}
+    return data
+
+
+def _is_answer(answer) -> bool:
+    return isinstance(answer, Mapping) and isinstance(answer.get("text"), str) and isinstance(answer.get("pm_score"), (int, float))
+
+
+def strip_html_tags(html: str) -> str:
+    """The text of paragraphs, and of code within <code>...</code>; as published, what stands in a tag within a paragraph is left out."""
+    parts = []
+    for element in bs4.BeautifulSoup(html, "html.parser").children:
+        if not isinstance(element, bs4.Tag):
+            continue
+        if element.name == "p":
+            parts.append("".join(str(child) for child in element.children if type(child) is bs4.NavigableString))
+        elif element.name == "pre":
+            parts += [f"<code>{code.get_text()}</code>" for code in element.find_all("code")]
+        elif element.name == "code":
+            parts.append(f"<code>{element.get_text()}</code>")
+    return "\n\n".join(parts)
+
+
+def load_jsonl(source: Source) -> Dataset:
+    """Rows {prompt, chosen, rejected}, text or chat messages (chat.py), from files or the hub; the SFT target is the last chosen one.
+
+    Without an eval split or eval_path, `eval_fraction` of the prompts are the test split: those whose hash is smallest, so that a prompt
+    is always on the same side, also when rows are added, and whatever the seed of the run.
+    """
+    options = source.options
+    if options.get("eval_path") and source.split == "test":
+        return _jsonl_pairs(source, source.rows(options["eval_split"], options["eval_path"]))
+    if options.get("eval_path") or has_split(options["path"], options["eval_split"], options.get("subset"), source.cache_dir):
+        return _jsonl_pairs(source, source.rows(options["train_split" if source.split == "train" else "eval_split"]))
+    data = _jsonl_pairs(source, source.rows(options["train_split"]))
+    n_test = max(1, round(len(data) * options["eval_fraction"]))
+    by_hash = sorted(data, key=lambda prompt: hashlib.sha256(prompt.encode()).digest())
+    test = set(by_hash[:n_test])
+    return {prompt: entry for prompt, entry in data.items() if (prompt in test) == (source.split == "test")}
+
+
+def _jsonl_pairs(source: Source, rows: Iterable[Row]) -> Dataset:
+    data: Dataset = defaultdict(lambda: {"responses": [], "pairs": []})
+    for row in rows:
+        if chat.has_messages(row):
+            rendered = chat.render_pair(row, source.report, source.tokenizer)
+            if rendered is None:
+                continue
+            texts, contents = rendered.texts, rendered.contents
+        else:
+            texts = contents = source.report.texts(row, "prompt", "chosen", "rejected")
+            if texts is None:
+                continue
+        if source.report.usable_pair(row, *contents):
+            _add_pair(data[texts[0]], texts[1], texts[2])
+    return dict(data)
+
+
+def load_reviews(source: Source) -> Dataset:
+    """The embedded film reviews (reviews.py)."""
+    options = source.options
+    count = options["n_train" if source.split == "train" else "n_test"]
+    data = {}
+    for pair in reviews.review_pairs(source.split, count, options["seed"], options["min_margin"]):
+        data[pair.prompt] = {
+            "responses": [pair.chosen, pair.rejected],
+            "pairs": [(0, 1)],
+            "sft_target": pair.sft_target,
+            "scores": list(pair.rewards),
+        }
+    source.report.read = source.report.kept = len(data)
+    return data
+
+
+LOADERS: dict[str, Callable[[Source], Dataset]] = {
+    "hh": load_hh,
+    "shp": load_shp,
+    "se": load_se,
+    "jsonl": load_jsonl,
+    "reviews": load_reviews,
+}
+
+
+def _add_pair(entry: dict, chosen: str, rejected: str) -> None:
+    first = len(entry["responses"])
+    entry["pairs"].append((first, first + 1))
+    entry["responses"] += [chosen, rejected]
+    entry["sft_target"] = chosen
+
+
+def default_options(name: str) -> Mapping:
+    """The options of config/datasets/<name>.yaml.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "config", "datasets")
+    known = [file.removesuffix(".yaml") for file in sorted(os.listdir(folder))]
+    if name not in known:
+        raise UserError(f"unknown dataset {name!r}{nearest(name, known)}; known: {', '.join(known)}")
+    return OmegaConf.to_container(OmegaConf.load(os.path.join(folder, name + ".yaml")))
+
+
+def get_dataset(
+    name: str, split: str, silent: bool = False, cache_dir: Optional[str] = None, options: Optional[Mapping] = None, tokenizer=None
+) -> Dataset:
+    """Load a dataset by name.
+
+    Args:
+        name: a file of config/datasets.
+        split: train or test.
+        silent: print no counts.
+        cache_dir: where hub datasets are kept.
+        options: in place of that file's.
+        tokenizer: where given, texts that hold its special tokens are found, and chat messages are rendered.
+
+    Raises:
+        UserError: no such dataset, path or split, or rows that must not be there.
+    """
+    options = default_options(name) if options is None else options
+    escaped = options.get("escape_special_tokens", False)
+    special_tokens = special_token_strings(tokenizer) if tokenizer is not None and not escaped else ()
+    report = RowReport(f"{name} {split}", options["invalid_rows"], special_tokens)
+    data = LOADERS[options["loader"]](Source(split, options, report, cache_dir, tokenizer))
+    report.finish(silent)
+    if not data:
+        raise UserError(f"{name}: the {split} split has no rows")
+    return data
+
+
+def load_split(
+    options: Mapping[str, Mapping],
+    split: str,
+    tokenizer,
+    max_length: int,
+    max_prompt_length: int,
+    sft_mode: bool,
+    add_bos: bool = False,
+    silent: bool = False,
+    cache_dir: Optional[str] = None,
+) -> TokenizedSplit:
+    """Load and tokenize a split of the datasets of `options` (name -> options, the config's `datasets`); errors as `get_dataset`."""
+    loaded = {name: (get_dataset(name, split, silent, cache_dir, node, tokenizer), node) for name, node in options.items()}
+    return TokenizedSplit(loaded, tokenizer, max_length, max_prompt_length, sft_mode, add_bos, silent)
+
+
+def get_batch_iterator(
+    names: Union[Sequence[str], Mapping[str, Mapping]],
+    tokenizer,
+    split: str = "train",
+    batch_size: int = 1,
+    shuffle: bool = True,
+    max_length: int = 512,
+    max_prompt_length: int = 128,
+    sft_mode: bool = False,
+    n_epochs: Optional[int] = None,
+    n_examples: Optional[int] = None,
+    seed: int = 0,
+    silent: bool = False,
+    cache_dir: Optional[str] = None,
+) -> Iterator[dict]:
+    """Collated global batches: the published signature, over the pipeline that training uses.
+
+    Args:
+        names: names of config/datasets, or a mapping of names to options.
+        others: as published; see TokenizedSplit and BatchStream.
+    """
+    options = names if isinstance(names, Mapping) else {name: default_options(name) for name in names}
+    data = load_split(options, split, tokenizer, max_length, max_prompt_length, sft_mode, silent=silent, cache_dir=cache_dir)
+    collate_fn = get_collate_fn(tokenizer)
+    for examples in BatchStream(data, batch_size, seed, n_epochs, n_examples, shuffle=shuffle):
+        yield collate_fn([data.element(example) for example in examples])

@@ -1,0 +1,70 @@
+"""Small helpers that need no accelerator."""
+
+import difflib
+import getpass
+import os
+from collections.abc import Iterable
+from typing import Optional, Union
+
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+IGNORED = -100  # the label of a token that is no response token, as in torch.nn.CrossEntropyLoss
+
+
+class UserError(Exception):
+    """A mistake that its reader can mend: one or two lines with cause and remedy, shown without a traceback; exit code 2."""
+
+
+class RunError(Exception):
+    """A run that cannot go on for a reason that lies in its numbers or its machine; shown without a traceback; exit code 1."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """' (did you mean x?)' for the known name nearest to `name`, or ''."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {matches[0]}?)" if matches else ""
+
+
+def get_local_dir(prefixes_to_resolve: list[str]) -> str:
+    """The user's folder under the first of these folders that exists; under the last one where none does. Nothing is made."""
+    for prefix in prefixes_to_resolve:
+        if os.path.exists(prefix):
+            break
+    return os.path.join(prefix, getpass.getuser())
+
+
+def pad_to_length(tensor: torch.Tensor, length: int, pad_value: Union[int, float], dim: int = -1) -> torch.Tensor:
+    """The tensor, padded at the end of `dim` to `length` where it is shorter."""
+    missing = length - tensor.size(dim)
+    if missing <= 0:
+        return tensor
+    shape = list(tensor.shape)
+    shape[dim] = missing
+    return torch.cat([tensor, tensor.new_full(shape, pad_value)], dim=dim)
+
+
+def formatted_dict(values: dict) -> dict:
+    """Floats with five digits, for printing."""
+    return {k: (f"{v:.5g}" if isinstance(v, float) else v) for k, v in values.items()}
+
+
+def disable_dropout(model: torch.nn.Module) -> None:
+    """Turn off every dropout: modules, and the probabilities that attention layers keep as plain floats (GPT-NeoX, Llama)."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout", "activation_dropout", "dropout_p"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def some_of(items: list, limit: int = 12) -> str:
+    """'a, b, c and 7 more'."""
+    shown = ", ".join(str(x) for x in items[:limit])
+    return shown if len(items) <= limit else f"{shown} and {len(items) - limit} more"
+
+
+def plural(count: int, noun: str, plural_noun: Optional[str] = None) -> str:
+    """'1 row', '2 rows'; thousands are separated."""
+    return f"{count:,} {noun if count == 1 else plural_noun or noun + 's'}"
