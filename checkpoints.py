@@ -1,8 +1,8 @@
 """Checkpoints on disk: written whole or not at all, read without running what they hold.
 
-    <run_dir>/step-<examples>/policy.pt   {'step_idx', 'state', 'metrics'}, as published
-    <run_dir>/step-<examples>/hf/         in the last one, a folder for AutoModelForCausalLM.from_pretrained
-    <run_dir>/LATEST -> step-<examples>   a relative link to the newest whole checkpoint
+<run_dir>/step-<examples>/policy.pt   {'step_idx', 'state', 'metrics'}, as published
+<run_dir>/step-<examples>/hf/         in the last one, a folder for AutoModelForCausalLM.from_pretrained
+<run_dir>/LATEST -> step-<examples>   a relative link to the newest whole checkpoint
 """
 
 import os

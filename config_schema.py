@@ -1,12 +1,14 @@
 """What a config must be: types, ranges and closed sets of every key, and which values go together. Everything wrong is said at once."""
 
 import inspect
+import os
 import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Literal, Optional, Union
 
 import pydantic
 import torch
+from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, StrictBool
 
@@ -167,7 +169,7 @@ def _line(problem: Mapping, values: Mapping) -> str:
         place.pop(2)
     key = ".".join(place)
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {key}{nearest(key, flat_keys(values))}"
+        return f"unknown key {key}{nearest(key, set(flat_keys(values)) - {key})}"
     if key == "exp_name":
         return f"exp_name={problem['input']!r}: letters, digits, '.', '_' and '-' alone, because it names a folder"
     if key == "optimizer":
@@ -251,18 +253,20 @@ def _warnings(config: DictConfig, overrides: list[str]) -> list[str]:
     return notes
 
 
-def explain_composition_error(message: str, known_keys: list[str]) -> str:
-    """Hydra's message about a command line that does not compose, as one line with a remedy."""
-    text = " ".join(message.split())
-    if found := re.search(r"Could not override '([^']+)'", text):
+def explain_composition_error(error: Exception, config_dir: str, known_keys: list[str]) -> str:
+    """A command line that Hydra cannot compose, as one line with a remedy."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = error.missing_cfg_file.removesuffix(".yaml").partition("/")
+        folder = os.path.join(config_dir, group)
+        options = sorted(file.removesuffix(".yaml") for file in os.listdir(folder)) if os.path.isdir(folder) else []
+        return f"{group}={name}: there is no config/{group}/{name}.yaml{nearest(name, options)}; there are {', '.join(options)}"
+    if found := re.search(r"Could not override '([^'@]+)", text):
         return f"unknown key {found.group(1)}{nearest(found.group(1), known_keys)}"
     if found := re.search(r"Could not append to config\. An item is already at '([^']+)'", text):
         return f"{found.group(1)} exists already: leave the + out"
-    if found := re.search(r"(?:Could not find|In '[^']+': Could not find) '(\w+)/([^']+)'.*?Available options in '[^']+': (.*)", text):
-        group, name, options = found.group(1), found.group(2), found.group(3).split()
-        return f"{group}={name}: there is no config/{group}/{name}.yaml{nearest(name, options)}; there are {', '.join(options)}"
     if found := re.search(r"Missing mandatory value: (\S+)", text):
         return f"missing: {found.group(1)}=..."
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: not of the form key=value ({text})"
     return text
-
-

@@ -4,10 +4,11 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any, Optional, Protocol
+from typing import Any, Protocol
 
 import torch
 import tqdm
+from omegaconf import DictConfig, OmegaConf
 
 from losses import LossOutput, ResponseScores
 from utils import formatted_dict
@@ -111,15 +112,15 @@ class JsonlSink:
 class WandbSink:
     """Weights & Biases. Neither a missing key nor a missing network stops or delays a run: it then logs offline and says so."""
 
-    def __init__(self, run_dir: str, exp_name: str, wandb_config: Mapping, config: Mapping):
-        import wandb
+    def __init__(self, run_dir: str, config: DictConfig):
+        import wandb  # here, because a run goes on without it
 
         self.wandb = wandb
         arguments = {
-            "entity": wandb_config["entity"],
-            "project": wandb_config["project"],
-            "name": exp_name,
-            "config": dict(config),
+            "entity": config.wandb.entity,
+            "project": config.wandb.project,
+            "name": config.exp_name,
+            "config": OmegaConf.to_container(config),
             "dir": run_dir,
             "settings": wandb.Settings(init_timeout=20, finish_timeout=30, silent=True),
         }
@@ -158,12 +159,12 @@ def _has_wandb_key(wandb) -> bool:
         return False
 
 
-def open_sinks(run_dir: str, exp_name: str, wandb_config: Mapping, config: Optional[Mapping]) -> list[Sink]:
+def open_sinks(run_dir: str, config: DictConfig) -> list[Sink]:
     """Console and metrics.jsonl, and wandb where it is enabled and installed."""
     sinks: list[Sink] = [ConsoleSink(), JsonlSink(run_dir)]
-    if wandb_config["enabled"]:
+    if config.wandb.enabled and not config.debug:
         try:
-            sinks.append(WandbSink(run_dir, exp_name, wandb_config, config))
+            sinks.append(WandbSink(run_dir, config))
         except ImportError:
             print("wandb is not installed: metrics go to metrics.jsonl alone")
     return sinks

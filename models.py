@@ -1,34 +1,35 @@
 """From the config's `model` to tokenizer, policy and reference."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Optional
 
+import datasets
 import huggingface_hub
+import tokenizers
 import torch
 import transformers
 from omegaconf import DictConfig, OmegaConf
 
 import reviews
 from checkpoints import check_archive, read_archive
-from utils import UserError, disable_dropout
+from utils import DTYPES, UserError, disable_dropout, looks_local
 
 EMBEDDED_TOKENIZER = "reviews"  # model.tokenizer_name_or_path of model=tiny
 
 
-def go_offline_if_unreachable(names: list[str]) -> None:
-    """Where something must come from the hub and the hub cannot be reached, look into the local cache alone, at once.
+def prepare_hub(names: Iterable[Optional[str]]) -> None:
+    """Where one of these must come from the hub and the hub cannot be reached, look into the local cache alone, at once.
 
     The hub's client would otherwise retry for half a minute for each file.
     """
-    if huggingface_hub.constants.HF_HUB_OFFLINE or all(os.path.exists(name) for name in names):
+    remote = [name for name in names if name and name != EMBEDDED_TOKENIZER and not os.path.exists(name)]
+    if not remote or huggingface_hub.constants.HF_HUB_OFFLINE:
         return
     try:
         huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
-    except Exception as error:
-        import datasets
-
-        print(f"The Hugging Face hub cannot be reached ({error}): models and datasets come from the local cache alone.")
+    except Exception as error:  # whatever HTTP library the hub's client uses
+        print(f"the Hugging Face hub cannot be reached ({error}): {', '.join(remote)} can come from the local cache alone")
         huggingface_hub.constants.HF_HUB_OFFLINE = True
         datasets.config.HF_HUB_OFFLINE = True
 
@@ -42,6 +43,8 @@ def load_tokenizer(model: DictConfig, cache_dir: Optional[str]):
     name = model.tokenizer_name_or_path or model.name_or_path
     if name == EMBEDDED_TOKENIZER:
         return embedded_tokenizer()
+    if looks_local(name) and not os.path.exists(name):
+        raise UserError(f"model or tokenizer {name} does not exist (on the hub it would be named owner/name)")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -57,12 +60,10 @@ def load_tokenizer(model: DictConfig, cache_dir: Optional[str]):
 
 def embedded_tokenizer():
     """One token a word of the embedded film reviews."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     special = ["<|endoftext|>", "<|padding|>", "<|unknown|>"]
     vocabulary = {word: i for i, word in enumerate(special + reviews.vocabulary())}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=special[2]))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=special[2]))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=special[0], bos_token=special[0], pad_token=special[1], unk_token=special[2]
     )
@@ -129,6 +130,19 @@ def build_model(
         built = _from_pretrained(folder or model.name_or_path, model_config, dtype, cache_dir)
     disable_dropout(built)
     return built
+
+
+def build_policy_and_reference(
+    model: DictConfig, model_config, cache_dir: Optional[str], archive: Optional[Mapping[str, torch.Tensor]], needs_reference: bool
+) -> tuple[torch.nn.Module, Optional[torch.nn.Module]]:
+    """Both start from the same weights. The reference has, unless told otherwise, the dtype in which the policy computes."""
+    policy = build_model(model, model_config, DTYPES[model.policy_dtype], cache_dir, archive)
+    if not needs_reference:
+        return policy, None
+    if archive is None and model.archive is None and model.from_config is not None:
+        archive = policy.state_dict()  # random weights: drawn once
+    dtype = DTYPES[model.reference_dtype or model.fsdp_policy_mp or model.policy_dtype]
+    return policy, build_model(model, model_config, dtype, cache_dir, archive)
 
 
 def _from_pretrained(name: str, model_config, dtype: torch.dtype, cache_dir: Optional[str]) -> torch.nn.Module:

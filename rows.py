@@ -17,7 +17,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
-from utils import UserError, nearest, plural, some_of
+from utils import UserError, looks_local, nearest, plural, some_of
 
 LOCAL_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 
@@ -42,7 +42,7 @@ def read_rows(path: str, split: str, subset: Optional[str], cache_dir: Optional[
     Raises:
         UserError: there is no such dataset, split or file, or the file cannot be read at all.
     """
-    if not _is_local(path):
+    if not looks_local(path):
         return _HubRows(path, split, subset, cache_dir)
     if not os.path.exists(path):
         raise UserError(f"data path {path} does not exist (a hub dataset is named owner/name)")
@@ -59,16 +59,11 @@ def read_rows(path: str, split: str, subset: Optional[str], cache_dir: Optional[
 
 def has_split(path: str, split: str, subset: Optional[str], cache_dir: Optional[str]) -> bool:
     """Whether `read_rows` would find that split. A single file is a train split alone."""
-    if not _is_local(path):
+    if not looks_local(path):
         return split in _hub_splits(path, subset)
     if os.path.isfile(os.path.join(path, "dataset_dict.json")):
         return os.path.isdir(os.path.join(path, split))
     return os.path.isdir(path) and bool(_files_of_split(path, split))
-
-
-def _is_local(path: str) -> bool:
-    looks_local = path.startswith(("/", ".", "~")) or path.endswith(LOCAL_SUFFIXES + (".json", ".csv")) or path.count("/") > 1
-    return looks_local or os.path.exists(path)
 
 
 def _files_of_split(folder: str, split: str) -> list[str]:

@@ -3,26 +3,41 @@
     python -u train.py exp_name=sft
     python -u train.py exp_name=tdpo loss=tdpo model.archive=<folder of the SFT run>/LATEST/policy.pt
 
-Every key is in config/config.yaml. The config and the data are checked before a model is loaded.
+Every key is in config/config.yaml. Config, data and archive are checked before a model is loaded.
 """
 
 import os
+import re
 import socket
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
-from typing import Optional
+from typing import NoReturn
 
 import hydra
 import torch
+import transformers
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from batching import TokenizedSplit
+from checkpoints import holds_a_run
+from config_schema import check_config, explain_composition_error, flat_keys
+from losses import Objective, get_objective
+from metrics import open_sinks
+from models import build_policy_and_reference, check_model, load_model_config, load_tokenizer, prepare_hub
+from preference_datasets import load_split
+from trainers import BasicTrainer
+from utils import RunError, UserError, get_local_dir, plural
+
 CONFIG_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "config")
 
 
-def run(config: DictConfig, overrides: Optional[list[str]] = None) -> str:
+def run(config: DictConfig, overrides: Sequence[str] = ()) -> str:
     """One run, from a composed config to its last checkpoint.
 
     Args:
@@ -35,21 +50,7 @@ def run(config: DictConfig, overrides: Optional[list[str]] = None) -> str:
     Raises:
         UserError, RunError: see utils.py.
     """
-    from config_schema import check_config
-
-    notes = check_config(config, overrides or [])
-    # After the check, so that a mistyped key is answered at once: these take seconds to import.
-    import transformers
-
-    from losses import get_objective
-    from metrics import open_sinks
-    from models import build_model, check_model, go_offline_if_unreachable, load_model_config, load_tokenizer
-    from preference_datasets import load_split
-    from trainers import BasicTrainer
-    from utils import DTYPES, get_local_dir, plural
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    notes = check_config(config, overrides)
     run_dir = choose_run_dir(config)
     hyperparameters = OmegaConf.to_container(config.loss)
     objective = get_objective(hyperparameters.pop("name"), **hyperparameters)
@@ -57,32 +58,20 @@ def run(config: DictConfig, overrides: Optional[list[str]] = None) -> str:
 
     seed_everything(config)
     cache_dir = get_local_dir(config.local_dirs)
-    go_offline_if_unreachable([name for name in hub_names(config) if name])
+    prepare_hub([config.model.name_or_path, config.model.tokenizer_name_or_path, *(x.get("path") for x in config.datasets.values())])
     tokenizer = load_tokenizer(config.model, cache_dir)
     model_config = load_model_config(config.model, tokenizer, cache_dir)
     archive = check_model(config.model, model_config, tokenizer, config.max_length)
-    options = OmegaConf.to_container(config.datasets)
-    lengths = (config.max_length, config.max_prompt_length, objective.roles == ("chosen",), config.model.add_bos)
-    train_data, eval_data = (load_split(options, split, tokenizer, *lengths, cache_dir=cache_dir) for split in ("train", "test"))
-    print(f"train: {train_data.describe()}\neval: {eval_data.describe()}")
-
-    compute_dtype = config.model.fsdp_policy_mp or config.model.policy_dtype
-    policy = build_model(config.model, model_config, DTYPES[config.model.policy_dtype], cache_dir, archive)
-    reference = None
-    if objective.needs_reference:
-        if archive is None and config.model.from_config is not None and config.model.archive is None:
-            archive = policy.state_dict()  # random weights: the reference is the same random model
-        dtype = DTYPES[config.model.reference_dtype or compute_dtype]
-        reference = build_model(config.model, model_config, dtype, cache_dir, archive)
-    print(f"model: {plural(sum(p.numel() for p in policy.parameters()), 'parameter')}, {config.model.policy_dtype}, compute {compute_dtype}")
+    train_data, eval_data = (load_data(config, split, tokenizer, objective, cache_dir) for split in ("train", "test"))
+    policy, reference = build_policy_and_reference(config.model, model_config, cache_dir, archive, objective.needs_reference)
+    print(f"model: {plural(sum(p.numel() for p in policy.parameters()), 'parameter')}, {config.model.policy_dtype}")
 
     start_run_dir(run_dir, config)
-    sinks = open_sinks(run_dir, config.exp_name, dict(config.wandb, enabled=config.wandb.enabled and not config.debug), as_dict(config))
+    sinks = open_sinks(run_dir, config)
     trainer = BasicTrainer(
         policy, config, config.seed, run_dir, reference, train_data=train_data, eval_data=eval_data, tokenizer=tokenizer, sinks=sinks
     )
-    steps = len(trainer.batches)
-    print(f"{plural(steps, 'step')} of {plural(config.batch_size, 'example')}, {trainer.batches.dropped} left out at the end of each epoch")
+    print(f"{plural(len(trainer.batches), 'step')}; {plural(trainer.batches.dropped, 'example')} left out at the end of each epoch")
     try:
         trainer.train()
     finally:
@@ -92,15 +81,24 @@ def run(config: DictConfig, overrides: Optional[list[str]] = None) -> str:
     return run_dir
 
 
-def as_dict(config: DictConfig) -> dict:
-    return OmegaConf.to_container(config, resolve=True)
-
-
-def hub_names(config: DictConfig) -> list[Optional[str]]:
-    """What may have to come from the hub."""
-    model = config.model
-    names = [model.name_or_path, None if model.tokenizer_name_or_path == "reviews" else model.tokenizer_name_or_path]
-    return names + [node.get("path") for node in config.datasets.values()]
+def load_data(config: DictConfig, split: str, tokenizer, objective: Objective, cache_dir: str) -> TokenizedSplit:
+    """A split of the config's datasets, tokenized; its counts are printed."""
+    data = load_split(
+        OmegaConf.to_container(config.datasets),
+        split,
+        tokenizer,
+        config.max_length,
+        config.max_prompt_length,
+        sft_mode="rejected" not in objective.roles,
+        add_bos=config.model.add_bos,
+        cache_dir=cache_dir,
+    )
+    if split == "train" and config.drop_last and len(data) < config.batch_size:
+        raise UserError(
+            f"{plural(len(data), 'train example')}, fewer than batch_size={config.batch_size}: lower it, or set drop_last=false"
+        )
+    print(f"{split}: {data.describe()}")
+    return data
 
 
 def choose_run_dir(config: DictConfig) -> str:
@@ -109,9 +107,6 @@ def choose_run_dir(config: DictConfig) -> str:
     Raises:
         UserError: it holds a run already.
     """
-    from checkpoints import holds_a_run
-    from utils import UserError, get_local_dir
-
     if config.local_run_dir is None:
         timestamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S_%f")
         return os.path.join(get_local_dir(config.local_dirs), f"{config.exp_name}_{timestamp}")
@@ -121,8 +116,6 @@ def choose_run_dir(config: DictConfig) -> str:
 
 
 def start_run_dir(run_dir: str, config: DictConfig) -> None:
-    from utils import UserError
-
     try:
         os.makedirs(run_dir, exist_ok=True)
         OmegaConf.save(config, os.path.join(run_dir, "config.yaml"))
@@ -139,43 +132,52 @@ def seed_everything(config: DictConfig) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-@hydra.main(version_base=None, config_path="config", config_name="config")
-def hydra_main(config: DictConfig) -> None:
-    run(config, list(HydraConfig.get().overrides.task))
-
-
-def main() -> None:
-    """The command line. A mistake is answered in a line or two with exit code 2, a run that cannot go on with 1, without a traceback."""
-    from utils import RunError, UserError
-
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its errors itself and exits with 1
+@contextmanager
+def reported_errors() -> Iterator[None]:
+    """A mistake is answered in a line or two with exit code 2, a run that cannot go on with 1, without a traceback."""
     try:
-        hydra_main()
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        fail(explain_composition_error(error, CONFIG_DIR, known_keys()), 2)
     except UserError as error:
         fail(str(error), 2)
     except RunError as error:
         fail(str(error), 1)
-    except (HydraException, OmegaConfBaseException) as error:
-        fail(explain(error), 2)
     except KeyboardInterrupt:
-        fail("interrupted", 130)
+        fail("interrupted; what was saved is kept", 130)
 
 
-def explain(error: Exception) -> str:
-    """What was wrong with a command line that does not compose."""
-    from hydra import compose, initialize_config_dir
-
-    from config_schema import explain_composition_error, flat_keys
-
-    hydra.core.global_hydra.GlobalHydra.instance().clear()
-    with initialize_config_dir(CONFIG_DIR, version_base=None):
-        known = compose("config", overrides=[x for x in sys.argv[1:] if x.split("=")[0] in ("model", "loss", "datasets")][:0])
-    return explain_composition_error(str(error), flat_keys(OmegaConf.to_container(known)))
+@hydra.main(version_base=None, config_path="config", config_name="config")
+def hydra_main(config: DictConfig) -> None:
+    with reported_errors():  # within the job too: Hydra would add lines of its own to an error that it sees
+        run(config, list(HydraConfig.get().overrides.task))
 
 
-def fail(message: str, code: int) -> None:
+def main() -> None:
+    """The command line."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its errors itself and exits with 1
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with reported_errors():
+        hydra_main()
+
+
+def known_keys() -> list[str]:
+    """The keys of the config that the command line's groups make, or of the default one where they make none."""
+    groups = [argument for argument in sys.argv[1:] if re.match(r"(model|loss|datasets)=", argument)]
+    for overrides in (groups, []):
+        try:
+            GlobalHydra.instance().clear()
+            with hydra.initialize_config_dir(CONFIG_DIR, version_base=None):
+                return ["model", "datasets", "loss", *flat_keys(OmegaConf.to_container(hydra.compose("config", overrides)))]
+        except (HydraException, OmegaConfBaseException):
+            continue
+    return []
+
+
+def fail(message: str, code: int) -> NoReturn:
     sys.stdout.flush()
-    print("\n".join(f"error: {line}" if not line.startswith(" ") else line for line in message.splitlines()), file=sys.stderr)
+    print("\n".join(line if line.startswith(" ") else f"error: {line}" for line in message.splitlines()), file=sys.stderr)
     sys.exit(code)
 
 

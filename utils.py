@@ -21,9 +21,16 @@ class RunError(Exception):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """' (did you mean x?)' for the known name nearest to `name`, or ''."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {matches[0]}?)" if matches else ""
+    """' (did you mean x?)' for the known name nearest to `name`, or ''. Case does not count."""
+    by_lower = {candidate.lower(): candidate for candidate in known}
+    matches = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.7)
+    return f" (did you mean {by_lower[matches[0]]}?)" if matches else ""
+
+
+def looks_local(path: str) -> bool:
+    """Whether this names a local file or folder, existing or not, and no repository owner/name on the hub."""
+    local_endings = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet", ".pt", ".bin", ".safetensors")
+    return path.startswith(("/", ".", "~")) or path.endswith(local_endings) or path.count("/") > 1 or os.path.exists(path)
 
 
 def get_local_dir(prefixes_to_resolve: list[str]) -> str:
