@@ -1,0 +1,32 @@
+# make demo: SFT, then TDPO2, on the embedded task, in a few minutes on two CPU cores. make test: the tests.
+# Both set up a virtual environment in .venv first; VENV= and PYTHON= choose another one.
+VENV ?= .venv
+PYTHON ?= python3
+RUN ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint format
+
+$(VENV)/.installed: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -r requirements-dev.txt
+	touch $@
+
+# One shell for the recipe, so that RUN is the same folder throughout.
+demo: $(VENV)/.installed
+	@set -e; run=$(RUN); \
+	$(BIN)/python -u train.py exp_name=demo_sft loss=sft local_run_dir=$$run/sft n_epochs=6 batch_size=64 eval_batch_size=64 \
+	    eval_every=5632 wandb.enabled=false; \
+	$(BIN)/python -u train.py exp_name=demo_tdpo2 loss=tdpo2 loss.beta=0.5 local_run_dir=$$run/tdpo2 n_epochs=2 batch_size=64 \
+	    eval_batch_size=64 eval_every=1408 lr=5e-4 n_eval_model_samples=256 wandb.enabled=false model.archive=$$run/sft/LATEST/policy.pt; \
+	$(BIN)/python plot.py $$run/tdpo2 -o $$run/tdpo2/curves.png; \
+	$(BIN)/python experiments/demo/report.py $$run/tdpo2
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest tests
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
