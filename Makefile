@@ -16,9 +16,10 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt
 demo: $(VENV)/.installed
 	@set -e; run=$(RUN); \
 	$(BIN)/python -u train.py exp_name=demo_sft loss=sft local_run_dir=$$run/sft n_epochs=6 batch_size=64 eval_batch_size=64 \
-	    eval_every=5632 wandb.enabled=false; \
+	    eval_every=5632 minimum_log_interval_secs=0.3 wandb.enabled=false; \
 	$(BIN)/python -u train.py exp_name=demo_tdpo2 loss=tdpo2 loss.beta=0.5 local_run_dir=$$run/tdpo2 n_epochs=2 batch_size=64 \
-	    eval_batch_size=64 eval_every=1408 lr=5e-4 n_eval_model_samples=256 wandb.enabled=false model.archive=$$run/sft/LATEST/policy.pt; \
+	    eval_batch_size=64 eval_every=1408 lr=5e-4 n_eval_model_samples=256 \
+	    minimum_log_interval_secs=0.3 wandb.enabled=false model.archive=$$run/sft/LATEST/policy.pt; \
 	$(BIN)/python plot.py $$run/tdpo2 -o $$run/tdpo2/curves.png; \
 	$(BIN)/python experiments/demo/report.py $$run/tdpo2
 

@@ -28,7 +28,7 @@ PANELS = (
     ("SeqKL of rejected", "nats", "kl_{s}/rejected"),
     ("SeqKL margin, chosen - rejected", "nats", "kl_{s}/margin"),
 )
-SMOOTHING = 0.9  # of train curves, an exponential mean over logged steps; the values themselves are drawn pale behind it
+SMOOTHING = 0.05  # of train curves: an exponential mean over this fraction of the logged steps; the values are drawn pale behind it
 
 
 def read_run(path: str) -> tuple[str, list[dict]]:
@@ -55,11 +55,12 @@ def curve(logs: list[dict], split: str, metric: str) -> tuple[list[int], list[fl
 
 
 def smooth(values: list[float]) -> list[float]:
-    """Exponential mean, corrected for its start."""
+    """Exponential mean, corrected for its start; few values stay as they are."""
+    decay = 1 - 1 / max(1.0, SMOOTHING * len(values))
     smoothed, mean = [], 0.0
     for i, value in enumerate(values, 1):
-        mean = SMOOTHING * mean + (1 - SMOOTHING) * value
-        smoothed.append(mean / (1 - SMOOTHING**i))
+        mean = decay * mean + (1 - decay) * value
+        smoothed.append(mean / (1 - decay**i))
     return smoothed
 
 

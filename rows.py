@@ -180,7 +180,8 @@ class RowReport:
 
     def refuse(self, row: Row, defect: str) -> None:
         """Note a defect that cannot be trained on."""
-        self._defects[defect].append(row)
+        if row not in self._defects[defect][-1:]:
+            self._defects[defect].append(row)
 
     def texts(self, row: Row, *names: str) -> Optional[list[str]]:
         """The row's fields of those names where all are usable text, else None, noted."""
@@ -227,28 +228,27 @@ class RowReport:
     def finish(self, silent: bool = False) -> None:
         """Print the counts, or raise UserError with every row that must not be there."""
         if self._defects and self.invalid_rows != "skip":
-            raise UserError(f"{self.source}: {self._describe(self._defects)}\n  invalid_rows=skip drops such rows")
+            raise UserError(f"{self.source}: rows that cannot be used{self._describe(self._defects)}\n  invalid_rows=skip drops such rows")
         if self.kept == 0:
-            reason = f" ({self._describe(self._defects)})" if self._defects else ""
-            raise UserError(f"{self.source}: none of {plural(self.read, 'row')} can be used{reason}")
+            raise UserError(f"{self.source}: none of {plural(self.read, 'row')} can be used{self._describe(self._defects)}")
         if silent:
             return
         print(f"{self.source}: {plural(self.read, 'row')} read, {self.kept:,} kept")
-        for verb, defects in (("dropped", self._defects), ("kept as published, though", self._kept_defects)):
+        for verb, defects in (("dropped", self._defects), ("kept as published, though they have", self._kept_defects)):
             if defects:
-                print(f"  {verb}: {self._describe(defects)}")
+                print(f"  {verb}{self._describe(defects)}")
 
     @staticmethod
     def _describe(defects: Mapping[str, list[Row]]) -> str:
-        """'special token ... : train.jsonl rows 3, 7; empty chosen: ...', every defect, a dozen row numbers each."""
+        """A line for each defect, '  empty chosen: train.jsonl rows 3, 7', with a dozen row numbers at most."""
         parts = []
         for defect, rows in defects.items():
             by_source: dict[str, list[int]] = defaultdict(list)
             for row in rows:
                 by_source[row.source].append(row.number)
             places = ", ".join(f"{source} row{'s' if len(n) > 1 else ''} {some_of(n)}" for source, n in by_source.items())
-            parts.append(f"{defect}: {places}")
-        return "; ".join(parts)
+            parts.append(f"\n  {defect}: {places}")
+        return "".join(parts)
 
 
 def _empty(**texts: str) -> list[str]:

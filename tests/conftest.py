@@ -1,0 +1,58 @@
+"""What the tests share. No network: models are built from their configs, data are local files."""
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client: nothing waits for a network
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+sys.path.insert(0, str(ROOT))
+
+import hydra  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hydra.core.global_hydra import GlobalHydra  # noqa: E402
+from transformers import AutoTokenizer  # noqa: E402
+
+import train  # noqa: E402
+
+torch.set_num_threads(2)
+
+MINI = ROOT / "tests" / "golden" / "mini"
+
+
+def compose(*overrides: str):
+    """The config that a command line makes."""
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(ROOT / "config"), version_base=None):
+        return hydra.compose("config", list(overrides))
+
+
+def run(*overrides: str) -> Path:
+    """A run in this process, as the command line would make it, without wandb and samples; its folder."""
+    quiet = ("exp_name=test", "wandb.enabled=false", "sample_during_eval=false", "minimum_log_interval_secs=0")
+    return Path(train.run(compose(*quiet, *overrides), list(overrides)))
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Calls train.py's main with arguments: (exit code, standard output, standard error)."""
+
+    def call(*arguments: str):
+        GlobalHydra.instance().clear()
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        try:
+            train.main()
+            code = 0
+        except SystemExit as exit:
+            code = exit.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def mini_tokenizer():
+    return AutoTokenizer.from_pretrained(MINI / "model")

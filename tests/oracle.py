@@ -1,0 +1,91 @@
+"""Losses and scores in float64 Python loops, written from the papers, with the gradient by hand. Nothing here is shared with the code.
+
+A response is (logits, reference_logits, labels): per position a list of V logits, and the label, or None where there is none.
+"""
+
+import math
+
+
+def log_softmax(logits):
+    top = max(logits)
+    log_sum = top + math.log(sum(math.exp(x - top) for x in logits))
+    return [x - log_sum for x in logits]
+
+
+def score(response):
+    """(log pi(y), log pi_ref(y), SeqKL, |y|) in nats: 2404.11999's sum over positions of KL(pi_ref || pi), over the whole vocabulary."""
+    logps = reference_logps = kl = 0.0
+    count = 0
+    for logits, reference_logits, label in response:
+        if label is None:
+            continue
+        p, q = log_softmax(logits), log_softmax(reference_logits)
+        logps += p[label]
+        reference_logps += q[label]
+        kl += sum(math.exp(b) * (b - a) for a, b in zip(p, q))
+        count += 1
+    return logps, reference_logps, kl, count
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x)) if x > 0 else math.exp(x) / (1 + math.exp(x))
+
+
+def softplus(x):
+    """-log sigmoid(-x)."""
+    return max(x, 0) + math.log1p(math.exp(-abs(x)))
+
+
+def sft(chosen, _, average_log_prob=False):
+    """Loss, and (dL/d log pi, dL/dKL) of chosen and of rejected."""
+    logps, _, _, count = score(chosen)
+    scale = 1 / count if average_log_prob else 1.0
+    return -logps * scale, (-scale, 0.0), (0.0, 0.0)
+
+
+def dpo(chosen, rejected, beta, label_smoothing=0.0, reference_free=False):
+    """2305.18290 eq. 7 and, with label_smoothing, cDPO eq. 3."""
+    (w, w_ref, _, _), (r, r_ref, _, _) = score(chosen), score(rejected)
+    d = w - r - (0 if reference_free else w_ref - r_ref)
+    loss = (1 - label_smoothing) * softplus(-beta * d) + label_smoothing * softplus(beta * d)
+    slope = beta * (label_smoothing * sigmoid(beta * d) - (1 - label_smoothing) * sigmoid(-beta * d))
+    return loss, (slope, 0.0), (-slope, 0.0)
+
+
+def ipo(chosen, rejected, beta, average_log_prob=False):
+    """2310.12036 eq. 17."""
+    (w, w_ref, _, n_w), (r, r_ref, _, n_r) = score(chosen), score(rejected)
+    if not average_log_prob:
+        n_w = n_r = 1
+    d = (w - w_ref) / n_w - (r - r_ref) / n_r
+    slope = 2 * (d - 1 / (2 * beta))
+    return (d - 1 / (2 * beta)) ** 2, (slope / n_w, 0.0), (-slope / n_r, 0.0)
+
+
+def tdpo1(chosen, rejected, beta):
+    """2404.11999: -log sigmoid(beta [D - (K(l) - K(w))]); both K carry gradient."""
+    (w, w_ref, w_kl, _), (r, r_ref, r_kl, _) = score(chosen), score(rejected)
+    z = beta * ((w - w_ref) - (r - r_ref) - (r_kl - w_kl))
+    slope = -beta * sigmoid(-z)
+    return softplus(-z), (slope, slope), (-slope, -slope)
+
+
+def tdpo2(chosen, rejected, beta, alpha=0.5):
+    """2404.11999: -log sigmoid(beta [D - alpha (K(l) - sg K(w))]); K(w) carries none."""
+    (w, w_ref, w_kl, _), (r, r_ref, r_kl, _) = score(chosen), score(rejected)
+    z = beta * ((w - w_ref) - (r - r_ref) - alpha * (r_kl - w_kl))
+    slope = -beta * sigmoid(-z)
+    return softplus(-z), (slope, 0.0), (-slope, -slope * alpha)
+
+
+def logit_gradient(response, g, h):
+    """dL/dlogits of a response, given g = dL/d log pi(y) and h = dL/dSeqKL: g (1[v = y] - p_v) + h (p_v - q_v)."""
+    rows = []
+    for logits, reference_logits, label in response:
+        if label is None:
+            rows.append([0.0] * len(logits))
+            continue
+        p = [math.exp(x) for x in log_softmax(logits)]
+        q = [math.exp(x) for x in log_softmax(reference_logits)]
+        rows.append([g * ((v == label) - p[v]) + h * (p[v] - q[v]) for v in range(len(p))])
+    return rows

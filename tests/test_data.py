@@ -1,0 +1,459 @@
+"""Loaders, row defects, tokens, order and batches."""
+
+import gzip
+import json
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from conftest import MINI
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from batching import BatchStream, TokenizedSplit, get_collate_fn
+from models import embedded_tokenizer
+from preference_datasets import default_options, get_dataset, strip_html_tags, tokenize_batch_element
+from rows import read_rows
+from tokenization import truncate
+from utils import UserError
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def chat_tokenizer():
+    """A tokenizer of bytes-like characters whose end of sequence, <|end|>, is also the template's end of turn."""
+    vocabulary = {chr(i): i for i in range(32, 127)} | {"\n": 127, "<|start|>": 128, "<|end|>": 129, "<|bos|>": 130}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="<|end|>", bos_token="<|bos|>", pad_token="<|end|>", extra_special_tokens=["<|start|>"]
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def write_lines(path, rows):
+    text = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+    return str(path)
+
+
+def load(name, split="train", tokenizer=None, **options):
+    return get_dataset(name, split, silent=True, options={**default_options(name), **options}, tokenizer=tokenizer)
+
+
+def pair(prompt="P", chosen=" a", rejected=" b", **more):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **more}
+
+
+# --- loaders ---
+
+
+def test_hh(tmp_path):
+    first = "\n\nHuman: one\n\nAssistant: two\n\nHuman: three\n\nAssistant:"
+    rows = [
+        {"chosen": first + " yes", "rejected": first + " no"},
+        {"chosen": first + " sure", "rejected": first + " nah"},
+        {"chosen": "\n\nHuman: x\n\nAssistant: y", "rejected": "\n\nHuman: z\n\nAssistant: long reply"},
+    ]
+    write_lines(tmp_path / "train.jsonl.gz", rows)
+    data = load("hh", path=str(tmp_path))
+    assert data[first] == {"responses": [" yes", " no", " sure", " nah"], "pairs": [(0, 1), (2, 3)], "sft_target": " sure"}
+    # As published: the rejected text is cut by the length of chosen's prompt, unchecked.
+    assert data["\n\nHuman: x\n\nAssistant:"]["responses"] == [" y", " long reply"]
+    assert list(load("hh", path=str(tmp_path), invalid_rows="skip")) == [first]
+    with pytest.raises(UserError, match=r"rejected has another prompt than chosen: .*train.jsonl.gz row 3"):
+        load("hh", path=str(tmp_path), invalid_rows="error")
+
+
+def test_shp_keeps_pairs_with_a_score_ratio_of_2(tmp_path):
+    def row(a, b, score_a, score_b, history="h"):
+        return {
+            "history": history,
+            "human_ref_A": a,
+            "human_ref_B": b,
+            "score_A": score_a,
+            "score_B": score_b,
+            "labels": int(score_a > score_b),
+        }
+
+    write_lines(tmp_path / "train.jsonl", [row("a", "b", 10, 5), row("c", "d", 3, 20), row("e", "f", 9, 5), row("g", "i", 1, 3, "other")])
+    data = load("shp", path=str(tmp_path))
+    assert data["\n\nHuman: h\n\nAssistant:"] == {
+        "responses": [" a", " b", " c", " d"],
+        "pairs": [(0, 1), (3, 2)],
+        "scores": [10, 5, 3, 20],
+        "sft_target": " d",
+    }
+    assert data["\n\nHuman: other\n\nAssistant:"]["pairs"] == [(1, 0)]
+
+
+def test_se_pairs_by_score_and_splits_off_1_percent(tmp_path):
+    def row(i):
+        return {"question": f"<p>q{i}</p>", "answers": [{"text": f"<p>{c}</p>", "pm_score": s} for c, s in (("x", 1), ("y", 5), ("z", 2))]}
+
+    write_lines(tmp_path / "train.jsonl", [row(i) for i in range(300)])
+    train, test = (load("se", split, path=str(tmp_path)) for split in ("train", "test"))
+    assert (len(train), len(test)) == (297, 3) and not set(train) & set(test)
+    shuffled = datasets.Dataset.from_dict({"i": list(range(300))}).shuffle(seed=42)["i"]  # what the published code calls
+    assert list(test) == [f"\n\nHuman: q{i}\n\nAssistant:" for i in shuffled[:3]]
+    entry = train[f"\n\nHuman: q{shuffled[3]}\n\nAssistant:"]
+    assert entry["responses"] == [" x", " y", " z"] and entry["pairs"] == [(1, 0), (2, 0), (1, 2)] and entry["sft_target"] == " y"
+
+
+def test_strip_html_keeps_code():
+    html = "<p>one <b>bold</b>two</p><ul><li>gone</li></ul><pre><code>x = 1\n</code></pre><code>y</code>loose"
+    assert strip_html_tags(html) == "one two\n\n<code>x = 1\n</code>\n\n<code>y</code>"
+
+
+def test_jsonl_from_every_kind_of_file(tmp_path):
+    rows = [pair(f"p{i}") for i in range(40)]
+    plain, zipped = write_lines(tmp_path / "a.jsonl", rows), write_lines(tmp_path / "b.jsonl.gz", rows)
+    table = str(tmp_path / "c.parquet")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), table)
+    loaded = [load("jsonl", path=path) for path in (plain, zipped, table)]
+    assert loaded[0] == loaded[1] == loaded[2] and loaded[0]["p3"] == {"responses": [" a", " b"], "pairs": [(0, 1)], "sft_target": " a"}
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write_lines(folder / "train.jsonl", rows[:30])
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows[30:]), folder / "test-00000.parquet")
+    assert (len(load("jsonl", "train", path=str(folder))), len(load("jsonl", "test", path=str(folder)))) == (30, 10)
+    assert list(load("jsonl", "test", path=plain, eval_path=str(folder))) == [f"p{i}" for i in range(30, 40)]
+    assert len(load("jsonl", "train", path=plain, eval_path=str(folder))) == 40
+    saved = tmp_path / "saved"
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(saved)
+    assert len(load("jsonl", path=str(saved), eval_path=plain)) == 40
+
+
+def test_eval_fraction_is_by_prompt_seeded_and_stable(tmp_path):
+    rows = [pair(f"p{i % 100}", f" a{i}") for i in range(200)]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    train, test = (load("jsonl", split, path=path, eval_fraction=0.1) for split in ("train", "test"))
+    assert (len(train), len(test)) == (90, 10) and not set(train) & set(test)
+    assert all(len(entry["pairs"]) == 2 for entry in (*train.values(), *test.values()))
+    assert load("jsonl", "test", path=write_lines(tmp_path / "b.jsonl", rows[::-1]), eval_fraction=0.1).keys() == test.keys()
+    assert len(load("jsonl", "test", path=write_lines(tmp_path / "c.jsonl", rows[:3]), eval_fraction=0.1)) == 1
+
+
+CHAT_FORMS = {
+    "prompt and responses as messages": {
+        "prompt": [{"role": "user", "content": "hi"}],
+        "chosen": [{"role": "assistant", "content": "yes"}],
+        "rejected": [{"role": "assistant", "content": "no"}],
+    },
+    "prompt text, responses as messages": {
+        "prompt": "hi",
+        "chosen": [{"role": "assistant", "content": "yes"}],
+        "rejected": [{"role": "assistant", "content": "no"}],
+    },
+    "prompt as messages, responses text": {"prompt": [{"role": "user", "content": "hi"}], "chosen": "yes", "rejected": "no"},
+    "whole conversations": {
+        "chosen": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}],
+        "rejected": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "no"}],
+    },
+    "whole conversations beside a prompt": {
+        "prompt": "hi",
+        "chosen": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}],
+        "rejected": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "no"}],
+    },
+}
+
+
+@pytest.mark.parametrize("form", CHAT_FORMS)
+def test_chat_rows_are_rendered_by_the_template(form, tmp_path, chat_tokenizer):
+    path = write_lines(tmp_path / "a.jsonl", [CHAT_FORMS[form]])
+    data = load("jsonl", path=path, eval_path=path, tokenizer=chat_tokenizer)
+    assert data == {
+        "<|start|>user\nhi<|end|>\n<|start|>assistant\n": {
+            "responses": ["yes<|end|>\n", "no<|end|>\n"],
+            "pairs": [(0, 1)],
+            "sft_target": "yes<|end|>\n",
+        }
+    }
+    split = TokenizedSplit({"jsonl": (data, default_options("jsonl"))}, chat_tokenizer, 64, 32, sft_mode=False, silent=True)
+    element = split.element(next(split.epochs(0))[0])
+    response = [i for i, label in zip(element["chosen_input_ids"], element["chosen_labels"]) if label != -100]
+    # One end of sequence, the template's own, and nothing after it.
+    assert chat_tokenizer.convert_ids_to_tokens(response) == ["y", "e", "s", "<|end|>"]
+    assert element["prompt_input_ids"][0] == 128 and element["prompt_input_ids"].count(129) == 1
+
+
+def test_multi_turn_conversations_share_their_beginning(tmp_path, chat_tokenizer):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    row = {"chosen": [*turns, {"role": "assistant", "content": "d"}], "rejected": [*turns, {"role": "assistant", "content": "e"}]}
+    path = write_lines(tmp_path / "a.jsonl", [row])
+    (prompt,) = load("jsonl", path=path, eval_path=path, tokenizer=chat_tokenizer)
+    assert prompt.endswith("c<|end|>\n<|start|>assistant\n") and "b<|end|>" in prompt
+
+
+def test_chat_rows_that_are_wrong(tmp_path, chat_tokenizer):
+    user, reply = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
+    rows = [
+        {"chosen": [user, reply], "rejected": [{"role": "user", "content": "ho"}, reply]},
+        {"chosen": [user, reply], "rejected": [user, {"role": "assistant", "content": " "}]},
+        {"chosen": [user, reply], "rejected": [user, {"role": "assistant", "content": "a<|end|>b"}]},
+        {"chosen": [reply], "rejected": [reply]},
+        {"chosen": [user, {"content": "x"}], "rejected": [user, reply]},
+        {"chosen": [user, reply], "rejected": [user, reply]},
+        {"chosen": [user, {"role": "assistant", "content": None}], "rejected": [user, reply]},
+        {"chosen": [user, reply], "rejected": []},
+    ]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    with pytest.raises(UserError) as error:
+        load("jsonl", path=path, eval_path=path, tokenizer=chat_tokenizer)
+    message = str(error.value)
+    for defect, row in {
+        "another prompt than chosen": 1,
+        "empty rejected": 2,
+        "special token '<|end|>' inside \"content of 'rejected'\"": 3,
+        "no field 'prompt'": 4,
+        "a message of 'chosen' has no role": 5,
+        "chosen and rejected are equal": 6,
+        "content of 'chosen'\" is null": 7,
+        "'rejected' is no list of messages": 8,
+    }.items():
+        assert defect.replace('"', "") in message.replace('"', "") and f"row {row}" in message
+    with pytest.raises(UserError, match="no chat template"):
+        load("jsonl", path=path, eval_path=path, tokenizer=embedded_tokenizer())
+
+
+# --- rows that are wrong ---
+
+BAD_ROWS = [
+    (pair(prompt=" "), "empty prompt"),
+    (pair(chosen=""), "empty chosen"),
+    (pair(rejected=" \n"), "empty rejected"),
+    (pair(chosen=" x", rejected=" x"), "chosen and rejected are equal"),
+    ({"prompt": "p", "chosen": "c"}, "no field 'rejected'"),
+    (pair(chosen=3), "'chosen' is int, not text"),
+    (pair(chosen=None), "'chosen' is null, not text"),
+    (pair(prompt="a<|endoftext|>b"), "special token '<|endoftext|>' inside 'prompt'"),
+    ('{"prompt": "a", "chos', "cut or broken JSON"),
+    ("[1, 2]", "not a JSON object"),
+    ('{"prompt": "\\ud800", "chosen": "a", "rejected": "b"}', "'prompt' holds a lone surrogate"),
+]
+KEPT = 4  # of BAD_ROWS: what the published code trains on
+
+
+def test_every_bad_row_is_reported_at_once(tmp_path, mini_tokenizer):
+    rows = [pair("good"), *(row for row, _ in BAD_ROWS), "", pair("good too")]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    with pytest.raises(UserError) as error:
+        load("jsonl", path=path, eval_path=path, tokenizer=mini_tokenizer)
+    for number, (_, defect) in enumerate(BAD_ROWS, 2):
+        assert f"{defect}: {path} row {number}" in str(error.value)
+    assert "invalid_rows=skip" in str(error.value) and "good" not in str(error.value)
+
+
+def test_skip_drops_them_and_counts_them(tmp_path, mini_tokenizer, capsys):
+    path = write_lines(tmp_path / "a.jsonl", [pair("good"), *(row for row, _ in BAD_ROWS)])
+    options = {**default_options("jsonl"), "path": path, "eval_path": path, "invalid_rows": "skip"}
+    assert list(get_dataset("jsonl", "train", options=options, tokenizer=mini_tokenizer)) == ["good"]
+    printed = capsys.readouterr().out
+    assert f"{len(BAD_ROWS) + 1} rows read, 1 kept" in printed and "dropped" in printed and "empty chosen" in printed
+
+
+def test_keep_trains_on_what_the_published_code_does_and_refuses_the_rest(tmp_path, mini_tokenizer, capsys):
+    path = write_lines(tmp_path / "a.jsonl", [row for row, _ in BAD_ROWS[:KEPT]])
+    options = {**default_options("jsonl"), "path": path, "eval_path": path, "invalid_rows": "keep"}
+    data = get_dataset("jsonl", "train", options=options, tokenizer=mini_tokenizer)
+    assert sum(len(entry["pairs"]) for entry in data.values()) == KEPT
+    assert "4 rows read, 4 kept" in (printed := capsys.readouterr().out) and "empty rejected" in printed
+    for row, defect in BAD_ROWS[KEPT:]:
+        bad = write_lines(tmp_path / "b.jsonl", [pair(), row])
+        with pytest.raises(UserError) as error:
+            load("jsonl", path=bad, eval_path=bad, invalid_rows="keep", tokenizer=mini_tokenizer)
+        assert defect in str(error.value)
+
+
+def test_special_tokens_can_be_escaped(tmp_path, mini_tokenizer):
+    path = write_lines(tmp_path / "a.jsonl", [pair(prompt="a<|endoftext|>b")])
+    options = {**default_options("jsonl"), "path": path, "eval_path": path, "escape_special_tokens": True}
+    data = get_dataset("jsonl", "train", silent=True, options=options, tokenizer=mini_tokenizer)
+    split = TokenizedSplit({"jsonl": (data, options)}, mini_tokenizer, 64, 32, sft_mode=False, silent=True)
+    ids = split.prompts[0]["prompt_ids"]
+    assert mini_tokenizer.eos_token_id not in ids and mini_tokenizer.decode(ids) == "a<|endoftext|>b"
+
+
+@pytest.mark.parametrize(
+    "content,message",
+    [
+        (b"", "no rows"),
+        (b"\n\n", "no rows"),
+        (gzip.compress(b'{"prompt": "a"}\n' * 400)[:30], "cut or broken"),
+        (b"\xff\xfe{}", "broken JSON"),
+    ],
+)
+def test_files_that_are_no_data(content, message, tmp_path):
+    file = tmp_path / ("a.jsonl.gz" if content[:2] == b"\x1f\x8b" else "a.jsonl")
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load("jsonl", path=str(file), eval_path=str(file))
+
+
+@pytest.mark.parametrize(
+    "path,message",
+    [
+        ("missing.jsonl", "does not exist"),
+        ("folder", "no split 'train'"),
+        ("a.csv", "expected one of"),
+        ("b.parquet", "no readable parquet"),
+    ],
+)
+def test_paths_that_are_no_data(path, message, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "a.csv").write_text("x")
+    (tmp_path / "b.parquet").write_text("x")
+    with pytest.raises(UserError, match=message):
+        read_rows(str(tmp_path / path), "train", None, None)
+
+
+def test_unknown_datasets():
+    with pytest.raises(UserError, match="unknown dataset 'revews'.*did you mean reviews"):
+        get_dataset("revews", "train")
+    with pytest.raises(UserError, match="neither a local path nor a dataset"):
+        load("jsonl", path="nobody/nothing")
+
+
+# --- tokens ---
+
+
+@pytest.mark.parametrize(
+    "prompt,responses,mode,expected",
+    [
+        (4, (3, 2), "keep_end", (range(4), 3, 2)),  # fits
+        (8, (3, 2), "keep_end", (range(4, 8), 3, 2)),  # the prompt is cut to 4
+        (8, (3, 2), "keep_start", (range(4), 3, 2)),
+        (3, (9, 2), "keep_end", (range(3), 6, 2)),  # a short prompt stays; responses are cut to 10 - 4
+        (9, (9, 7), "keep_start", (range(4), 6, 6)),
+        (2, (1, 9), "keep_end", (range(2), 1, 6)),  # by the longer response, though 2 + 8 would fit
+    ],
+)
+def test_truncation(prompt, responses, mode, expected):
+    cut_prompt, cut = truncate(list(range(prompt)), [list(range(n)) for n in responses], mode, 10, 4)
+    assert cut_prompt == list(expected[0]) and [len(x) for x in cut] == list(expected[1:])
+
+
+def test_truncation_keeps_the_beginning_of_sequence():
+    assert truncate([99, 0, 1, 2, 3, 4], [[0] * 6], "keep_end", 10, 4, bos_token_id=99)[0] == [99, 2, 3, 4]
+    assert truncate([99, 0, 1, 2, 3, 4], [[0] * 9], "keep_end", 10, 1, bos_token_id=99)[0] == [99]
+
+
+def test_tokenize_batch_element(mini_tokenizer):
+    element = tokenize_batch_element("wind help", " boat", " a lake", "keep_end", mini_tokenizer, 64, 32)
+    prompt = mini_tokenizer("wind help")["input_ids"]
+    chosen = [*mini_tokenizer(" boat")["input_ids"], mini_tokenizer.eos_token_id]
+    assert element["chosen_input_ids"] == prompt + chosen and element["chosen_labels"] == [-100] * len(prompt) + chosen
+    assert element["rejected_attention_mask"] == [1] * len(element["rejected_input_ids"])
+    assert (element["chosen"], element["rejected_response_only"]) == ("wind help boat", " a lake")
+    with pytest.raises(ValueError, match="end-of-sequence"):
+        tokenize_batch_element("a", " b<|endoftext|>", " c", "keep_end", mini_tokenizer, 64, 32)
+    with pytest.raises(ValueError, match="truncation mode"):
+        tokenize_batch_element("a", " b", " c", "keep_middle", mini_tokenizer, 64, 32)
+
+
+def test_collate_pads_prompts_on_the_left(mini_tokenizer):
+    elements = [tokenize_batch_element(prompt, " b", " c d", "keep_end", mini_tokenizer, 64, 32) for prompt in ("wind", "wind help wide")]
+    batch = get_collate_fn(mini_tokenizer)(elements)
+    short, long = (len(element["prompt_input_ids"]) for element in elements)
+    assert batch["prompt_attention_mask"].tolist()[0] == [0] * (long - short) + [1] * short
+    assert batch["prompt_input_ids"][0, : long - short].eq(mini_tokenizer.pad_token_id).all()
+    assert batch["chosen_labels"][0, -1] == -100 and batch["chosen_attention_mask"][0, -1] == 0
+    assert batch["prompt"] == ["wind", "wind help wide"] and batch["chosen_input_ids"].dtype == torch.long
+
+
+def contract(n_prompts: int, pairs: int = 1) -> dict:
+    return {
+        f"p{i}": {"responses": [f" a{i}"] * (2 * pairs), "pairs": [(2 * j, 2 * j + 1) for j in range(pairs)], "sft_target": f" a{i}"}
+        for i in range(n_prompts)
+    }
+
+
+def make_split(tokenizer, n_prompts=10, pairs=1, sft_mode=False, **options) -> TokenizedSplit:
+    data = (contract(n_prompts, pairs), default_options("jsonl"))
+    return TokenizedSplit({"jsonl": data}, tokenizer, 64, 32, sft_mode=sft_mode, silent=True, **options)
+
+
+def test_beginning_of_sequence_is_added_once(chat_tokenizer):
+    split = make_split(chat_tokenizer, add_bos=True)
+    assert all(entry["prompt_ids"][0] == 130 and entry["prompt_ids"].count(130) == 1 for entry in split.prompts)
+    data = {"<|bos|>p": {"responses": [" a", " b"], "pairs": [(0, 1)], "sft_target": " a"}}
+    split = TokenizedSplit({"jsonl": (data, default_options("jsonl"))}, chat_tokenizer, 64, 32, sft_mode=False, add_bos=True, silent=True)
+    assert split.prompts[0]["prompt_ids"].count(130) == 1
+
+
+# --- batches ---
+
+
+def test_every_example_once_an_epoch_in_another_order(mini_tokenizer):
+    split = make_split(mini_tokenizer, n_prompts=12, pairs=2)
+    batches = list(BatchStream(split, batch_size=8, seed=1, n_epochs=2))
+    assert [len(batch) for batch in batches] == [8] * 6 and len(BatchStream(split, 8, 1, n_epochs=2)) == 6
+    first, second = sum(batches[:3], []), sum(batches[3:], [])
+    assert set(first) == set(second) and len(set(first)) == 24 and first != second
+    assert [x.prompt for x in first[::2]] == [x.prompt for x in first[1::2]]  # a prompt's pairs stay together, as published
+
+
+def test_the_order_is_a_function_of_the_seed(mini_tokenizer):
+    split = make_split(mini_tokenizer)
+    orders = [next(split.epochs(seed)) for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+    unshuffled = next(split.epochs(0, shuffle=False))
+    assert [example.prompt for example in unshuffled] == list(range(10))
+
+
+@pytest.mark.parametrize(
+    "options,sizes",
+    [
+        ({"n_epochs": 2}, [4, 4, 4, 4]),
+        ({"n_epochs": 2, "drop_last": False}, [4, 4, 2, 4, 4, 2]),
+        ({"n_examples": 9}, [4, 4, 4]),  # the last batch is whole
+        ({"n_examples": 9, "n_epochs": 1}, [4, 4]),
+        ({"n_examples": 11, "drop_last": False}, [4, 4, 2, 4]),
+    ],
+)
+def test_sizes_of_batches(options, sizes, mini_tokenizer):
+    stream = BatchStream(make_split(mini_tokenizer), batch_size=4, seed=0, **options)
+    assert [len(batch) for batch in stream] == sizes and len(stream) == len(sizes)
+    assert stream.dropped == (0 if options.get("drop_last") is False else 2)
+
+
+def test_a_split_smaller_than_a_batch_is_refused_at_once(mini_tokenizer):
+    with pytest.raises(UserError, match="fewer than batch_size=16"):
+        BatchStream(make_split(mini_tokenizer), 16, seed=0, n_examples=100)
+    with pytest.raises(UserError, match="both null"):
+        BatchStream(make_split(mini_tokenizer), 4, seed=0)
+
+
+def test_sft_has_one_example_a_prompt(mini_tokenizer):
+    split = make_split(mini_tokenizer, pairs=3, sft_mode=True)
+    element = split.element(next(split.epochs(0))[0])
+    assert len(split) == 10 and not any("rejected" in key for key in element)
+
+
+def test_counts_are_described(mini_tokenizer):
+    data = contract(2)
+    data["wind " * 60] = {"responses": [" b " * 60, " c"], "pairs": [(0, 1)], "sft_target": " c"}
+    split = TokenizedSplit({"jsonl": (data, default_options("jsonl"))}, mini_tokenizer, 64, 32, sft_mode=False, silent=True)
+    element = split.element([x for x in next(split.epochs(0)) if x.prompt == 2][0])
+    assert len(element["chosen_input_ids"]) == 64 and len(element["prompt_input_ids"]) == 32
+    assert "3 pairs of 3 prompts" in split.describe() and "1 prompt and 1 response truncated" in split.describe()
+
+
+def test_a_seed_of_the_published_code_gives_its_shuffles():
+    """Epoch seeds are NumPy's legacy draws below 2**31, one an epoch: the same whether drawn at once or one by one."""
+    at_once = np.random.RandomState(3).randint(0, 2**31, size=1_000_000)[:4]
+    one_by_one = np.random.RandomState(3)
+    assert [one_by_one.randint(0, 2**31) for _ in range(4)] == at_once.tolist()
+
+
+def test_mini_data_is_what_the_golden_runs_read():
+    data = load("hh", path=str(MINI / "data"))
+    assert sum(len(entry["pairs"]) for entry in data.values()) == 96

@@ -1,0 +1,192 @@
+"""Each objective against float64 loops written from its paper (oracle.py): value, and gradient down to the logits."""
+
+import inspect
+import json
+import math
+import random
+import subprocess
+import sys
+
+import oracle
+import pytest
+import torch
+from conftest import ROOT
+
+import losses
+import trainers
+from losses import ResponseScores, get_objective
+from scoring import _get_batch_logps, _tdpo_get_batch_logps
+
+CASES = [
+    ("sft", {}),
+    ("sft", {"average_log_prob": True}),
+    ("dpo", {"beta": 0.1}),
+    ("dpo", {"beta": 0.5, "label_smoothing": 0.2}),
+    ("dpo", {"beta": 0.3, "reference_free": True}),
+    ("ipo", {"beta": 0.1}),
+    ("ipo", {"beta": 0.4, "average_log_prob": True}),
+    ("tdpo1", {"beta": 0.1}),
+    ("tdpo1", {"beta": 0.7}),
+    ("tdpo2", {"beta": 0.1}),
+    ("tdpo2", {"beta": 0.5, "alpha": 1.5}),
+]
+VOCABULARY = 7
+
+
+def random_response(rng: random.Random, n_prompt: int, n_tokens: int) -> list:
+    """Positions of prompt (no label), response and padding (no label)."""
+    labels = [None] * n_prompt + [rng.randrange(VOCABULARY) for _ in range(n_tokens)] + [None]
+    return [([rng.gauss(0, 2) for _ in range(VOCABULARY)], [rng.gauss(0, 2) for _ in range(VOCABULARY)], label) for label in labels]
+
+
+def tensors(response: list):
+    """(logits, reference logits, labels) of one response as the code takes them: position t predicts label t + 1."""
+    logits = torch.tensor([[*(p[0] for p in response), [0.0] * VOCABULARY]], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([[*(p[1] for p in response), [0.0] * VOCABULARY]], dtype=torch.float64)
+    labels = torch.tensor([[-100, *(-100 if p[2] is None else p[2] for p in response)]])
+    return logits, reference, labels
+
+
+def scores_of(logits, reference, labels) -> ResponseScores:
+    margin, kl, logps = _tdpo_get_batch_logps(logits, reference, labels)
+    assert torch.equal(logps, _get_batch_logps(logits, labels))
+    reference_logps = _get_batch_logps(reference, labels)
+    torch.testing.assert_close(margin, logps - reference_logps, rtol=1e-12, atol=1e-12)
+    return ResponseScores(logps, (labels[:, 1:] != -100).sum(-1), reference_logps, kl)
+
+
+@pytest.mark.parametrize("name,hyperparameters", CASES)
+@pytest.mark.parametrize("seed", range(3))
+def test_value_and_gradient_are_the_papers(name, hyperparameters, seed):
+    rng = random.Random(f"{name}{seed}")
+    responses = {"chosen": random_response(rng, 2, 1 + seed * 3), "rejected": random_response(rng, 2, 5 - seed)}
+    inputs = {role: tensors(response) for role, response in responses.items()}
+    output = get_objective(name, **hyperparameters)({role: scores_of(*values) for role, values in inputs.items()})
+    output.losses.sum().backward()
+
+    loss, *slopes = getattr(oracle, name)(responses["chosen"], responses["rejected"], **hyperparameters)
+    assert output.losses.item() == pytest.approx(loss, rel=1e-10, abs=1e-12)
+    for role, slope in zip(responses, slopes):
+        expected = torch.tensor(oracle.logit_gradient(responses[role], *slope), dtype=torch.float64)
+        gradient = inputs[role][0].grad
+        gradient = torch.zeros_like(inputs[role][0]) if gradient is None else gradient
+        torch.testing.assert_close(gradient[0, :-1], expected, rtol=1e-10, atol=1e-12)
+        assert not gradient[0, -1].any()
+
+
+def random_scores(seed: int, n: int = 6) -> dict[str, ResponseScores]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def one():
+        logps, reference = (-40 * torch.rand(n, generator=generator, dtype=torch.float64) for _ in range(2))
+        kl = 5 * torch.rand(n, generator=generator, dtype=torch.float64)
+        return ResponseScores(logps.requires_grad_(), torch.full((n,), 9), reference, kl.requires_grad_())
+
+    return {"chosen": one(), "rejected": one()}
+
+
+def test_alpha_0_is_dpo_and_alpha_1_is_tdpo1_with_another_gradient():
+    scores = random_scores(0)
+    kl = scores["chosen"].kl
+    assert torch.equal(get_objective("tdpo2", beta=0.2, alpha=0.0)(scores).losses, get_objective("dpo", beta=0.2)(scores).losses)
+    two, one = get_objective("tdpo2", beta=0.2, alpha=1.0)(scores), get_objective("tdpo1", beta=0.2)(scores)
+    torch.testing.assert_close(two.losses, one.losses, rtol=1e-12, atol=0)
+    assert torch.autograd.grad(one.losses.sum(), kl)[0].lt(0).all()  # TDPO1 rewards a larger SeqKL of chosen
+    assert torch.autograd.grad(two.losses.sum(), kl, allow_unused=True)[0] is None  # TDPO2 does not
+
+
+@pytest.mark.parametrize("name", ["dpo", "tdpo1", "tdpo2"])
+def test_loss_is_ln_2_and_rewards_0_where_policy_equals_reference(name):
+    same = {role: ResponseScores(s.logps, s.num_tokens, s.logps.detach(), torch.zeros(6)) for role, s in random_scores(1).items()}
+    output = get_objective(name, beta=0.1)(same)
+    torch.testing.assert_close(output.losses, torch.full((6,), math.log(2), dtype=torch.float64), rtol=1e-12, atol=0)
+    assert not output.rewards["chosen"].any() and not output.rewards["rejected"].any()
+
+
+def test_rewards_are_the_published_ones_and_logits_are_what_is_trained():
+    scores = random_scores(2)
+    w, r = scores["chosen"], scores["rejected"]
+    output = get_objective("tdpo2", beta=0.3, alpha=0.7)(scores)
+    torch.testing.assert_close(output.rewards["chosen"], 0.3 * (w.log_ratio + w.kl).detach())
+    torch.testing.assert_close(output.losses, -torch.nn.functional.logsigmoid(output.logits))
+    dpo = get_objective("dpo", beta=0.3)(scores)
+    torch.testing.assert_close(dpo.rewards["rejected"], 0.3 * r.log_ratio.detach())
+    torch.testing.assert_close(dpo.logits, dpo.rewards["chosen"] - dpo.rewards["rejected"])
+    assert not any(x.requires_grad for x in (output.logits, *output.rewards.values(), dpo.logits, *dpo.rewards.values()))
+
+
+def test_tdpo_names_its_variant():
+    assert get_objective("tdpo", beta=0.1, alpha=0.5, if_tdpo2=True, reference_free=False).name == "tdpo2"
+    assert get_objective("tdpo", beta=0.1, alpha=0.5, if_tdpo2=False).name == "tdpo1"
+    assert get_objective("tdpo", beta=0.1, alpha=0.5, if_tdpo2=False).hyperparameters == {"beta": 0.1}
+    with pytest.raises(ValueError, match="reference"):
+        get_objective("tdpo", beta=0.1, reference_free=True)
+    with pytest.raises(KeyError):
+        get_objective("tdpo3")
+
+
+def test_published_functions_give_the_published_figures():
+    """functions.json holds inputs and outputs of the published code in float64 (tests/golden/README.md)."""
+    golden = json.loads((ROOT / "tests" / "golden" / "functions.json").read_text())
+
+    def tensor(values):
+        return torch.tensor(values, dtype=torch.float64)
+
+    def check(actual, expected):
+        torch.testing.assert_close(actual, tensor(expected), rtol=1e-10, atol=1e-10)
+
+    logits, reference, labels = tensor(golden["logits"]), tensor(golden["reference_logits"]), torch.tensor(golden["labels"])
+    for average in (False, True):
+        suffix = f"average_{str(average).lower()}"
+        check(trainers._get_batch_logps(logits, labels, average_log_prob=average), golden[f"get_batch_logps_{suffix}"])
+        outputs = trainers._tdpo_get_batch_logps(logits, reference, labels, average_log_prob=average)
+        for name, output in zip(("logps_margin", "position_kl", "logps"), outputs):
+            check(output, golden[f"tdpo_get_batch_logps_{suffix}"][name])
+
+    names = ("chosen_logps_margin", "rejected_logps_margin", "chosen_position_kl", "rejected_position_kl")
+    for case in golden["tdpo_loss"]["cases"]:
+        inputs = [tensor(golden["tdpo_loss"][name]).requires_grad_() for name in names]
+        outputs = trainers.tdpo_loss(*inputs, beta=case["beta"], alpha=case["alpha"], if_tdpo2=case["if_tdpo2"])
+        for name, output in zip(("losses", "chosen_rewards", "rejected_rewards"), outputs):
+            check(output, case[name])
+        gradients = torch.autograd.grad(outputs[0].sum(), inputs, allow_unused=True)
+        for gradient, expected in zip(gradients, case["grads"]):
+            check(torch.zeros(5, dtype=torch.float64) if gradient is None else gradient, [0.0] * 5 if expected is None else expected)
+
+    names = ("policy_chosen_logps", "policy_rejected_logps", "reference_chosen_logps", "reference_rejected_logps")
+    for case in golden["preference_loss"]["cases"]:
+        options = {k: v for k, v in case.items() if not isinstance(v, list)}
+        outputs = trainers.preference_loss(*(tensor(golden["preference_loss"][name]) for name in names), **options)
+        for name, output in zip(("losses", "chosen_rewards", "rejected_rewards"), outputs):
+            check(output, case[name])
+
+
+def test_published_signatures():
+    """Forks of the published code call these by position and by name."""
+    expected = {
+        "tdpo_loss": "chosen_logps_margin rejected_logps_margin chosen_position_kl rejected_position_kl beta alpha if_tdpo2",
+        "preference_loss": "policy_chosen_logps policy_rejected_logps reference_chosen_logps reference_rejected_logps beta "
+        "label_smoothing ipo reference_free",
+        "_get_batch_logps": "logits labels average_log_prob",
+        "_tdpo_get_batch_logps": "logits reference_logits labels average_log_prob",
+        "concatenated_inputs": "batch",
+    }
+    for name, parameters in expected.items():
+        assert list(inspect.signature(getattr(trainers, name)).parameters) == parameters.split()
+
+
+def test_losses_imports_torch_alone():
+    """The file can be taken elsewhere: it works where transformers, hydra and wandb are not installed."""
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['transformers', 'hydra', 'omegaconf', 'wandb', 'datasets', 'tqdm', 'pydantic']))\n"
+        "import losses, torch; s = losses.ResponseScores(*(torch.ones(2),) * 4)\n"
+        "print(losses.get_objective('tdpo2', beta=0.1)({'chosen': s, 'rejected': s}).losses.tolist())"
+    )
+    output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert json.loads(output) == pytest.approx([math.log(2)] * 2)
+
+
+def test_every_objective_has_a_config_and_a_test():
+    files = {file.stem for file in (ROOT / "config" / "loss").glob("*.yaml")}
+    assert files == set(losses.OBJECTIVES) | {"tdpo"}
+    assert {name for name, _ in CASES} == set(losses.OBJECTIVES)
