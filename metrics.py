@@ -4,7 +4,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Optional, Protocol
 
 import torch
 import tqdm
@@ -124,20 +124,25 @@ class WandbSink:
             "dir": run_dir,
             "settings": wandb.Settings(init_timeout=20, finish_timeout=30, silent=True),
         }
-        mode = os.environ.get("WANDB_MODE")  # wandb's own switch; online is its default
-        if mode in (None, "online"):
-            reason = None if _has_wandb_key(wandb) else "no API key (wandb login)"
-            if reason is None:
-                try:
-                    self.run = wandb.init(mode="online", **arguments)
-                except Exception as error:  # a dozen types for: no network, no such entity, no permission
-                    reason = (str(error).splitlines() or [type(error).__name__])[0]
-            if reason is None:
+        mode = os.environ.get("WANDB_MODE", "online")  # wandb's own switch
+        if mode == "online":
+            problem = self._start_online(arguments)
+            if problem is None:
                 print(f"wandb: {self.run.url}")
                 return
-            print(f"wandb: {reason}; logging offline to {run_dir}/wandb (wandb sync uploads it)")
+            print(f"wandb: {problem}; logging offline to {run_dir}/wandb (wandb sync uploads it)")
             mode = "offline"
         self.run = wandb.init(mode=mode, **arguments)
+
+    def _start_online(self, arguments: Mapping) -> Optional[str]:
+        """Start the run, or say why that is not possible."""
+        try:
+            if not self.wandb.login(prompt=False):
+                return "no API key (wandb login)"
+            self.run = self.wandb.init(mode="online", **arguments)
+        except Exception as error:  # a dozen types for: no network, no such entity, no permission
+            return (str(error).splitlines() or [type(error).__name__])[0]
+        return None
 
     def log(self, metrics: Mapping[str, float], split: str, examples: int) -> None:
         self.run.log(dict(metrics), step=examples)
@@ -150,13 +155,6 @@ class WandbSink:
 
     def close(self) -> None:
         self.run.finish()
-
-
-def _has_wandb_key(wandb) -> bool:
-    try:
-        return bool(wandb.login(prompt=False))
-    except Exception:  # an unusable key or server: log offline
-        return False
 
 
 def open_sinks(run_dir: str, config: DictConfig) -> list[Sink]:

@@ -147,7 +147,7 @@ def reported_errors() -> Iterator[None]:
         fail("interrupted; what was saved is kept", 130)
 
 
-@hydra.main(version_base=None, config_path="config", config_name="config")
+@hydra.main(version_base=None, config_path=CONFIG_DIR, config_name="config")
 def hydra_main(config: DictConfig) -> None:
     with reported_errors():  # within the job too: Hydra would add lines of its own to an error that it sees
         run(config, list(HydraConfig.get().overrides.task))

@@ -1,0 +1,229 @@
+"""Properties of the training loop: what the gradient depends on, what is evaluated, when it logs and saves, when it stops."""
+
+import json
+import os
+
+import pytest
+import torch
+from conftest import MINI, run
+from transformers import AutoModelForCausalLM
+
+from losses import get_objective
+from scoring import PlainScorer
+from trainers import BasicTrainer
+from utils import RunError, UserError
+
+DATA = ["model=blank_model", f"model.name_or_path={MINI}/model", "datasets=[hh]", f"datasets.hh.path={MINI}/data"]
+DATA += ["max_length=64", "max_prompt_length=32", "batch_size=8", "lr=5e-4", "warmup_steps=3"]
+PREFERENCE = [*DATA, "loss=tdpo", f"model.archive={MINI}/sft_policy.pt"]
+
+
+def logs_of(run_dir, split=None):
+    logs = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [log for log in logs if split in (None, log["split"])]
+
+
+def weights_of(run_dir):
+    return torch.load(run_dir / "LATEST" / "policy.pt", weights_only=True)["state"]
+
+
+def test_the_gradient_does_not_depend_on_the_cut_of_the_batch(tmp_path):
+    """One SGD step in float64, so that nothing hides a wrong weight of an example: 1, 4 and 8 microbatches, and a smaller last batch."""
+    options = [
+        *PREFERENCE,
+        "optimizer=SGD",
+        "lr=0.1",
+        "warmup_steps=0",
+        "model.policy_dtype=float64",
+        "n_examples=8",
+        "do_first_eval=false",
+    ]
+    runs = [run(*options, f"gradient_accumulation_steps={n}", f"local_run_dir={tmp_path}/{n}") for n in (1, 4, 8)]
+    first, *others = (weights_of(run_dir) for run_dir in runs)
+    start = torch.load(MINI / "sft_policy.pt", weights_only=True)["state"]
+    for weights in others:
+        for name, tensor in weights.items():
+            torch.testing.assert_close(tensor, first[name], rtol=0, atol=1e-12)
+    assert max((first[name] - start[name]).abs().max() for name in first) > 1e-3
+
+
+def test_a_smaller_last_batch_counts_its_own_examples(tmp_path):
+    """90 train examples in batches of 40: with drop_last=false the third batch is of 10, and its loss and gradient are their mean."""
+    options = [*PREFERENCE, "drop_last=false", "batch_size=40", "gradient_accumulation_steps=4", "n_eval_examples=4", "eval_every=40"]
+    logs = logs_of(run(*options, f"local_run_dir={tmp_path}/run"))
+    n_train = logs_of(tmp_path / "run", "train")
+    assert [log["counters/examples"] for log in n_train] == [40, 80, 96]
+    assert [log["counters/examples"] for log in logs if log["split"] == "eval"] == [0, 40, 80, 96]
+    assert sorted(os.listdir(tmp_path / "run")) == ["LATEST", "config.yaml", "metrics.jsonl", "step-40", "step-80", "step-96"]
+
+
+def test_the_same_seed_gives_the_same_run_and_another_another(tmp_path):
+    runs = [run(*PREFERENCE, f"seed={seed}", f"local_run_dir={tmp_path}/{i}", "n_examples=24") for i, seed in enumerate((0, 0, 1))]
+    first, again, other = (weights_of(run_dir) for run_dir in runs)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
+    evals = [logs_of(run_dir, "eval")[0] for run_dir in runs]
+    assert evals[0] == evals[1] == evals[2]  # the eval order does not depend on the seed
+
+
+def test_every_eval_example_counts_once(tmp_path):
+    """All 32 eval pairs in batches of 5, against each pair scored alone."""
+    run_dir = run(*PREFERENCE, "n_eval_examples=null", "eval_batch_size=5", "n_examples=8", f"local_run_dir={tmp_path}/run")
+    (first, _) = logs_of(run_dir, "eval")
+
+    from preference_datasets import default_options, get_batch_iterator
+
+    options = {"hh": {**default_options("hh"), "path": str(MINI / "data")}}
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(MINI / "model")
+    model = AutoModelForCausalLM.from_pretrained(MINI / "model", dtype=torch.float32)
+    model.load_state_dict(torch.load(MINI / "sft_policy.pt", weights_only=True)["state"])
+    scorer = PlainScorer(model, model, get_objective("dpo", beta=0.1))
+    batches = get_batch_iterator(options, tokenizer, "test", 1, max_length=64, max_prompt_length=32, n_epochs=1, shuffle=False, silent=True)
+    with torch.no_grad():
+        logps = [scorer(batch)["chosen"].logps.item() for batch in batches]
+    assert len(logps) == 32 and first["logps_eval/chosen"] == pytest.approx(sum(logps) / 32, rel=1e-5)
+
+
+def test_schedule(tmp_path):
+    """Evals, checkpoints and logs where the config has them; one eval and one checkpoint at the end, the latter with hf/."""
+    options = [*PREFERENCE, "n_examples=64", "eval_every=32", "save_every=24", "do_first_eval=false", f"local_run_dir={tmp_path}/run"]
+    run_dir = run(*options)
+    assert [log["counters/examples"] for log in logs_of(run_dir, "eval")] == [32, 64]
+    assert [log["counters/examples"] for log in logs_of(run_dir, "train")] == list(range(8, 65, 8))
+    assert {name for name in os.listdir(run_dir) if name.startswith("step-")} == {"step-24", "step-48", "step-64"}
+    assert os.listdir(run_dir / "step-24") == ["policy.pt"] and sorted(os.listdir(run_dir / "LATEST")) == ["hf", "policy.pt"]
+    rates = [log["lr"] for log in logs_of(run_dir, "train")]
+    assert rates == pytest.approx([5e-4 * min(1, (step + 1) / 4) for step in range(8)])  # linear warm-up, as published
+
+
+def test_logs_are_no_more_frequent_than_asked(tmp_path):
+    run_dir = run(*PREFERENCE, "n_examples=64", "minimum_log_interval_secs=3600", f"local_run_dir={tmp_path}/run")
+    assert [log["counters/examples"] for log in logs_of(run_dir, "train")] == [8]
+
+
+def test_a_train_line_is_its_own_batch_and_has_the_published_names(tmp_path):
+    run_dir = run(*PREFERENCE, "n_examples=8", f"local_run_dir={tmp_path}/run")
+    (log,) = logs_of(run_dir, "train")
+    published = {f"rewards_train/{x}" for x in ("chosen", "rejected", "accuracies", "margins")}
+    published |= {f"kl_train/{x}" for x in ("chosen", "rejected", "margin")} | {f"logps_train/{x}" for x in ("chosen", "rejected")}
+    published |= {"loss/train", "grad_norm", "examples_per_second", "counters/examples", "counters/updates"}
+    ours = {"logits_train/margins", "logits_train/accuracies", "logratio_train/accuracies", "lr", "split"}
+    assert set(log) == published | ours
+    assert log["loss/train"] == pytest.approx(0.693147, abs=1e-6)  # policy equals reference at the first step
+
+
+def test_debug_writes_no_checkpoint(tmp_path):
+    run_dir = run(*PREFERENCE, "n_examples=8", "debug=true", f"local_run_dir={tmp_path}/run")
+    assert sorted(os.listdir(run_dir)) == ["config.yaml", "metrics.jsonl"]
+
+
+def test_samples_are_a_function_of_seed_and_step(tmp_path):
+    """Drawing them does not disturb training, and another eval batch size still draws for the same prompts."""
+    options = [*PREFERENCE, "n_examples=16", "sample_during_eval=true", "n_eval_model_samples=6"]
+    runs = [run(*options, f"eval_every={every}", f"local_run_dir={tmp_path}/{every}") for every in (8, 16)]
+    often, seldom = ([json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()] for run_dir in runs)
+    assert [row["counters/examples"] for row in often] == [0] * 6 + [8] * 6 + [16] * 6
+    assert [row for row in often if row["counters/examples"] == 16] == [row for row in seldom if row["counters/examples"] == 16]
+    assert all(row["policy"] and row["reference"] and row["prompt"].endswith("Assistant:") for row in often)
+    weights = [weights_of(run_dir) for run_dir in runs]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize("mp", ["null", "bfloat16"])
+def test_policy_equals_reference_before_the_first_step(mp, tmp_path, capsys):
+    """Exactly, whatever the dtype in which the policy computes: the published reference was float16."""
+    run_dir = run(*PREFERENCE, "n_examples=8", f"model.fsdp_policy_mp={mp}", f"local_run_dir={tmp_path}/run")
+    first = logs_of(run_dir, "eval")[0]
+    for name in ("kl_eval/chosen", "kl_eval/rejected", "rewards_eval/chosen", "rewards_eval/rejected", "logits_eval/margins"):
+        assert first[name] == 0
+    assert "differ before the first step" not in capsys.readouterr().out
+    assert all(tensor.dtype == torch.float32 for tensor in weights_of(run_dir).values())
+
+
+def test_a_reference_of_another_dtype_is_noticed(tmp_path, capsys):
+    run(*PREFERENCE, "n_examples=8", "model.reference_dtype=bfloat16", f"local_run_dir={tmp_path}/run")
+    assert "policy and reference differ before the first step" in capsys.readouterr().out
+
+
+def test_activation_checkpointing_changes_no_number(tmp_path):
+    """Also where the policy computes in another dtype than its weights have: backward runs the blocks again."""
+    for mp in ("null", "bfloat16"):
+        options = [*PREFERENCE, "n_examples=16", f"model.fsdp_policy_mp={mp}"]
+        runs = [run(*options, f"activation_checkpointing={x}", f"local_run_dir={tmp_path}/{mp}{x}") for x in ("false", "true")]
+        plain, again = (weights_of(run_dir) for run_dir in runs)
+        assert all(torch.equal(plain[name], again[name]) for name in plain)
+
+
+def poison(monkeypatch, at_step: int, where: str):
+    """Make the loss (or a gradient) of one step not finite."""
+    score, clip = BasicTrainer.score, BasicTrainer.clip_gradient
+    steps = {"score": 0, "clip": 0}
+
+    def poisoned_score(self, examples, sums, split):
+        output = score(self, examples, sums, split)
+        if split == "train" and where == "loss" and self.batch_counter + self.skipped_steps == at_step:
+            bad = type(output)(output.losses * torch.tensor([float("nan")] + [1.0] * (len(examples) - 1)), output.rewards, output.logits)
+            sums.add({"loss/train": bad.losses.detach()})
+            return bad
+        return output
+
+    def poisoned_clip(self):
+        norm = clip(self)
+        steps["clip"] += 1
+        return norm * float("inf") if where == "gradient" and steps["clip"] == at_step + 1 else norm
+
+    monkeypatch.setattr(BasicTrainer, "score", poisoned_score)
+    monkeypatch.setattr(BasicTrainer, "clip_gradient", poisoned_clip)
+
+
+@pytest.mark.parametrize(
+    "where,message", [("loss", "the loss is not finite; examples hh:"), ("gradient", "the gradient norm is not finite")]
+)
+def test_a_step_that_is_not_finite_stops_the_run_before_it_is_taken(where, message, tmp_path, monkeypatch):
+    poison(monkeypatch, at_step=2, where=where)
+    with pytest.raises(RunError, match=f"step 3: {message}"):
+        run(*PREFERENCE, "n_examples=64", "eval_every=16", f"local_run_dir={tmp_path}/run")
+    assert all(tensor.isfinite().all() for tensor in weights_of(tmp_path / "run").values())
+    assert [log["counters/examples"] for log in logs_of(tmp_path / "run", "train")] == [8, 16]
+
+
+def test_such_steps_can_be_left_out(tmp_path, monkeypatch):
+    poison(monkeypatch, at_step=2, where="gradient")
+    run_dir = run(*PREFERENCE, "n_examples=64", "max_skipped_steps=1", f"local_run_dir={tmp_path}/run")
+    log = logs_of(run_dir, "train")[-1]
+    assert (log["counters/examples"], log["counters/updates"]) == (64, 7)
+    assert all(tensor.isfinite().all() for tensor in weights_of(run_dir).values())
+
+
+def test_out_of_memory_names_the_keys_to_change(tmp_path, monkeypatch):
+    def forward(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(PlainScorer, "forward", forward)
+    with pytest.raises(RunError, match="8 examples of train data, the longest .* tokens: change gradient_accumulation_steps"):
+        run(*PREFERENCE, "do_first_eval=false", "n_examples=8", f"local_run_dir={tmp_path}/run")
+
+
+def test_optimizers_of_torch(tmp_path):
+    for optimizer in ("AdamW", "SGD"):
+        run_dir = run(*PREFERENCE, f"optimizer={optimizer}", "n_examples=8", f"local_run_dir={tmp_path}/{optimizer}")
+        assert logs_of(run_dir, "eval")[-1]["loss/eval"] != logs_of(run_dir, "eval")[0]["loss/eval"]
+    with pytest.raises(UserError, match="optimizer=Muon does not take this model"):
+        run(*PREFERENCE, "optimizer=Muon", "n_examples=8", f"local_run_dir={tmp_path}/Muon")
+
+
+def test_dropout_is_off(tmp_path):
+    """Modules, and the probabilities that attention layers keep as floats: two train passes over the same data agree."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    from utils import disable_dropout
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 11, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, attention_dropout=0.5, hidden_dropout=0.5)).train()
+    ids = torch.tensor([[1, 2, 3, 4]])
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    disable_dropout(model)
+    assert torch.equal(model(ids).logits, model(ids).logits)
