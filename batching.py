@@ -46,6 +46,8 @@ class TokenizedSplit:
     ):
         self.max_length, self.max_prompt_length, self.sft_mode = max_length, max_prompt_length, sft_mode
         self.bos_token_id = tokenizer.bos_token_id if add_bos else None
+        known = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id, None}
+        self.unknown_token_id = None if tokenizer.unk_token_id in known else tokenizer.unk_token_id
         self.prompts: list[dict] = []
         for name, (data, options) in datasets.items():
             total = sum(1 + len(_texts(entry, sft_mode)) for entry in data.values())
@@ -78,26 +80,31 @@ class TokenizedSplit:
         return element
 
     def _truncated(self, entry: dict, indices: Sequence[int]) -> tuple[list[int], list[list[int]]]:
-        responses = [entry["response_ids"][i] for i in indices]
+        responses = [entry["response_ids"][i].tolist() for i in indices]
         return truncate(
-            entry["prompt_ids"], responses, entry["truncation_mode"], self.max_length, self.max_prompt_length, self.bos_token_id
+            entry["prompt_ids"].tolist(), responses, entry["truncation_mode"], self.max_length, self.max_prompt_length, self.bos_token_id
         )
 
     def describe(self) -> str:
-        """'1,536 pairs of 1,500 prompts, 345,678 tokens; 12 prompts and 3 responses truncated, 2 pairs twice'."""
-        tokens = cut_prompts = cut_responses = 0
+        """'1,536 pairs of 1,500 prompts, 345,678 tokens; 12 prompts and 3 responses truncated; 2 occur more than once'."""
+        tokens = unknown = cut_prompts = cut_responses = 0
         seen = set()
         for entry in self.prompts:
             for indices in [(0,)] if self.sft_mode else entry["pairs"]:
                 prompt_ids, responses = self._truncated(entry, indices)
                 tokens += sum(len(prompt_ids) + len(ids) for ids in responses)
+                unknown += sum(prompt_ids.count(self.unknown_token_id) + ids.count(self.unknown_token_id) for ids in responses)
                 cut_prompts += len(prompt_ids) < len(entry["prompt_ids"])
                 cut_responses += sum(len(ids) < len(entry["response_ids"][i]) for ids, i in zip(responses, indices))
-                seen.add((entry["prompt"], *(entry["texts"][i] for i in indices)))
-        text = f"{plural(len(self), 'example' if self.sft_mode else 'pair')} of {plural(len(self.prompts), 'prompt')}, {tokens:,} tokens"
+                seen.add(hash((entry["prompt"], *(entry["texts"][i] for i in indices))))
+        parts = [f"{plural(len(self), 'example' if self.sft_mode else 'pair')} of {plural(len(self.prompts), 'prompt')}, {tokens:,} tokens"]
         if cut_prompts or cut_responses:
-            text += f"; {plural(cut_prompts, 'prompt')} and {plural(cut_responses, 'response')} truncated"
-        return text + (f"; {len(self) - len(seen):,} occur more than once" if len(seen) < len(self) else "")
+            parts.append(f"{plural(cut_prompts, 'prompt')} and {plural(cut_responses, 'response')} truncated")
+        if len(seen) < len(self):
+            parts.append(f"{len(self) - len(seen):,} occur more than once")
+        if unknown:
+            parts.append(f"{unknown:,} tokens are unknown to the tokenizer")
+        return "; ".join(parts)
 
 
 def _texts(entry: dict, sft_mode: bool) -> list[str]:
@@ -120,8 +127,9 @@ def _tokenize(name: str, data: Dataset, options: Mapping, tokenizer, add_bos: bo
             "dataset": name,
             "prompt": prompt,
             "texts": some,
-            "prompt_ids": prompt_ids,
-            "response_ids": [with_eos(next(flat_ids), tokenizer) for _ in some],
+            # Arrays, because a list of Python ints takes nine times the memory.
+            "prompt_ids": np.asarray(prompt_ids, dtype=np.int32),
+            "response_ids": [np.asarray(with_eos(next(flat_ids), tokenizer), dtype=np.int32) for _ in some],
             "pairs": data[prompt]["pairs"],
             "truncation_mode": options["truncation_mode"],
         }

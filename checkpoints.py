@@ -57,7 +57,7 @@ def save_checkpoint(
             os.path.join(temporary, "policy.pt"),
         )
         if export is not None:
-            export(os.path.join(temporary, "hf"))
+            _try_export(export, os.path.join(temporary, "hf"))
         _sync(temporary)
         os.rename(temporary, target)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
@@ -65,6 +65,15 @@ def save_checkpoint(
         raise RunError(f"{target} could not be written ({error}); the last checkpoint is untouched") from error
     _point_latest(run_dir, name)
     return target
+
+
+def _try_export(export: Callable[[str], None], folder: str) -> None:
+    """Transformers refuses to write some models, for the generation settings they came with: the weights in policy.pt matter more."""
+    try:
+        export(folder)
+    except Exception as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        print(f"warning: no Hugging Face folder was written ({' '.join(str(error).split())[:200]}); policy.pt has the weights")
 
 
 def _sync(folder: str) -> None:

@@ -121,11 +121,14 @@ def build_model(
         UserError: the weights cannot be loaded, or do not fit.
     """
     folder = model.archive if model.archive is not None and os.path.isdir(model.archive) else None
-    if archive is not None or (folder is None and model.from_config is not None):
+    if archive is not None:
+        # Copies, because Transformers takes the tensors as they are: policy and reference must not share them, nor write into the file.
+        state = {name: tensor.to(dtype, copy=True) for name, tensor in archive.items()}
+        built = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)].from_pretrained(
+            None, config=model_config, state_dict=state, dtype=dtype
+        )
+    elif folder is None and model.from_config is not None:
         built = transformers.AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=False)
-        if archive is not None:
-            built.load_state_dict(archive, strict=False)  # check_archive was stricter: only tied weights may be missing
-            built.tie_weights()
     else:
         built = _from_pretrained(folder or model.name_or_path, model_config, dtype, cache_dir)
     disable_dropout(built)

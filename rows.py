@@ -229,6 +229,8 @@ class RowReport:
         """Print the counts, or raise UserError with every row that must not be there."""
         if self._defects and self.invalid_rows != "skip":
             raise UserError(f"{self.source}: rows that cannot be used{self._describe(self._defects)}\n  invalid_rows=skip drops such rows")
+        if self.read == 0:
+            raise UserError(f"{self.source}: no rows")
         if self.kept == 0:
             raise UserError(f"{self.source}: none of {plural(self.read, 'row')} can be used{self._describe(self._defects)}")
         if silent:

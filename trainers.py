@@ -6,6 +6,8 @@ differs between devices is in a few methods at the end that a subclass overrides
 
 import random
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Optional
 
 import numpy as np
@@ -56,7 +58,8 @@ class BasicTrainer:
         sinks: list[Sink],
     ):
         self.config, self.seed, self.run_dir = config, seed, run_dir
-        self.train_data, self.eval_data, self.tokenizer, self.sinks = train_data, eval_data, tokenizer, sinks
+        self.data = {"train": train_data, "eval": eval_data}
+        self.tokenizer, self.sinks = tokenizer, sinks
         self.collate = get_collate_fn(tokenizer)
         self.device = self.choose_device()
         loss = OmegaConf.to_container(config.loss)
@@ -113,8 +116,9 @@ class BasicTrainer:
         losses = []
         with cast_parameters(self.policy, self.compute_dtype):
             for microbatch in self.microbatches(examples):
-                output = self.score(microbatch, sums, "train")
-                (output.losses.sum() / len(examples)).backward()
+                with self.explained_out_of_memory(microbatch, "train"):
+                    output = self.score(microbatch, sums, "train")
+                    (output.losses.sum() / len(examples)).backward()
                 losses.append(output.losses.detach())
         grad_norm = self.clip_gradient()
         lr = self.scheduler.get_last_lr()[0]
@@ -134,17 +138,24 @@ class BasicTrainer:
 
     def score(self, examples: list[Example], sums: MetricSums, split: str) -> LossOutput:
         """Losses and metrics of some examples; `split` is train or eval."""
-        batch = self.collate([self.train_or_eval(split).element(example) for example in examples])
-        try:
-            scores = self.scorer(self.to_device(batch))
-            output = self.objective(scores)
-        except torch.OutOfMemoryError as error:
-            raise RunError(self.out_of_memory(batch, split)) from error
+        data = self.data[split]
+        scores = self.scorer(self.to_device(self.collate([data.element(example) for example in examples])))
+        output = self.objective(scores)
         sums.add(example_metrics(scores, output, split))
         return output
 
-    def train_or_eval(self, split: str) -> TokenizedSplit:
-        return self.train_data if split == "train" else self.eval_data
+    @contextmanager
+    def explained_out_of_memory(self, examples: list[Example], split: str) -> Iterator[None]:
+        """What to change where these examples do not fit."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            longest = max(len(self.data[split].element(example)["chosen_input_ids"]) for example in examples)
+            key = "larger gradient_accumulation_steps" if split == "train" else "smaller eval_batch_size"
+            raise RunError(
+                f"step {self.batch_counter + 1}: out of memory on {self.device} with {len(examples)} {split} examples, the longest of "
+                f"{longest} tokens\ntry a {key}, a smaller max_length, model.fsdp_policy_mp=bfloat16 or activation_checkpointing=true"
+            ) from error
 
     def to_device(self, batch: dict) -> dict:
         """Token ids and masks go to the device; labels stay, so that finding the response tokens does not wait for it."""
@@ -163,7 +174,7 @@ class BasicTrainer:
         term = "gradient norm" if loss_is_finite else "loss"
         finite = torch.cat(losses).isfinite().tolist()
         bad = [example for example, ok in zip(examples, finite) if not ok] or examples
-        ids = some_of([self.train_data.element(example)["example_id"] for example in bad], 8)
+        ids = some_of([self.data["train"].element(example)["example_id"] for example in bad], 8)
         message = f"step {self.batch_counter + 1}: the {term} is not finite; examples {ids}"
         if self.skipped_steps > self.config.max_skipped_steps:
             raise RunError(
@@ -182,7 +193,9 @@ class BasicTrainer:
         sums = MetricSums()
         with torch.no_grad(), cast_parameters(self.policy, self.compute_dtype):
             for start in tqdm.trange(0, len(self.eval_examples), size, desc="Evaluating", leave=False, disable=None):
-                self.score(self.eval_examples[start : start + size], sums, "eval")
+                examples = self.eval_examples[start : start + size]
+                with self.explained_out_of_memory(examples, "eval"):
+                    self.score(examples, sums, "eval")
             self.eval_metrics = sums.means()
             for sink in self.sinks:
                 sink.log(self.eval_metrics, "eval", self.example_counter)
@@ -206,7 +219,7 @@ class BasicTrainer:
             torch.manual_seed(self.seed + self.example_counter)
             starts = tqdm.trange(0, len(examples), self.config.eval_batch_size, desc="Sampling", leave=False, disable=None)
             for start in starts:
-                elements = [self.eval_data.element(example) for example in examples[start : start + self.config.eval_batch_size]]
+                elements = [self.data["eval"].element(example) for example in examples[start : start + self.config.eval_batch_size]]
                 batch = self.to_device(self.collate(elements))
                 texts = {name: self.generate(model, batch) for name, model in models.items()}
                 rows += [{"prompt": e["prompt"], **{name: texts[name][i] for name in models}} for i, e in enumerate(elements)]
@@ -289,11 +302,3 @@ class BasicTrainer:
 
     def policy_state(self) -> dict[str, torch.Tensor]:
         return self.policy.state_dict()
-
-    def out_of_memory(self, batch: dict, split: str) -> str:
-        rows, length = batch["chosen_input_ids"].shape
-        keys = "gradient_accumulation_steps" if split == "train" else "eval_batch_size"
-        return (
-            f"out of memory on {self.device} with {rows} examples of {split} data, the longest {length} tokens: change {keys} (smaller "
-            "microbatches), max_length, model.fsdp_policy_mp=bfloat16 or activation_checkpointing=true"
-        )

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 import checkpoints
 from checkpoints import check_archive, holds_a_run, read_archive, save_checkpoint
-from models import build_model, check_model, load_model_config, load_tokenizer
+from models import build_model, build_policy_and_reference, check_model, load_model_config, load_tokenizer
 from utils import RunError, UserError
 
 STATE = {"weight": torch.arange(6.0).reshape(2, 3)}
@@ -39,6 +39,17 @@ def test_a_failure_leaves_what_was_there(place, tmp_path, monkeypatch):
     with pytest.raises(RunError, match=r"step-16 could not be written .*the last checkpoint is untouched"):
         save_checkpoint(str(tmp_path), 16, STATE, {})
     assert sorted(os.listdir(tmp_path)) == ["LATEST", "step-8"] and os.readlink(tmp_path / "LATEST") == "step-8"
+
+
+def test_a_failed_export_does_not_cost_the_weights(tmp_path, capsys):
+    """Transformers refuses to save some models, for the generation settings they came with."""
+
+    def export(folder):
+        os.mkdir(folder)
+        raise ValueError("The generation config instance is invalid")
+
+    save_checkpoint(str(tmp_path), 8, STATE, {}, export)
+    assert os.listdir(tmp_path / "LATEST") == ["policy.pt"] and "no Hugging Face folder" in capsys.readouterr().out
 
 
 def test_a_full_disk_is_noticed_before(tmp_path, monkeypatch):
@@ -133,6 +144,26 @@ def test_a_run_exports_what_transformers_loads_and_both_are_archives(tmp_path):
         loaded = model_of(f"model.archive={run_dir}/LATEST/{archive}").state_dict()
         assert all(torch.equal(loaded[name], tensor) for name, tensor in exported.items())
     assert os.listdir(run_dir / "step-16") and holds_a_run(str(run_dir))
+
+
+def test_models_of_one_archive_share_nothing():
+    """Training the policy must not move the reference, nor the file."""
+    options = ["model=blank_model", f"model.name_or_path={MINI}/model", f"model.archive={MINI}/sft_policy.pt"]
+    config = compose("exp_name=x", *options).model
+    tokenizer = load_tokenizer(config, None)
+    model_config = load_model_config(config, tokenizer, None)
+    archive = check_model(config, model_config, tokenizer, 64)
+    policy, reference = build_policy_and_reference(config, model_config, None, archive, needs_reference=True)
+    saved = torch.load(MINI / "sft_policy.pt", weights_only=True)["state"]
+    for parameter in policy.parameters():
+        torch.nn.init.ones_(parameter)
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in reference.state_dict().items())
+    assert all(torch.equal(archive[name], tensor) for name, tensor in saved.items())
+    tiny = compose("exp_name=x").model  # random weights are drawn once, for both
+    tokenizer = load_tokenizer(tiny, None)
+    policy, reference = build_policy_and_reference(tiny, load_model_config(tiny, tokenizer, None), None, None, needs_reference=True)
+    for (name, a), b in zip(policy.state_dict().items(), reference.state_dict().values()):
+        assert torch.equal(a, b) and a.data_ptr() != b.data_ptr(), name
 
 
 def test_a_hugging_face_folder_that_does_not_fit(tmp_path):

@@ -278,7 +278,7 @@ def test_special_tokens_can_be_escaped(tmp_path, mini_tokenizer):
     options = {**default_options("jsonl"), "path": path, "eval_path": path, "escape_special_tokens": True}
     data = get_dataset("jsonl", "train", silent=True, options=options, tokenizer=mini_tokenizer)
     split = TokenizedSplit({"jsonl": (data, options)}, mini_tokenizer, 64, 32, sft_mode=False, silent=True)
-    ids = split.prompts[0]["prompt_ids"]
+    ids = split.prompts[0]["prompt_ids"].tolist()
     assert mini_tokenizer.eos_token_id not in ids and mini_tokenizer.decode(ids) == "a<|endoftext|>b"
 
 
@@ -383,10 +383,10 @@ def make_split(tokenizer, n_prompts=10, pairs=1, sft_mode=False, **options) -> T
 
 def test_beginning_of_sequence_is_added_once(chat_tokenizer):
     split = make_split(chat_tokenizer, add_bos=True)
-    assert all(entry["prompt_ids"][0] == 130 and entry["prompt_ids"].count(130) == 1 for entry in split.prompts)
+    assert all(entry["prompt_ids"].tolist().count(130) == 1 and entry["prompt_ids"][0] == 130 for entry in split.prompts)
     data = {"<|bos|>p": {"responses": [" a", " b"], "pairs": [(0, 1)], "sft_target": " a"}}
     split = TokenizedSplit({"jsonl": (data, default_options("jsonl"))}, chat_tokenizer, 64, 32, sft_mode=False, add_bos=True, silent=True)
-    assert split.prompts[0]["prompt_ids"].count(130) == 1
+    assert split.prompts[0]["prompt_ids"].tolist().count(130) == 1
 
 
 # --- batches ---
@@ -445,6 +445,14 @@ def test_counts_are_described(mini_tokenizer):
     element = split.element([x for x in next(split.epochs(0)) if x.prompt == 2][0])
     assert len(element["chosen_input_ids"]) == 64 and len(element["prompt_input_ids"]) == 32
     assert "3 pairs of 3 prompts" in split.describe() and "1 prompt and 1 response truncated" in split.describe()
+
+
+def test_unknown_words_are_counted():
+    """Hundreds of them: the tokenizer is that of another task."""
+    tokenizer = embedded_tokenizer()
+    data = {"this drama": {"responses": [" was splendiferous", " was good"], "pairs": [(0, 1)], "sft_target": " was good"}}
+    split = TokenizedSplit({"jsonl": (data, default_options("jsonl"))}, tokenizer, 64, 32, sft_mode=False, silent=True)
+    assert split.describe().endswith("1 tokens are unknown to the tokenizer")
 
 
 def test_a_seed_of_the_published_code_gives_its_shuffles():

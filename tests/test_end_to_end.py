@@ -26,7 +26,14 @@ def test_sft_learns_the_grammar(sft):
 
 @pytest.mark.parametrize("loss,beta", [("dpo", 0.5), ("ipo", 0.1), ("tdpo1", 0.5), ("tdpo2", 0.5)])
 def test_preference_training_learns_the_reward(loss, beta, sft, tmp_path):
-    options = [f"loss={loss}", f"loss.beta={beta}", f"model.archive={sft}/LATEST/policy.pt", "batch_size=64", "eval_batch_size=64", "lr=5e-4"]
+    options = [
+        f"loss={loss}",
+        f"loss.beta={beta}",
+        f"model.archive={sft}/LATEST/policy.pt",
+        "batch_size=64",
+        "eval_batch_size=64",
+        "lr=5e-4",
+    ]
     options += ["n_epochs=1", "sample_during_eval=true", "n_eval_model_samples=128", f"local_run_dir={tmp_path}/run"]
     run_dir = run(*options)
     first, last = logs_of(run_dir, "eval")[0], logs_of(run_dir, "eval")[-1]

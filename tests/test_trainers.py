@@ -197,12 +197,13 @@ def test_such_steps_can_be_left_out(tmp_path, monkeypatch):
     assert all(tensor.isfinite().all() for tensor in weights_of(run_dir).values())
 
 
-def test_out_of_memory_names_the_keys_to_change(tmp_path, monkeypatch):
-    def forward(*_):
+@pytest.mark.parametrize("place", ["forward", "backward"])
+def test_out_of_memory_names_the_keys_to_change(place, tmp_path, monkeypatch):
+    def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(PlainScorer, "forward", forward)
-    with pytest.raises(RunError, match="8 examples of train data, the longest .* tokens: change gradient_accumulation_steps"):
+    monkeypatch.setattr(*{"forward": (PlainScorer, "forward"), "backward": (torch.Tensor, "backward")}[place], fail)
+    with pytest.raises(RunError, match=r"with 8 train examples, the longest of \d+ tokens\ntry a larger gradient_accumulation_steps"):
         run(*PREFERENCE, "do_first_eval=false", "n_examples=8", f"local_run_dir={tmp_path}/run")
 
 
