@@ -7,6 +7,7 @@
 
 import os
 import shutil
+import zipfile
 from collections.abc import Callable, Mapping
 from typing import Optional
 
@@ -114,6 +115,8 @@ def read_archive(path: str) -> dict[str, torch.Tensor]:
     """
     if not os.path.isfile(path):
         raise UserError(f"model.archive={path} does not exist")
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"model.archive={path} is no policy.pt: torch.save did not write it")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         state = {name.replace("_orig_mod.", ""): tensor for name, tensor in content["state"].items()}

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import reviews
 from checkpoints import check_archive, read_archive
-from utils import DTYPES, UserError, disable_dropout, looks_local
+from utils import DTYPES, UserError, disable_dropout, looks_local, some_of
 
 EMBEDDED_TOKENIZER = "reviews"  # model.tokenizer_name_or_path of model=tiny
 
@@ -100,7 +100,13 @@ def check_model(model: DictConfig, model_config, tokenizer, max_length: int) -> 
     vocabulary = getattr(model_config, "vocab_size", None)
     if vocabulary is not None and len(tokenizer) > vocabulary:
         raise UserError(f"the tokenizer has {len(tokenizer)} entries, the model {vocabulary}: they do not belong together")
-    if model.archive is None or os.path.isdir(model.archive):
+    if model.archive is None:
+        return None
+    if os.path.isdir(model.archive):
+        if not os.path.exists(os.path.join(model.archive, "config.json")):
+            inside = [os.path.join(model.archive, file) for file in ("LATEST/policy.pt", "policy.pt")]
+            hint = "".join(f" (did you mean {file}?)" for file in inside if os.path.exists(file))
+            raise UserError(f"model.archive={model.archive} is no Hugging Face folder, it has no config.json{hint}")
         return None
     state = read_archive(model.archive)
     with torch.device("meta"):
@@ -151,13 +157,20 @@ def build_policy_and_reference(
 def _from_pretrained(name: str, model_config, dtype: torch.dtype, cache_dir: Optional[str]) -> torch.nn.Module:
     try:
         built, info = transformers.AutoModelForCausalLM.from_pretrained(
-            name, config=model_config, dtype=dtype, cache_dir=cache_dir, output_loading_info=True, trust_remote_code=False
+            name,
+            config=model_config,
+            dtype=dtype,
+            cache_dir=cache_dir,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, with their names
+            trust_remote_code=False,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"the weights of {name} cannot be loaded: {_reason(error)}") from None
-    problems = {what: sorted(map(str, info[what])) for what in ("missing_keys", "mismatched_keys") if info.get(what)}
-    if problems:
-        raise UserError(f"the weights of {name} do not fit the model: {problems}")
+    problems = [("missing", info["missing_keys"]), ("other shape", info["mismatched_keys"])]
+    found = "; ".join(f"{what}: {some_of(sorted(map(str, keys)), 4)}" for what, keys in problems if keys)
+    if found:
+        raise UserError(f"the weights of {name} do not fit the model: {found}")
     return built
 
 

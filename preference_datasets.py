@@ -239,7 +239,7 @@ def get_dataset(
     options = default_options(name) if options is None else options
     escaped = options.get("escape_special_tokens", False)
     special_tokens = special_token_strings(tokenizer) if tokenizer is not None and not escaped else ()
-    report = RowReport(f"{name} {split}", options["invalid_rows"], special_tokens)
+    report = RowReport(name, split, options["invalid_rows"], special_tokens)
     data = LOADERS[options["loader"]](Source(split, options, report, cache_dir, tokenizer))
     report.finish(silent)
     if not data:

@@ -157,13 +157,13 @@ class RowReport:
     cannot be trained on (no text, a missing field or marker, broken JSON, special tokens in text) is an error all the same.
 
     Args:
-        source: what to call the data in messages.
+        name, split: of the dataset.
         invalid_rows: error, skip or keep.
         special_tokens: strings that the tokenizer would turn into special tokens; none are looked for without them.
     """
 
-    def __init__(self, source: str, invalid_rows: str, special_tokens: Sequence[str] = ()):
-        self.source, self.invalid_rows = source, invalid_rows
+    def __init__(self, name: str, split: str, invalid_rows: str, special_tokens: Sequence[str] = ()):
+        self.source, self.key, self.invalid_rows = f"{name} {split}", f"datasets.{name}.invalid_rows", invalid_rows
         self.read = self.kept = 0
         self._defects: dict[str, list[Row]] = defaultdict(list)
         self._kept_defects: dict[str, list[Row]] = defaultdict(list)
@@ -228,7 +228,7 @@ class RowReport:
     def finish(self, silent: bool = False) -> None:
         """Print the counts, or raise UserError with every row that must not be there."""
         if self._defects and self.invalid_rows != "skip":
-            raise UserError(f"{self.source}: rows that cannot be used{self._describe(self._defects)}\n  invalid_rows=skip drops such rows")
+            raise UserError(f"{self.source}: rows that cannot be used{self._describe(self._defects)}\n  {self.key}=skip drops such rows")
         if self.read == 0:
             raise UserError(f"{self.source}: no rows")
         if self.kept == 0:

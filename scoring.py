@@ -177,7 +177,7 @@ def cast_parameters(module: nn.Module, dtype: Optional[torch.dtype]) -> Iterator
         yield
         return
     owners = [(owner, name, p) for owner in module.modules() for name, p in owner.named_parameters(recurse=False)]
-    copies = {id(p): p.to(dtype) if p.is_floating_point() else p for _, _, p in owners}  # one copy of a tied parameter
+    copies = {id(p): _cast(p, dtype) for _, _, p in owners}  # one copy of a tied parameter
     for owner, name, parameter in owners:
         delattr(owner, name)
         setattr(owner, name, copies[id(parameter)])
@@ -187,3 +187,9 @@ def cast_parameters(module: nn.Module, dtype: Optional[torch.dtype]) -> Iterator
         for owner, name, parameter in owners:
             delattr(owner, name)
             owner.register_parameter(name, parameter)
+
+
+def _cast(parameter: nn.Parameter, dtype: torch.dtype) -> torch.Tensor:
+    """A copy through which gradients flow; where none are wanted, a parameter, by which `generate` tells the module's dtype and device."""
+    copy = parameter.to(dtype) if parameter.is_floating_point() else parameter
+    return copy if torch.is_grad_enabled() else nn.Parameter(copy, requires_grad=False)

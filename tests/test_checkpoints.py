@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import MINI, compose, run
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import checkpoints
 from checkpoints import check_archive, holds_a_run, read_archive, save_checkpoint
@@ -168,8 +168,20 @@ def test_models_of_one_archive_share_nothing():
 
 def test_a_hugging_face_folder_that_does_not_fit(tmp_path):
     GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=64, n_embd=8, n_layer=1, n_head=2)).save_pretrained(tmp_path / "other")
-    with pytest.raises(UserError, match="do not fit|cannot be loaded"):
+    with pytest.raises(UserError, match="do not fit the model: missing: gpt_neox"):
         model_of(f"model.archive={tmp_path}/other")
+    config = AutoConfig.from_pretrained(MINI / "model")
+    config.intermediate_size = 48
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "wide")
+    with pytest.raises(UserError, match=r"do not fit the model: other shape: .*gpt_neox.layers.0.mlp.dense_4h_to_h.weight"):
+        model_of(f"model.archive={tmp_path}/wide")
+
+
+def test_a_run_folder_as_archive_is_answered_with_its_policy(tmp_path):
+    save_checkpoint(str(tmp_path), 8, STATE, {})
+    for folder, file in ((tmp_path, "LATEST/policy.pt"), (tmp_path / "step-8", "policy.pt")):
+        with pytest.raises(UserError, match=rf"is no Hugging Face folder, it has no config.json \(did you mean {folder}/{file}\?\)"):
+            model_of(f"model.archive={folder}")
 
 
 def test_a_folder_with_a_run_is_refused_and_untouched(tmp_path, command):

@@ -249,7 +249,7 @@ def test_every_bad_row_is_reported_at_once(tmp_path, mini_tokenizer):
         load("jsonl", path=path, eval_path=path, tokenizer=mini_tokenizer)
     for number, (_, defect) in enumerate(BAD_ROWS, 2):
         assert f"{defect}: {path} row {number}" in str(error.value)
-    assert "invalid_rows=skip" in str(error.value) and "good" not in str(error.value)
+    assert "datasets.jsonl.invalid_rows=skip" in str(error.value) and "good" not in str(error.value)
 
 
 def test_skip_drops_them_and_counts_them(tmp_path, mini_tokenizer, capsys):

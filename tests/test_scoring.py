@@ -7,7 +7,7 @@ import oracle
 import pytest
 import torch
 from conftest import MINI
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from batching import get_collate_fn
 from losses import get_objective
@@ -150,3 +150,39 @@ def test_tied_weights_stay_tied_in_a_cast():
         tied(input_ids=torch.tensor([[1, 2, 3]])).logits.float().sum().backward()
     assert tied.lm_head.weight is tied.transformer.wte.weight and tied.lm_head.weight.dtype == torch.float32
     assert tied.lm_head.weight.grad is not None and "lm_head.weight" in tied.state_dict()
+
+
+SIZES = {"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+FAMILIES = {
+    "gpt2": {"vocab_size": 31, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32},
+    "gptj": {"vocab_size": 31, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "rotary_dim": 4},
+    "gpt_neox": SIZES,
+    "llama": {**SIZES, "num_key_value_heads": 1},
+    "mistral": {**SIZES, "num_key_value_heads": 1, "sliding_window": 4},
+    "qwen3": {**SIZES, "num_key_value_heads": 1, "head_dim": 8},
+    "gemma2": {**SIZES, "num_key_value_heads": 1, "head_dim": 8, "sliding_window": 4},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_trains_and_samples_in_another_dtype(family):
+    """Scores in bfloat16 with gradients in float32, and a sample, of each model family in config/model."""
+    torch.manual_seed(0)
+    ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    policy = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **FAMILIES[family], **ids), dtype=torch.float32)
+    tokens = torch.tensor([[3, 4, 5, 6, 7, 8, 0], [3, 9, 10, 11, 0, 0, 0]])
+    mask = torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
+    labels = torch.tensor([[-100, -100, 5, 6, 7, 8, 0], [-100, -100, 10, 11, 0, -100, -100]])
+    batch = {"chosen_input_ids": tokens, "chosen_attention_mask": mask, "chosen_labels": labels}
+    objective = get_objective("sft")
+    scorer = PlainScorer(policy, None, objective)
+    exact = objective(scorer(batch)).losses.detach()
+    with cast_parameters(policy, torch.bfloat16):
+        losses = objective(scorer(batch)).losses
+        losses.sum().backward()
+    torch.testing.assert_close(losses, exact, rtol=0.02, atol=0.02)  # bfloat16 has 8 bits
+    assert all(p.grad is None or p.grad.dtype == torch.float32 for p in policy.parameters())
+    assert sum(p.grad is not None and bool(p.grad.any()) for p in policy.parameters()) > 5
+    with torch.no_grad(), cast_parameters(policy, torch.bfloat16):
+        sample = policy.generate(input_ids=tokens[:, :3], attention_mask=mask[:, :3], max_length=6, do_sample=True, pad_token_id=0)
+    assert sample.shape[0] == 2 and {p.dtype for p in policy.parameters()} == {torch.float32}

@@ -134,7 +134,8 @@ def test_samples_are_a_function_of_seed_and_step(tmp_path):
 @pytest.mark.parametrize("mp", ["null", "bfloat16"])
 def test_policy_equals_reference_before_the_first_step(mp, tmp_path, capsys):
     """Exactly, whatever the dtype in which the policy computes: the published reference was float16."""
-    run_dir = run(*PREFERENCE, "n_examples=8", f"model.fsdp_policy_mp={mp}", f"local_run_dir={tmp_path}/run")
+    sampled = ["sample_during_eval=true", "n_eval_model_samples=2"]
+    run_dir = run(*PREFERENCE, *sampled, "n_examples=8", f"model.fsdp_policy_mp={mp}", f"local_run_dir={tmp_path}/run")
     first = logs_of(run_dir, "eval")[0]
     for name in ("kl_eval/chosen", "kl_eval/rejected", "rewards_eval/chosen", "rewards_eval/rejected", "logits_eval/margins"):
         assert first[name] == 0
