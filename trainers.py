@@ -69,7 +69,9 @@ class BasicTrainer:
         mp = config.model.fsdp_policy_mp
         self.compute_dtype = DTYPES[mp] if mp not in (None, config.model.policy_dtype) else None
         if config.activation_checkpointing:
-            self.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # Its name before Transformers 5.23, and since.
+            enable = getattr(self.policy, "activation_checkpointing_enable", self.policy.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
 
         self.batches = BatchStream(train_data, config.batch_size, seed, config.n_epochs, config.n_examples, config.drop_last)
         eval_order = next(eval_data.epochs(EVAL_SEED))
