@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Optional
 
+import jinja2
+
 from rows import Row, RowReport
 from utils import UserError
 
@@ -45,7 +47,14 @@ def render_pair(row: Row, report: RowReport, tokenizer) -> Optional[RenderedPair
     if shared == 0:
         report.refuse(row, "rejected has another prompt than chosen")
         return None
-    (prompt, *_), responses = zip(*(_render(messages, shared, tokenizer) for messages in conversations))
+    if any(message["role"] == "user" for messages in conversations for message in messages[shared:]):
+        report.refuse(row, "a user's turn within the response: the conversations part before the last reply")
+        return None
+    try:
+        (prompt, *_), responses = zip(*(_render(messages, shared, tokenizer) for messages in conversations))
+    except jinja2.TemplateError as error:
+        report.refuse(row, f"the chat template refuses it ({error})")
+        return None
     if None in responses:
         report.refuse(row, "the chat template does not render the conversation as a continuation of its prompt")
         return None

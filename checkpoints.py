@@ -16,7 +16,7 @@ import torch
 from utils import RunError, UserError, some_of
 
 # Buffers that checkpoints of 2023 carry and models no longer have.
-LEGACY_BUFFERS = ("attention.bias", "attention.masked_bias", "attn.bias", "attn.masked_bias", "rotary_emb.inv_freq")
+LEGACY_BUFFERS = (".attention.bias", ".attention.masked_bias", ".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
 
 def save_checkpoint(
@@ -119,7 +119,7 @@ def read_archive(path: str) -> dict[str, torch.Tensor]:
         raise UserError(f"model.archive={path} is no policy.pt: torch.save did not write it")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        state = {name.replace("_orig_mod.", ""): tensor for name, tensor in content["state"].items()}
+        state = {name.replace("_orig_mod.", ""): tensor.detach() for name, tensor in content["state"].items()}
     except Exception as error:  # zip, pickle and key errors: whatever it is, it is no policy.pt
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise UserError(f"model.archive={path} is no policy.pt, a file with {{step_idx, state, metrics}} ({reason})") from None

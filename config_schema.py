@@ -19,8 +19,8 @@ Dtype = Literal[tuple(DTYPES)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
 TRAINERS = ("BasicTrainer",)
 PLANNED_TRAINERS = ("FSDPTrainer", "TensorParallelTrainer")
-# torch.optim optimizers that need more than a gradient: a closure, sparse gradients
-UNSUITABLE_OPTIMIZERS = ("Optimizer", "LBFGS", "SparseAdam")
+# torch.optim optimizers that need more than the gradient of any parameter: a closure, sparse gradients, matrices alone
+UNSUITABLE_OPTIMIZERS = ("Optimizer", "LBFGS", "SparseAdam", "Muon")
 OPTIMIZERS = sorted(
     name
     for name, value in vars(torch.optim).items()
@@ -38,7 +38,7 @@ HYPERPARAMETERS = {
 
 
 class Node(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid")
+    model_config = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
 
 
 class Wandb(Node):
@@ -92,7 +92,7 @@ class Reviews(Corpus):
 
 
 class Config(Node):
-    seed: NonNegativeInt
+    seed: Annotated[int, Field(ge=0, lt=2**32)]  # NumPy takes no larger one
     exp_name: Name
     batch_size: PositiveInt
     eval_batch_size: PositiveInt
@@ -128,7 +128,8 @@ class Config(Node):
 
 
 def check_config(config: DictConfig, overrides: Iterable[str] = ()) -> list[str]:
-    """Check a resolved config, and round eval_every and save_every down to multiples of batch_size, in place.
+    """Check a config. In place it is resolved, its values get their types (4.0 becomes 4), and eval_every and save_every are rounded
+    down to multiples of batch_size.
 
     Args:
         config: as Hydra composed it.
@@ -143,8 +144,9 @@ def check_config(config: DictConfig, overrides: Iterable[str] = ()) -> list[str]
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise UserError(f"missing: {', '.join(f'{key}=...' for key in missing)}")
-    values = OmegaConf.to_container(config, resolve=True)
-    problems = _schema_problems(values) + _loss_problems(values.get("loss"))
+    OmegaConf.resolve(config)
+    values = OmegaConf.to_container(config)
+    problems = _schema_problems(values, config) + _loss_problems(values.get("loss"), config)
     if problems:
         raise UserError("\n".join(problems))
     problems = _joint_problems(config)
@@ -154,9 +156,9 @@ def check_config(config: DictConfig, overrides: Iterable[str] = ()) -> list[str]
     return notes + _warnings(config, list(overrides))
 
 
-def _schema_problems(values: Mapping) -> list[str]:
+def _schema_problems(values: Mapping, config: DictConfig) -> list[str]:
     try:
-        Config.model_validate(values)
+        config.merge_with(Config.model_validate(values).model_dump(exclude={"loss"}))
     except pydantic.ValidationError as error:
         return [_line(problem, values) for problem in error.errors()]
     return []
@@ -168,6 +170,8 @@ def _line(problem: Mapping, values: Mapping) -> str:
     if len(place) > 2 and place[0] == "datasets":  # the discriminator's value is no part of the key
         place.pop(2)
     key = ".".join(place)
+    if problem["type"] == "missing":
+        return f"missing: {key}=..."
     if problem["type"] == "extra_forbidden":
         return f"unknown key {key}{nearest(key, set(flat_keys(values)) - {key})}"
     if key == "exp_name":
@@ -187,9 +191,14 @@ def flat_keys(values: Mapping, prefix: str = "") -> list[str]:
     return keys
 
 
-def _loss_problems(loss: Optional[Mapping]) -> list[str]:
+def _loss_problems(loss: Optional[Mapping], config: DictConfig) -> list[str]:
     """The loss's name, and its hyperparameters by the signature of its function."""
-    values = dict(loss or {})
+    if not isinstance(loss, Mapping) or "name" not in loss:
+        return ["missing: loss=... (sft, dpo, ipo, tdpo)"]
+    values = dict(loss)
+    switches = [key for key in ("if_tdpo2", "reference_free") if not isinstance(values.get(key, False), bool)]
+    if switches:
+        return [f"loss.{key}={values[key]}: must be true or false" for key in switches]
     try:
         name, values = losses.resolve(values.pop("name", None), values)
     except KeyError as error:
@@ -199,7 +208,7 @@ def _loss_problems(loss: Optional[Mapping]) -> list[str]:
     known = list(inspect.signature(losses.OBJECTIVES[name].function).parameters)[1:]
     schema = pydantic.create_model(name, __base__=Node, **{key: HYPERPARAMETERS[key] for key in known})
     try:
-        schema.model_validate(values)
+        config.loss.merge_with(schema.model_validate(values).model_dump())
     except pydantic.ValidationError as error:
         return [_line({**problem, "loc": ("loss", *problem["loc"])}, {"loss": {key: 0 for key in known}}) for problem in error.errors()]
     return []
@@ -224,6 +233,11 @@ def _joint_problems(config: DictConfig) -> list[str]:
         problems.append("n_epochs and n_examples are both null: give one of them")
     if config.model.name_or_path is None and config.model.from_config is None:
         problems.append("model.name_or_path is null: name a model on the hub or a local folder")
+    if config.model.name_or_path is not None and config.model.from_config is not None:
+        problems.append(
+            f"model.name_or_path={config.model.name_or_path} and model.from_config exclude each other: "
+            "a model of the hub or a folder is model=blank_model model.name_or_path=..."
+        )
     if config.model.from_config is not None and not config.model.tokenizer_name_or_path:
         problems.append("model.from_config needs model.tokenizer_name_or_path")
     return problems

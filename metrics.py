@@ -1,6 +1,7 @@
 """Metrics: sums that stay on the device, and where a log goes (console, metrics.jsonl, wandb). Names are the published ones."""
 
 import json
+import math
 import os
 from collections import defaultdict
 from collections.abc import Mapping
@@ -99,8 +100,13 @@ class JsonlSink:
         with open(os.path.join(self.run_dir, file), "a") as handle:
             handle.writelines(json.dumps(row) + "\n" for row in rows)
 
+    @staticmethod
+    def _finite(metrics: Mapping[str, float]) -> dict:
+        """JSON has no infinity: null."""
+        return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+
     def log(self, metrics: Mapping[str, float], split: str, examples: int) -> None:
-        self._append("metrics.jsonl", [{"split": split, "counters/examples": examples, **metrics}])
+        self._append("metrics.jsonl", [{"split": split, "counters/examples": examples, **self._finite(metrics)}])
 
     def samples(self, rows: list[dict], examples: int) -> None:
         self._append("samples.jsonl", [{"counters/examples": examples, **row} for row in rows])
@@ -165,4 +171,6 @@ def open_sinks(run_dir: str, config: DictConfig) -> list[Sink]:
             sinks.append(WandbSink(run_dir, config))
         except ImportError:
             print("wandb is not installed: metrics go to metrics.jsonl alone")
+        except Exception as error:  # wandb refuses its settings: a project's name, WANDB_MODE
+            print(f"wandb: {' '.join(str(error).split())[:200]}; metrics go to metrics.jsonl alone")
     return sinks

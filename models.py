@@ -6,13 +6,14 @@ from typing import Optional
 
 import datasets
 import huggingface_hub
+import safetensors
 import tokenizers
 import torch
 import transformers
 from omegaconf import DictConfig, OmegaConf
 
 import reviews
-from checkpoints import check_archive, read_archive
+from checkpoints import LEGACY_BUFFERS, check_archive, read_archive
 from utils import DTYPES, UserError, disable_dropout, looks_local, some_of
 
 EMBEDDED_TOKENIZER = "reviews"  # model.tokenizer_name_or_path of model=tiny
@@ -81,7 +82,7 @@ def load_model_config(model: DictConfig, tokenizer, cache_dir: Optional[str]):
         fields = OmegaConf.to_container(model.from_config)
         ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
         return transformers.AutoConfig.for_model(fields.pop("model_type"), vocab_size=len(tokenizer), **ids, **fields)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # a Transformers config checks its fields in its own ways
         raise UserError(f"model {model.name_or_path or 'from_config'} cannot be loaded: {_reason(error)}") from None
 
 
@@ -100,6 +101,7 @@ def check_model(model: DictConfig, model_config, tokenizer, max_length: int) -> 
     vocabulary = getattr(model_config, "vocab_size", None)
     if vocabulary is not None and len(tokenizer) > vocabulary:
         raise UserError(f"the tokenizer has {len(tokenizer)} entries, the model {vocabulary}: they do not belong together")
+    empty = _empty_model(model_config)
     if model.archive is None:
         return None
     if os.path.isdir(model.archive):
@@ -109,10 +111,21 @@ def check_model(model: DictConfig, model_config, tokenizer, max_length: int) -> 
             raise UserError(f"model.archive={model.archive} is no Hugging Face folder, it has no config.json{hint}")
         return None
     state = read_archive(model.archive)
-    with torch.device("meta"):
-        empty = transformers.AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
     check_archive(model.archive, state, empty)
     return state
+
+
+def _empty_model(model_config) -> torch.nn.Module:
+    """The model without memory for weights.
+
+    Raises:
+        UserError: the config makes no model.
+    """
+    try:
+        with torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
+    except Exception as error:  # whatever a model's class makes of sizes that do not go together
+        raise UserError(f"model.from_config or its Transformers config makes no causal language model: {_reason(error)}") from None
 
 
 def build_model(
@@ -136,7 +149,7 @@ def build_model(
     elif folder is None and model.from_config is not None:
         built = transformers.AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=False)
     else:
-        built = _from_pretrained(folder or model.name_or_path, model_config, dtype, cache_dir)
+        built = _from_pretrained(folder or model.name_or_path, model_config, dtype, cache_dir, strict=folder is not None)
     disable_dropout(built)
     return built
 
@@ -150,11 +163,16 @@ def build_policy_and_reference(
         return policy, None
     if archive is None and model.archive is None and model.from_config is not None:
         archive = policy.state_dict()  # random weights: drawn once
+    # Built as the policy is, then cast: buffers (GPT-J's sinusoids) that were made in another dtype would differ from the policy's.
+    reference = build_model(model, model_config, DTYPES[model.policy_dtype], cache_dir, archive)
     dtype = DTYPES[model.reference_dtype or model.fsdp_policy_mp or model.policy_dtype]
-    return policy, build_model(model, model_config, dtype, cache_dir, archive)
+    for parameter in reference.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return policy, reference
 
 
-def _from_pretrained(name: str, model_config, dtype: torch.dtype, cache_dir: Optional[str]) -> torch.nn.Module:
+def _from_pretrained(name: str, model_config, dtype: torch.dtype, cache_dir: Optional[str], strict: bool) -> torch.nn.Module:
+    """`strict`: weights that the model lacks are an error too, as for an archive; what is on the hub may have a head more."""
     try:
         built, info = transformers.AutoModelForCausalLM.from_pretrained(
             name,
@@ -165,9 +183,10 @@ def _from_pretrained(name: str, model_config, dtype: torch.dtype, cache_dir: Opt
             ignore_mismatched_sizes=True,  # reported below, with their names
             trust_remote_code=False,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
         raise UserError(f"the weights of {name} cannot be loaded: {_reason(error)}") from None
-    problems = [("missing", info["missing_keys"]), ("other shape", info["mismatched_keys"])]
+    unexpected = [key for key in info["unexpected_keys"] if strict and not str(key).endswith(LEGACY_BUFFERS)]
+    problems = [("missing", info["missing_keys"]), ("not in the model", unexpected), ("other shape", info["mismatched_keys"])]
     found = "; ".join(f"{what}: {some_of(sorted(map(str, keys)), 4)}" for what, keys in problems if keys)
     if found:
         raise UserError(f"the weights of {name} do not fit the model: {found}")

@@ -143,25 +143,28 @@ def strip_html_tags(html: str) -> str:
 def load_jsonl(source: Source) -> Dataset:
     """Rows {prompt, chosen, rejected}, text or chat messages (chat.py), from files or the hub; the SFT target is the last chosen one.
 
-    Without an eval split or eval_path, `eval_fraction` of the prompts are the test split: those whose hash is smallest, so that a prompt
-    is always on the same side, also when rows are added, and whatever the seed of the run.
+    Without an eval split or eval_path, `eval_fraction` of the prompts are the test split: those whose hash is below it, so that a prompt is
+    always on the same side, whatever the seed of the run, the rows beside it, or a date that the chat template writes.
     """
     options = source.options
     if options.get("eval_path") and source.split == "test":
-        return _jsonl_pairs(source, source.rows(options["eval_split"], options["eval_path"]))
+        return _jsonl_pairs(source, source.rows(options["eval_split"], options["eval_path"]))[0]
     if options.get("eval_path") or has_split(options["path"], options["eval_split"], options.get("subset"), source.cache_dir):
-        return _jsonl_pairs(source, source.rows(options["train_split" if source.split == "train" else "eval_split"]))
-    data = _jsonl_pairs(source, source.rows(options["train_split"]))
-    n_test = max(1, round(len(data) * options["eval_fraction"]))
-    by_hash = sorted(data, key=lambda prompt: hashlib.sha256(prompt.encode()).digest())
-    test = set(by_hash[:n_test])
-    return {prompt: entry for prompt, entry in data.items() if (prompt in test) == (source.split == "test")}
+        return _jsonl_pairs(source, source.rows(options["train_split" if source.split == "train" else "eval_split"]))[0]
+    data, words = _jsonl_pairs(source, source.rows(options["train_split"]))
+    hashes = {prompt: int.from_bytes(hashlib.sha256(words[prompt].encode()).digest()[:8]) / 2**64 for prompt in data}
+    bound = max(options["eval_fraction"], min(hashes.values(), default=0))  # one prompt at least
+    return {prompt: entry for prompt, entry in data.items() if (hashes[prompt] <= bound) == (source.split == "test")}
 
 
-def _jsonl_pairs(source: Source, rows: Iterable[Row]) -> Dataset:
+def _jsonl_pairs(source: Source, rows: Iterable[Row]) -> tuple[Dataset, dict[str, str]]:
+    """The pairs, and the words of each prompt without what a chat template adds."""
     data: Dataset = defaultdict(lambda: {"responses": [], "pairs": []})
+    words: dict[str, str] = {}
     for row in rows:
         if chat.has_messages(row):
+            if source.options["escape_special_tokens"]:
+                raise UserError("escape_special_tokens=true would escape the chat template's own tokens too: it is for plain text alone")
             rendered = chat.render_pair(row, source.report, source.tokenizer)
             if rendered is None:
                 continue
@@ -172,7 +175,8 @@ def _jsonl_pairs(source: Source, rows: Iterable[Row]) -> Dataset:
                 continue
         if source.report.usable_pair(row, *contents):
             _add_pair(data[texts[0]], texts[1], texts[2])
-    return dict(data)
+            words[texts[0]] = contents[0]
+    return dict(data), words
 
 
 def load_reviews(source: Source) -> Dataset:

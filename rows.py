@@ -34,7 +34,7 @@ def read_rows(path: str, split: str, subset: Optional[str], cache_dir: Optional[
 
     Args:
         path: a file (.jsonl, .jsonl.gz, .parquet), a folder with <split>.jsonl[.gz] or <split>[-*].parquet, a folder that
-            `datasets.save_to_disk` wrote, or a dataset on the Hugging Face hub.
+            `save_to_disk` of datasets wrote, or a dataset on the Hugging Face hub.
         split: name of the split; not used where path is a file.
         subset: configuration of a hub dataset, or None.
         cache_dir: where hub datasets are kept.
@@ -48,6 +48,8 @@ def read_rows(path: str, split: str, subset: Optional[str], cache_dir: Optional[
         raise UserError(f"data path {path} does not exist (a hub dataset is named owner/name)")
     if os.path.isfile(os.path.join(path, "dataset_dict.json")):
         return _saved_rows(path, split)
+    if os.path.isfile(os.path.join(path, "state.json")):  # one dataset without splits
+        return _DatasetRows(datasets.load_from_disk(path), path)
     files = [path] if os.path.isfile(path) else _files_of_split(path, split)
     if not files:
         raise UserError(f"{path} holds no split {split!r}: looked for {split}.jsonl, {split}.jsonl.gz and {split}[-*].parquet")

@@ -58,7 +58,8 @@ def run(config: DictConfig, overrides: Sequence[str] = ()) -> str:
 
     seed_everything(config)
     cache_dir = get_local_dir(config.local_dirs)
-    prepare_hub([config.model.name_or_path, config.model.tokenizer_name_or_path, *(x.get("path") for x in config.datasets.values())])
+    paths = [node.get(key) for node in config.datasets.values() for key in ("path", "eval_path")]
+    prepare_hub([config.model.name_or_path, config.model.tokenizer_name_or_path, *paths])
     tokenizer = load_tokenizer(config.model, cache_dir)
     model_config = load_model_config(config.model, tokenizer, cache_dir)
     archive = check_model(config.model, model_config, tokenizer, config.max_length)
@@ -129,6 +130,7 @@ def seed_everything(config: DictConfig) -> None:
     torch.manual_seed(config.seed)
     torch.backends.cuda.matmul.allow_tf32 = True  # as published: float32 matrix products in TF32 on a GPU
     if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which cuBLAS refuses
         torch.use_deterministic_algorithms(True)
 
 
@@ -143,6 +145,8 @@ def reported_errors() -> Iterator[None]:
         fail(str(error), 2)
     except RunError as error:
         fail(str(error), 1)
+    except torch.OutOfMemoryError as error:
+        fail(f"out of memory: {str(error).splitlines()[0]}", 1)
     except KeyboardInterrupt:
         fail("interrupted; what was saved is kept", 130)
 
@@ -159,7 +163,12 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with reported_errors():
-        hydra_main()
+        try:
+            hydra_main()
+        except ValueError as error:  # what Hydra raises for loss=null; one of the job's own is no user's mistake
+            if HydraConfig.initialized():
+                raise
+            raise UserError(str(error)) from None
 
 
 def known_keys() -> list[str]:

@@ -13,6 +13,7 @@ from typing import Optional
 import numpy as np
 import torch
 import tqdm
+import transformers
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -74,6 +75,16 @@ class BasicTrainer:
             enable({"use_reentrant": False})
 
         self.batches = BatchStream(train_data, config.batch_size, seed, config.n_epochs, config.n_examples, config.drop_last)
+        # Not the model's own: it may bring penalties, or a temperature.
+        self.generation_config = transformers.GenerationConfig(
+            max_length=config.max_length,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
         eval_order = next(eval_data.epochs(EVAL_SEED))
         self.eval_examples = eval_order[: config.n_eval_examples]
         self.optimizer = self.make_optimizer()
@@ -129,6 +140,7 @@ class BasicTrainer:
             self.scheduler.step()
             self.batch_counter += 1
         self.optimizer.zero_grad(set_to_none=True)
+        self.eval_metrics = {}  # they were the weights' before this step
         self.previous_counter, self.example_counter = self.example_counter, self.example_counter + len(examples)
         self.step_values = {"grad_norm": grad_norm, "lr": lr, "examples_per_second": len(examples) / (time.perf_counter() - started)}
         return sums
@@ -228,17 +240,11 @@ class BasicTrainer:
         return rows
 
     def generate(self, model: nn.Module, batch: dict) -> list[str]:
-        output = model.generate(
-            input_ids=batch["prompt_input_ids"],
-            attention_mask=batch["prompt_attention_mask"],
-            max_length=self.config.max_length,
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=self.tokenizer.eos_token_id,
-        )
+        own, model.generation_config = model.generation_config, self.generation_config
+        try:
+            output = model.generate(input_ids=batch["prompt_input_ids"], attention_mask=batch["prompt_attention_mask"])
+        finally:
+            model.generation_config = own
         return self.tokenizer.batch_decode(output, skip_special_tokens=True)
 
     # --- logs and checkpoints ---
@@ -263,7 +269,7 @@ class BasicTrainer:
 
     def check_start(self, metrics: dict[str, float]) -> None:
         """At the first step policy and reference are the same model: say so where their scores differ."""
-        if self.batch_counter != 1 or "rewards_train/chosen" not in metrics:
+        if self.previous_counter != 0 or "rewards_train/chosen" not in metrics:
             return
         beta = self.objective.hyperparameters["beta"]
         differences = {name: abs(metrics.get(name, 0.0)) for name in ("rewards_train/chosen", "rewards_train/rejected", "kl_train/chosen")}

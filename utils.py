@@ -38,7 +38,11 @@ def get_local_dir(prefixes_to_resolve: list[str]) -> str:
     for prefix in prefixes_to_resolve:
         if os.path.exists(prefix):
             break
-    return os.path.join(prefix, getpass.getuser())
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user without an entry in the password file
+        user = str(os.getuid())
+    return os.path.join(prefix, user)
 
 
 def pad_to_length(tensor: torch.Tensor, length: int, pad_value: Union[int, float], dim: int = -1) -> torch.Tensor:
@@ -57,12 +61,12 @@ def formatted_dict(values: dict) -> dict:
 
 
 def disable_dropout(model: torch.nn.Module) -> None:
-    """Turn off every dropout: modules, and the probabilities that attention layers keep as plain floats (GPT-NeoX, Llama)."""
+    """Turn off every dropout: modules, and the probabilities that layers keep as plain floats (GPT-NeoX, Llama, Starcoder2, Bloom)."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        for name in ("attention_dropout", "dropout", "activation_dropout", "dropout_p"):
-            if isinstance(getattr(module, name, None), float):
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
 
 

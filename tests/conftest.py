@@ -13,6 +13,7 @@ import hydra  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hydra.core.global_hydra import GlobalHydra  # noqa: E402
+from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
 import train  # noqa: E402
@@ -20,6 +21,18 @@ import train  # noqa: E402
 torch.set_num_threads(2)
 
 MINI = ROOT / "tests" / "golden" / "mini"
+
+# Small models of the families in config/model.
+SIZES = {"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+FAMILIES = {
+    "gpt2": {"vocab_size": 31, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32},
+    "gptj": {"vocab_size": 31, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "rotary_dim": 4},
+    "gpt_neox": SIZES,
+    "llama": {**SIZES, "num_key_value_heads": 1},
+    "mistral": {**SIZES, "num_key_value_heads": 1, "sliding_window": 4},
+    "qwen3": {**SIZES, "num_key_value_heads": 1, "head_dim": 8},
+    "gemma2": {**SIZES, "num_key_value_heads": 1, "head_dim": 8, "sliding_window": 4},
+}
 
 
 def compose(*overrides: str):
@@ -41,6 +54,7 @@ def command(monkeypatch, capsys):
 
     def call(*arguments: str):
         GlobalHydra.instance().clear()
+        HydraConfig.instance().cfg = None  # as in a new process
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
         try:
             train.main()

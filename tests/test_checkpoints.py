@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import MINI, compose, run
+from conftest import FAMILIES, MINI, compose, run
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import checkpoints
@@ -104,6 +104,15 @@ def test_archives_of_2023_carry_buffers_that_are_gone(tmp_path):
     assert read.keys() == state.keys() and all(torch.equal(read[name], state[name]) for name in state)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_of_every_family_come_back(family, tmp_path):
+    """GPT-2's attn.c_attn.bias, for one, ends like a buffer that is gone."""
+    state = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **FAMILIES[family])).state_dict()
+    save_checkpoint(str(tmp_path), 8, state, {})
+    read = read_archive(str(tmp_path / "LATEST" / "policy.pt"))
+    assert read.keys() == state.keys() and all(torch.equal(read[name], tensor) for name, tensor in state.items())
+
+
 def test_an_archive_that_does_not_fit_names_the_keys():
     model = GPT2LMHeadModel(GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2))
     state = model.state_dict()
@@ -133,7 +142,7 @@ def test_a_run_exports_what_transformers_loads_and_both_are_archives(tmp_path):
     data = ["datasets=[hh]", f"datasets.hh.path={MINI}/data", "max_length=64", "max_prompt_length=32", "batch_size=8", "n_examples=16"]
     run_dir = run("model=blank_model", f"model.name_or_path={MINI}/model", *data, "lr=1e-3", f"local_run_dir={tmp_path}/run")
     policy = torch.load(run_dir / "LATEST" / "policy.pt", weights_only=True)
-    assert policy["step_idx"] == 16 and set(policy["metrics"]) == {"loss/eval", "logps_eval/chosen"}
+    assert "metrics" in policy and policy["step_idx"] == 16 and set(policy["metrics"]) == {"loss/eval", "logps_eval/chosen"}
     exported = AutoModelForCausalLM.from_pretrained(run_dir / "LATEST" / "hf", dtype=torch.float32).state_dict()
     assert exported.keys() == policy["state"].keys()
     assert all(torch.equal(exported[name], tensor) for name, tensor in policy["state"].items())
@@ -175,6 +184,14 @@ def test_a_hugging_face_folder_that_does_not_fit(tmp_path):
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "wide")
     with pytest.raises(UserError, match=r"do not fit the model: other shape: .*gpt_neox.layers.0.mlp.dense_4h_to_h.weight"):
         model_of(f"model.archive={tmp_path}/wide")
+
+
+def test_a_hugging_face_folder_with_more_layers_is_refused(tmp_path):
+    config = AutoConfig.from_pretrained(MINI / "model")
+    config.num_hidden_layers = 3
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "deep")
+    with pytest.raises(UserError, match=r"do not fit the model: not in the model: gpt_neox.layers.2"):
+        model_of(f"model.archive={tmp_path}/deep")
 
 
 def test_a_run_folder_as_archive_is_answered_with_its_policy(tmp_path):

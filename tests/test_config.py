@@ -139,6 +139,16 @@ REFUSED = {
     "exp_name=x loss=dpo loss.beta=-1": "loss.beta=-1: must be greater than 0",
     "exp_name=x loss=dpo loss.label_smoothing=0.5": "loss.label_smoothing=0.5: must be less than 0.5",
     "exp_name=x loss=tdpo loss.reference_free=true": "loss.reference_free=true: TDPO's SeqKL needs the reference",
+    "exp_name=x loss=tdpo loss.if_tdpo2=no": "loss.if_tdpo2=no: must be true or false",
+    "exp_name=x loss=null": "Config group override must be a string or a list",
+    "exp_name=x datasets=[]": "datasets={}: must be",
+    "exp_name=x lr=inf": "lr=inf: must be a finite number",
+    "exp_name=x seed=4294967296": "seed=4294967296: must be less than 4294967296",
+    "exp_name=x optimizer=Muon": "optimizer=Muon: not in torch.optim",
+    "exp_name=x model.name_or_path=gpt2": "model.name_or_path=gpt2 and model.from_config exclude each other",
+    "exp_name=x model.from_config.num_attention_heads=3": "model from_config cannot be loaded: ",
+    "exp_name=x model.from_config.model_type=t5": "causal language model",
+    "exp_name=x loss=tdpo model.archive={root}/tests": "tests is no Hugging Face folder, it has no config.json",
     "exp_name=x datasets.reviews.invalid_rows=maybe": "datasets.reviews.invalid_rows=maybe: must be 'error', 'skip' or 'keep'",
     "exp_name=x datasets.reviews.n_train=9999": "datasets.reviews.n_train=9999: must be less than or equal to 2856",
     "exp_name=x datasets=[jsonl]": "missing: datasets.jsonl.path=...",
@@ -180,6 +190,17 @@ def test_cfg_job_prints_and_writes_nothing(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, _ = command("exp_name=x", "--cfg", "job")
     assert code == 0 and "exp_name: x" in out and os.listdir(tmp_path) == []
+
+
+def test_values_get_their_types_and_references_their_values():
+    """What was checked is what runs, and what config.yaml of a run holds."""
+    overrides = ["exp_name=2024", "batch_size=4.0", "lr='1e-3'", "n_eval_examples=1e2", "wandb.project=p-${exp_name}", "loss=tdpo"]
+    config = compose(*overrides, "loss.beta=${loss.alpha}", "datasets.reviews.n_train=${batch_size}")
+    check_config(config)
+    assert (config.exp_name, config.batch_size, config.lr, config.n_eval_examples) == ("2024", 4, 1e-3, 100)
+    assert isinstance(config.batch_size, int) and isinstance(config.n_eval_examples, int) and isinstance(config.lr, float)
+    assert config.loss.beta == 0.5 and config.datasets.reviews.n_train == 4
+    assert OmegaConf.to_container(config, resolve=False)["wandb"]["project"] == "p-2024"
 
 
 def test_what_is_adjusted_or_ignored_is_said():

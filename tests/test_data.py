@@ -1,7 +1,9 @@
 """Loaders, row defects, tokens, order and batches."""
 
+import copy
 import gzip
 import json
+import random
 
 import datasets
 import numpy as np
@@ -9,11 +11,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import MINI
+from conftest import MINI, compose
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import train
 from batching import BatchStream, TokenizedSplit, get_collate_fn
+from losses import get_objective
 from models import embedded_tokenizer
 from preference_datasets import default_options, get_dataset, strip_html_tags, tokenize_batch_element
 from rows import read_rows
@@ -97,7 +101,8 @@ def test_shp_keeps_pairs_with_a_score_ratio_of_2(tmp_path):
 
 def test_se_pairs_by_score_and_splits_off_1_percent(tmp_path):
     def row(i):
-        return {"question": f"<p>q{i}</p>", "answers": [{"text": f"<p>{c}</p>", "pm_score": s} for c, s in (("x", 1), ("y", 5), ("z", 2))]}
+        answers = [{"text": f"<p>{c}</p>", "pm_score": s} for c, s in (("x", 1), ("y", 5), ("z", 1))]
+        return {"question": f"<p>q{i}</p>", "answers": answers}
 
     write_lines(tmp_path / "train.jsonl", [row(i) for i in range(300)])
     train, test = (load("se", split, path=str(tmp_path)) for split in ("train", "test"))
@@ -105,7 +110,8 @@ def test_se_pairs_by_score_and_splits_off_1_percent(tmp_path):
     shuffled = datasets.Dataset.from_dict({"i": list(range(300))}).shuffle(seed=42)["i"]  # what the published code calls
     assert list(test) == [f"\n\nHuman: q{i}\n\nAssistant:" for i in shuffled[:3]]
     entry = train[f"\n\nHuman: q{shuffled[3]}\n\nAssistant:"]
-    assert entry["responses"] == [" x", " y", " z"] and entry["pairs"] == [(1, 0), (2, 0), (1, 2)] and entry["sft_target"] == " y"
+    assert entry["responses"] == [" x", " y", " z"] and entry["sft_target"] == " y"
+    assert entry["pairs"] == [(1, 0), (2, 0), (1, 2)]  # of a tie the later one is chosen, as published
 
 
 def test_strip_html_keeps_code():
@@ -130,16 +136,35 @@ def test_jsonl_from_every_kind_of_file(tmp_path):
     saved = tmp_path / "saved"
     datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(saved)
     assert len(load("jsonl", path=str(saved), eval_path=plain)) == 40
+    single = tmp_path / "single"
+    datasets.Dataset.from_list(rows).save_to_disk(single)
+    assert len(load("jsonl", path=str(single), eval_path=plain)) == 40
 
 
 def test_eval_fraction_is_by_prompt_seeded_and_stable(tmp_path):
+    """By a hash of the prompt, so that neither other rows nor their order move a prompt to the other side."""
     rows = [pair(f"p{i % 100}", f" a{i}") for i in range(200)]
     path = write_lines(tmp_path / "a.jsonl", rows)
     train, test = (load("jsonl", split, path=path, eval_fraction=0.1) for split in ("train", "test"))
-    assert (len(train), len(test)) == (90, 10) and not set(train) & set(test)
+    assert len(train) + len(test) == 100 and 5 <= len(test) <= 15 and not set(train) & set(test)
     assert all(len(entry["pairs"]) == 2 for entry in (*train.values(), *test.values()))
-    assert load("jsonl", "test", path=write_lines(tmp_path / "b.jsonl", rows[::-1]), eval_fraction=0.1).keys() == test.keys()
-    assert len(load("jsonl", "test", path=write_lines(tmp_path / "c.jsonl", rows[:3]), eval_fraction=0.1)) == 1
+    assert list(test) != sorted(train.keys() | test.keys())[: len(test)]
+    more = write_lines(tmp_path / "b.jsonl", [*rows[::-1], *(pair(f"q{i}") for i in range(300))])
+    assert {prompt for prompt in load("jsonl", "test", path=more, eval_fraction=0.1) if prompt[0] == "p"} == set(test)
+    assert len(load("jsonl", "test", path=write_lines(tmp_path / "c.jsonl", rows[:3]), eval_fraction=0.001)) == 1
+
+
+def test_the_eval_split_of_chat_rows_does_not_depend_on_what_the_template_adds(tmp_path, chat_tokenizer):
+    """Some templates write the date: SFT today and TDPO tomorrow must keep the same prompts apart."""
+    rows = [{"prompt": [{"role": "user", "content": f"p{i}"}], "chosen": "yes", "rejected": "no"} for i in range(60)]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    tests = []
+    for date in ("monday", "tuesday"):
+        dated = copy.copy(chat_tokenizer)
+        dated.chat_template = date + CHAT_TEMPLATE
+        data = load("jsonl", "test", path=path, eval_fraction=0.2, tokenizer=dated)
+        tests.append({prompt.removeprefix(date) for prompt in data})
+    assert tests[0] == tests[1] and 3 < len(tests[0]) < 25
 
 
 CHAT_FORMS = {
@@ -185,6 +210,14 @@ def test_chat_rows_are_rendered_by_the_template(form, tmp_path, chat_tokenizer):
     assert element["prompt_input_ids"][0] == 128 and element["prompt_input_ids"].count(129) == 1
 
 
+def test_a_template_that_refuses_a_row_is_a_defect_of_the_row(tmp_path, chat_tokenizer):
+    strict = copy.copy(chat_tokenizer)
+    strict.chat_template = "{{ raise_exception('System role not supported') }}"
+    path = write_lines(tmp_path / "a.jsonl", [CHAT_FORMS["whole conversations"]])
+    with pytest.raises(UserError, match=r"the chat template refuses it \(System role not supported\): .*a.jsonl row 1"):
+        load("jsonl", path=path, eval_path=path, tokenizer=strict)
+
+
 def test_multi_turn_conversations_share_their_beginning(tmp_path, chat_tokenizer):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
     row = {"chosen": [*turns, {"role": "assistant", "content": "d"}], "rejected": [*turns, {"role": "assistant", "content": "e"}]}
@@ -204,6 +237,7 @@ def test_chat_rows_that_are_wrong(tmp_path, chat_tokenizer):
         {"chosen": [user, reply], "rejected": [user, reply]},
         {"chosen": [user, {"role": "assistant", "content": None}], "rejected": [user, reply]},
         {"chosen": [user, reply], "rejected": []},
+        {"chosen": [user, reply, user, reply], "rejected": [user, {"role": "assistant", "content": "no"}, user, reply]},
     ]
     path = write_lines(tmp_path / "a.jsonl", rows)
     with pytest.raises(UserError) as error:
@@ -218,8 +252,11 @@ def test_chat_rows_that_are_wrong(tmp_path, chat_tokenizer):
         "chosen and rejected are equal": 6,
         "content of 'chosen'\" is null": 7,
         "'rejected' is no list of messages": 8,
+        "a user's turn within the response": 9,
     }.items():
         assert defect.replace('"', "") in message.replace('"', "") and f"row {row}" in message
+    with pytest.raises(UserError, match="escape_special_tokens=true would escape the chat template's own"):
+        load("jsonl", path=path, eval_path=path, tokenizer=chat_tokenizer, escape_special_tokens=True)
     with pytest.raises(UserError, match="no chat template"):
         load("jsonl", path=path, eval_path=path, tokenizer=embedded_tokenizer())
 
@@ -389,6 +426,17 @@ def test_beginning_of_sequence_is_added_once(chat_tokenizer):
     assert split.prompts[0]["prompt_ids"].tolist().count(130) == 1
 
 
+def test_training_passes_the_models_add_bos(mini_tokenizer):
+    """Through train.py's loading, also where the prompt is cut at its start."""
+    options = [f"model.name_or_path={MINI}/model", "datasets=[hh]", f"datasets.hh.path={MINI}/data", "max_length=24", "max_prompt_length=6"]
+    for add_bos in (True, False):
+        config = compose("exp_name=x", "model=blank_model", *options, f"model.add_bos={add_bos}")
+        split = train.load_data(config, "train", mini_tokenizer, get_objective("dpo", beta=0.1), None)
+        starts = {split.element(example)["prompt_input_ids"][0] for example in next(split.epochs(0))}
+        cut = [split.element(example)["prompt_input_ids"] for example in next(split.epochs(0))]
+        assert (starts == {mini_tokenizer.bos_token_id}) == add_bos and min(len(ids) for ids in cut) == 6
+
+
 # --- batches ---
 
 
@@ -455,11 +503,14 @@ def test_unknown_words_are_counted():
     assert split.describe().endswith("1 tokens are unknown to the tokenizer")
 
 
-def test_a_seed_of_the_published_code_gives_its_shuffles():
-    """Epoch seeds are NumPy's legacy draws below 2**31, one an epoch: the same whether drawn at once or one by one."""
-    at_once = np.random.RandomState(3).randint(0, 2**31, size=1_000_000)[:4]
-    one_by_one = np.random.RandomState(3)
-    assert [one_by_one.randint(0, 2**31) for _ in range(4)] == at_once.tolist()
+def test_the_order_is_the_published_one(mini_tokenizer):
+    """NumPy's legacy draws below 2**31 seed one shuffle an epoch, each of the order before."""
+    split = make_split(mini_tokenizer, n_prompts=20)
+    seeds = np.random.RandomState(3).randint(0, 2**31, size=1_000_000)
+    expected = list(range(20))
+    for epoch, seed in zip(split.epochs(3), seeds[:3]):
+        random.Random(int(seed)).shuffle(expected)
+        assert [example.prompt for example in epoch] == expected
 
 
 def test_mini_data_is_what_the_golden_runs_read():

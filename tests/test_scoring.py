@@ -6,7 +6,7 @@ import math
 import oracle
 import pytest
 import torch
-from conftest import MINI
+from conftest import FAMILIES, MINI
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from batching import get_collate_fn
@@ -150,18 +150,6 @@ def test_tied_weights_stay_tied_in_a_cast():
         tied(input_ids=torch.tensor([[1, 2, 3]])).logits.float().sum().backward()
     assert tied.lm_head.weight is tied.transformer.wte.weight and tied.lm_head.weight.dtype == torch.float32
     assert tied.lm_head.weight.grad is not None and "lm_head.weight" in tied.state_dict()
-
-
-SIZES = {"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-FAMILIES = {
-    "gpt2": {"vocab_size": 31, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32},
-    "gptj": {"vocab_size": 31, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "rotary_dim": 4},
-    "gpt_neox": SIZES,
-    "llama": {**SIZES, "num_key_value_heads": 1},
-    "mistral": {**SIZES, "num_key_value_heads": 1, "sliding_window": 4},
-    "qwen3": {**SIZES, "num_key_value_heads": 1, "head_dim": 8},
-    "gemma2": {**SIZES, "num_key_value_heads": 1, "head_dim": 8, "sliding_window": 4},
-}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

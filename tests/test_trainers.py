@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from losses import get_objective
 from scoring import PlainScorer
 from trainers import BasicTrainer
-from utils import RunError, UserError
+from utils import RunError
 
 DATA = ["model=blank_model", f"model.name_or_path={MINI}/model", "datasets=[hh]", f"datasets.hh.path={MINI}/data"]
 DATA += ["max_length=64", "max_prompt_length=32", "batch_size=8", "lr=5e-4", "warmup_steps=3"]
@@ -28,7 +29,7 @@ def weights_of(run_dir):
 
 
 def test_the_gradient_does_not_depend_on_the_cut_of_the_batch(tmp_path):
-    """One SGD step in float64, so that nothing hides a wrong weight of an example: 1, 4 and 8 microbatches, and a smaller last batch."""
+    """One SGD step in float64, so that nothing hides a wrong weight of an example: 1, 4 and 8 microbatches."""
     options = [
         *PREFERENCE,
         "optimizer=SGD",
@@ -48,13 +49,22 @@ def test_the_gradient_does_not_depend_on_the_cut_of_the_batch(tmp_path):
 
 
 def test_a_smaller_last_batch_counts_its_own_examples(tmp_path):
-    """90 train examples in batches of 40: with drop_last=false the third batch is of 10, and its loss and gradient are their mean."""
-    options = [*PREFERENCE, "drop_last=false", "batch_size=40", "gradient_accumulation_steps=4", "n_eval_examples=4", "eval_every=40"]
-    logs = logs_of(run(*options, f"local_run_dir={tmp_path}/run"))
-    n_train = logs_of(tmp_path / "run", "train")
-    assert [log["counters/examples"] for log in n_train] == [40, 80, 96]
-    assert [log["counters/examples"] for log in logs if log["split"] == "eval"] == [0, 40, 80, 96]
-    assert sorted(os.listdir(tmp_path / "run")) == ["LATEST", "config.yaml", "metrics.jsonl", "step-40", "step-80", "step-96"]
+    """96 train examples as one batch of 96, and as the only and smaller batch of 100: the same gradient, so the same step of SGD."""
+    options = [*PREFERENCE, "optimizer=SGD", "lr=0.1", "warmup_steps=0", "model.policy_dtype=float64", "n_epochs=1", "do_first_eval=false"]
+    whole = run(*options, "batch_size=96", f"local_run_dir={tmp_path}/whole")
+    smaller = run(*options, "batch_size=100", "drop_last=false", f"local_run_dir={tmp_path}/smaller")
+    for name, tensor in weights_of(whole).items():
+        torch.testing.assert_close(weights_of(smaller)[name], tensor, rtol=0, atol=1e-12)
+
+
+def test_evals_and_checkpoints_after_a_smaller_last_batch(tmp_path):
+    """Two epochs of 40, 40 and 16 examples: an eval where a multiple of 40 was passed."""
+    options = [*PREFERENCE, "drop_last=false", "batch_size=40", "n_epochs=2", "n_eval_examples=4", "eval_every=40"]
+    run_dir = run(*options, f"local_run_dir={tmp_path}/run")
+    assert [log["counters/examples"] for log in logs_of(run_dir, "train")] == [40, 80, 96, 136, 176, 192]
+    assert [log["counters/examples"] for log in logs_of(run_dir, "eval")] == [0, 40, 80, 136, 176, 192]
+    steps = {name for name in os.listdir(run_dir) if name.startswith("step-")}
+    assert steps == {"step-40", "step-80", "step-136", "step-176", "step-192"}
 
 
 def test_the_same_seed_gives_the_same_run_and_another_another(tmp_path):
@@ -148,19 +158,72 @@ def test_a_reference_of_another_dtype_is_noticed(tmp_path, capsys):
     assert "policy and reference differ before the first step" in capsys.readouterr().out
 
 
-def test_activation_checkpointing_changes_no_number(tmp_path):
+def test_activation_checkpointing_changes_no_number(tmp_path, monkeypatch):
     """Also where the policy computes in another dtype than its weights have: backward runs the blocks again."""
+    forward, enabled = PlainScorer.forward, set()
+
+    def recorded(self, batch):
+        enabled.add(self.policy.is_gradient_checkpointing)
+        return forward(self, batch)
+
+    monkeypatch.setattr(PlainScorer, "forward", recorded)
     for mp in ("null", "bfloat16"):
         options = [*PREFERENCE, "n_examples=16", f"model.fsdp_policy_mp={mp}"]
         runs = [run(*options, f"activation_checkpointing={x}", f"local_run_dir={tmp_path}/{mp}{x}") for x in ("false", "true")]
         plain, again = (weights_of(run_dir) for run_dir in runs)
         assert all(torch.equal(plain[name], again[name]) for name in plain)
+    assert enabled == {False, True}
+
+
+def test_deterministic_is_what_pytorch_calls_so(tmp_path):
+    try:
+        run(*PREFERENCE, "n_examples=8", "deterministic=true", f"local_run_dir={tmp_path}/run")
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_samples_are_drawn_from_the_models_own_distribution(tmp_path, monkeypatch):
+    """Whatever settings the model came with: no top-k or top-p, temperature 1, no penalty, up to max_length."""
+    greedy = tmp_path / "model"
+    shutil.copytree(MINI / "model", greedy)
+    settings = {"max_new_tokens": 2, "repetition_penalty": 5.0, "temperature": 0.01, "top_k": 1, "do_sample": True}
+    (greedy / "generation_config.json").write_text(json.dumps(settings))
+    options = [*DATA, f"model.name_or_path={greedy}", "n_examples=8", "sample_during_eval=true", "n_eval_model_samples=8", "debug=true"]
+    options += ["max_length=40", "max_prompt_length=8"]
+    seen = []
+    generate = BasicTrainer.generate
+
+    def recorded(self, model, batch):
+        own = model.generation_config
+        monkeypatch.setattr(model, "_prepare_generation_config", spy(model._prepare_generation_config, seen))
+        texts = generate(self, model, batch)
+        assert model.generation_config is own
+        return texts
+
+    monkeypatch.setattr(BasicTrainer, "generate", recorded)
+    run(*options, f"local_run_dir={tmp_path}/run")
+    for used in seen:
+        assert (used.do_sample, used.temperature, used.top_k, used.top_p) == (True, 1.0, 0, 1.0)
+        assert used.repetition_penalty in (None, 1.0) and used.max_new_tokens is None and used.max_length == 40
+    assert seen
+
+
+def spy(function, seen: list):
+    """The function, which notes the generation config that it returns first."""
+
+    def called(*arguments, **keywords):
+        output = function(*arguments, **keywords)
+        seen.append(output[0])
+        return output
+
+    return called
 
 
 def poison(monkeypatch, at_step: int, where: str):
     """Make the loss (or a gradient) of one step not finite."""
     score, clip = BasicTrainer.score, BasicTrainer.clip_gradient
-    steps = {"score": 0, "clip": 0}
+    steps = {"clip": 0}
 
     def poisoned_score(self, examples, sums, split):
         output = score(self, examples, sums, split)
@@ -173,7 +236,11 @@ def poison(monkeypatch, at_step: int, where: str):
     def poisoned_clip(self):
         norm = clip(self)
         steps["clip"] += 1
-        return norm * float("inf") if where == "gradient" and steps["clip"] == at_step + 1 else norm
+        if where == "gradient" and steps["clip"] == at_step + 1:
+            for parameter in self.policy.parameters():
+                parameter.grad *= float("nan")
+            return norm * float("nan")
+        return norm
 
     monkeypatch.setattr(BasicTrainer, "score", poisoned_score)
     monkeypatch.setattr(BasicTrainer, "clip_gradient", poisoned_clip)
@@ -195,6 +262,9 @@ def test_such_steps_can_be_left_out(tmp_path, monkeypatch):
     run_dir = run(*PREFERENCE, "n_examples=64", "max_skipped_steps=1", f"local_run_dir={tmp_path}/run")
     log = logs_of(run_dir, "train")[-1]
     assert (log["counters/examples"], log["counters/updates"]) == (64, 7)
+    rates = [log["lr"] for log in logs_of(run_dir, "train")]
+    assert rates[2] == rates[3] < rates[4]  # a step that was left out is none of the schedule
+    assert logs_of(run_dir, "train")[2]["grad_norm"] is None  # JSON has no NaN
     assert all(tensor.isfinite().all() for tensor in weights_of(run_dir).values())
 
 
@@ -212,8 +282,6 @@ def test_optimizers_of_torch(tmp_path):
     for optimizer in ("AdamW", "SGD"):
         run_dir = run(*PREFERENCE, f"optimizer={optimizer}", "n_examples=8", f"local_run_dir={tmp_path}/{optimizer}")
         assert logs_of(run_dir, "eval")[-1]["loss/eval"] != logs_of(run_dir, "eval")[0]["loss/eval"]
-    with pytest.raises(UserError, match="optimizer=Muon does not take this model"):
-        run(*PREFERENCE, "optimizer=Muon", "n_examples=8", f"local_run_dir={tmp_path}/Muon")
 
 
 def test_dropout_is_off(tmp_path):
@@ -227,5 +295,11 @@ def test_dropout_is_off(tmp_path):
     model = GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, attention_dropout=0.5, hidden_dropout=0.5)).train()
     ids = torch.tensor([[1, 2, 3, 4]])
     assert not torch.equal(model(ids).logits, model(ids).logits)
+    disable_dropout(model)
+    assert torch.equal(model(ids).logits, model(ids).logits)
+    from transformers import Starcoder2Config, Starcoder2ForCausalLM
+
+    rates = {"residual_dropout": 0.5, "embedding_dropout": 0.5, "attention_dropout": 0.5}
+    model = Starcoder2ForCausalLM(Starcoder2Config(**sizes, num_key_value_heads=1, **rates)).train()
     disable_dropout(model)
     assert torch.equal(model(ids).logits, model(ids).logits)
