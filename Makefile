@@ -1,4 +1,4 @@
-# make demo: SFT, then TDPO2, on the embedded task, in a few minutes on two CPU cores. make test: the tests.
+# make demo: SFT, then TDPO2, on the embedded task, in about a minute on two CPU cores. make test: the tests.
 # Both set up a virtual environment in .venv first; VENV= and PYTHON= choose another one.
 VENV ?= .venv
 PYTHON ?= python3

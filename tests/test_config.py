@@ -141,7 +141,7 @@ REFUSED = {
     "exp_name=x loss=tdpo loss.reference_free=true": "loss.reference_free=true: TDPO's SeqKL needs the reference",
     "exp_name=x loss=tdpo loss.if_tdpo2=no": "loss.if_tdpo2=no: must be true or false",
     "exp_name=x loss=null": "Config group override must be a string or a list",
-    "exp_name=x datasets=[]": "datasets={}: must be",
+    "exp_name=x datasets=[]": "missing: datasets=...",
     "exp_name=x lr=inf": "lr=inf: must be a finite number",
     "exp_name=x seed=4294967296": "seed=4294967296: must be less than 4294967296",
     "exp_name=x optimizer=Muon": "optimizer=Muon: not in torch.optim",
