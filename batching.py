@@ -197,8 +197,9 @@ class BatchStream:
 
     @property
     def dropped(self) -> int:
-        """Examples left out at the end of every epoch."""
-        return len(self.split) % self.batch_size if self.drop_last else 0
+        """Examples left out at the end of each epoch that is trained to its end."""
+        per_epoch = len(self.split) // self.batch_size
+        return len(self.split) % self.batch_size if self.drop_last and len(self) >= per_epoch else 0
 
 
 def get_collate_fn(tokenizer) -> Callable[[list[dict]], dict[str, Union[list, torch.Tensor]]]:

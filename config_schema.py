@@ -77,7 +77,7 @@ class Jsonl(Corpus):
     path: str
     subset: Optional[str]
     train_split: str
-    eval_split: str
+    eval_split: Optional[str]
     eval_path: Optional[str]
     eval_fraction: Annotated[float, Field(gt=0, lt=1)]
     escape_special_tokens: StrictBool

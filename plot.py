@@ -44,7 +44,7 @@ def read_run(path: str) -> tuple[str, list[dict]]:
         logs = [json.loads(line) for line in lines if line.strip()]
     if not logs:
         raise UserError(f"{file}: nothing logged yet")
-    return os.path.basename(os.path.dirname(os.path.abspath(file))), logs
+    return os.path.relpath(os.path.dirname(os.path.abspath(file))), logs
 
 
 def curve(logs: list[dict], split: str, metric: str) -> tuple[list[int], list[float]]:
@@ -76,7 +76,8 @@ def draw(runs: list[tuple[str, list[dict]]], output: str) -> list[str]:
         axis.axis("off")
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(runs)), frameon=False)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.25 * math.ceil(len(runs) / 4) / figure.get_figheight()))
+    figure.tight_layout(rect=(0, 0.02, 1, 1 - 0.25 * math.ceil(len(runs) / 4) / figure.get_figheight()))
+    figure.text(0.5, 0.003, "train: pale, and smoothed where there are many logs; eval: dashed with dots", ha="center", fontsize=7)
     figure.savefig(output, dpi=130)
     plt.close(figure)
     return [title for title, _, _ in panels]

@@ -20,7 +20,7 @@ import reviews
 from batching import BatchStream, TokenizedSplit, get_collate_fn
 from rows import Row, RowReport, has_split, read_rows
 from tokenization import special_token_strings, tokenize_batch_element
-from utils import UserError, nearest
+from utils import UserError, nearest, plural
 
 __all__ = ["get_dataset", "get_collate_fn", "get_batch_iterator", "tokenize_batch_element", "load_split"]
 
@@ -147,14 +147,25 @@ def load_jsonl(source: Source) -> Dataset:
     always on the same side, whatever the seed of the run, the rows beside it, or a date that the chat template writes.
     """
     options = source.options
-    if options.get("eval_path") and source.split == "test":
-        return _jsonl_pairs(source, source.rows(options["eval_split"], options["eval_path"]))[0]
-    if options.get("eval_path") or has_split(options["path"], options["eval_split"], options.get("subset"), source.cache_dir):
-        return _jsonl_pairs(source, source.rows(options["train_split" if source.split == "train" else "eval_split"]))[0]
-    data, words = _jsonl_pairs(source, source.rows(options["train_split"]))
+    eval_split = options["eval_split"] or "test"
+    if source.split == "test" and options["eval_path"]:
+        return _jsonl_pairs(source, source.rows(eval_split, options["eval_path"]))[0]
+    apart = options["eval_path"] or options["eval_split"]  # a split that was asked for must be there
+    if apart or has_split(options["path"], eval_split, options["subset"], source.cache_dir):
+        return _jsonl_pairs(source, source.rows(options["train_split"] if source.split == "train" else eval_split))[0]
+    return _held_out(source, *_jsonl_pairs(source, source.rows(options["train_split"])))
+
+
+def _held_out(source: Source, data: Dataset, words: Mapping[str, str]) -> Dataset:
+    """The prompts of the split: those whose words' hash is below eval_fraction are the test split, one prompt at least."""
+    fraction = source.options["eval_fraction"]
     hashes = {prompt: int.from_bytes(hashlib.sha256(words[prompt].encode()).digest()[:8]) / 2**64 for prompt in data}
-    bound = max(options["eval_fraction"], min(hashes.values(), default=0))  # one prompt at least
-    return {prompt: entry for prompt, entry in data.items() if (hashes[prompt] <= bound) == (source.split == "test")}
+    bound = max(fraction, min(hashes.values(), default=0))
+    split = {prompt: entry for prompt, entry in data.items() if (hashes[prompt] <= bound) == (source.split == "test")}
+    if data and not split:
+        raise UserError(f"{plural(len(data), 'prompt')} cannot be parted into train and eval: give eval_path or eval_split, or more data")
+    source.report.notes.append(f"no eval split: {plural(len(split), 'prompt')} of {len(data):,} (eval_fraction={fraction})")
+    return split
 
 
 def _jsonl_pairs(source: Source, rows: Iterable[Row]) -> tuple[Dataset, dict[str, str]]:

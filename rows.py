@@ -91,7 +91,10 @@ def _json_lines(file: str) -> Iterator[Row]:
                     continue
                 try:
                     fields = json.loads(line)
-                except (ValueError, UnicodeDecodeError):
+                except UnicodeDecodeError:
+                    yield Row(file, number, None, "not UTF-8 text")
+                    continue
+                except ValueError:
                     yield Row(file, number, None, "cut or broken JSON")
                     continue
                 yield Row(file, number, *((fields,) if isinstance(fields, dict) else (None, "not a JSON object")))
@@ -165,8 +168,9 @@ class RowReport:
     """
 
     def __init__(self, name: str, split: str, invalid_rows: str, special_tokens: Sequence[str] = ()):
-        self.source, self.key, self.invalid_rows = f"{name} {split}", f"datasets.{name}.invalid_rows", invalid_rows
+        self.name, self.source, self.invalid_rows = name, f"{name} {split}", invalid_rows
         self.read = self.kept = 0
+        self.notes: list[str] = []  # lines to print with the counts
         self._defects: dict[str, list[Row]] = defaultdict(list)
         self._kept_defects: dict[str, list[Row]] = defaultdict(list)
         self._special = re.compile("|".join(re.escape(x) for x in special_tokens if x)) if any(special_tokens) else None
@@ -227,17 +231,22 @@ class RowReport:
         self.kept += keep
         return keep
 
+    def remedy(self) -> str:
+        special = any(defect.startswith("special token") for defect in self._defects)
+        escape = f"; datasets.{self.name}.escape_special_tokens=true makes special tokens plain text" if special else ""
+        return f"datasets.{self.name}.invalid_rows=skip drops such rows{escape}"
+
     def finish(self, silent: bool = False) -> None:
         """Print the counts, or raise UserError with every row that must not be there."""
         if self._defects and self.invalid_rows != "skip":
-            raise UserError(f"{self.source}: rows that cannot be used{self._describe(self._defects)}\n  {self.key}=skip drops such rows")
+            raise UserError(f"{self.source}: rows that cannot be used{self._describe(self._defects)}\n  {self.remedy()}")
         if self.read == 0:
             raise UserError(f"{self.source}: no rows")
         if self.kept == 0:
             raise UserError(f"{self.source}: none of {plural(self.read, 'row')} can be used{self._describe(self._defects)}")
         if silent:
             return
-        print(f"{self.source}: {plural(self.read, 'row')} read, {self.kept:,} kept")
+        print("; ".join([f"{self.source}: {plural(self.read, 'row')} read, {self.kept:,} kept", *self.notes]))
         for verb, defects in (("dropped", self._defects), ("kept as published, though they have", self._kept_defects)):
             if defects:
                 print(f"  {verb}{self._describe(defects)}")

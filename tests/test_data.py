@@ -154,6 +154,21 @@ def test_eval_fraction_is_by_prompt_seeded_and_stable(tmp_path):
     assert len(load("jsonl", "test", path=write_lines(tmp_path / "c.jsonl", rows[:3]), eval_fraction=0.001)) == 1
 
 
+def test_an_eval_split_that_was_asked_for_must_be_there(tmp_path, capsys):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write_lines(folder / "train.jsonl", [pair(f"p{i}") for i in range(30)])
+    write_lines(folder / "validation.jsonl", [pair("v")])
+    with pytest.raises(UserError, match="no split 'valid'"):
+        load("jsonl", "test", path=str(folder), eval_split="valid")
+    assert list(load("jsonl", "test", path=str(folder), eval_split="validation")) == ["v"]
+    options = {**default_options("jsonl"), "path": str(folder)}
+    get_dataset("jsonl", "test", options=options)
+    assert "no eval split: " in capsys.readouterr().out  # and says which prompts it takes instead
+    with pytest.raises(UserError, match="1 prompt cannot be parted"):
+        load("jsonl", "train", path=write_lines(tmp_path / "one.jsonl", [pair()]))
+
+
 def test_the_eval_split_of_chat_rows_does_not_depend_on_what_the_template_adds(tmp_path, chat_tokenizer):
     """Some templates write the date: SFT today and TDPO tomorrow must keep the same prompts apart."""
     rows = [{"prompt": [{"role": "user", "content": f"p{i}"}], "chosen": "yes", "rejected": "no"} for i in range(60)]
@@ -325,7 +340,7 @@ def test_special_tokens_can_be_escaped(tmp_path, mini_tokenizer):
         (b"", "no rows"),
         (b"\n\n", "no rows"),
         (gzip.compress(b'{"prompt": "a"}\n' * 400)[:30], "cut or broken"),
-        (b"\xff\xfe{}", "broken JSON"),
+        (b'{"prompt": "caf\xe9"}', "not UTF-8 text"),
     ],
 )
 def test_files_that_are_no_data(content, message, tmp_path):
@@ -471,6 +486,7 @@ def test_sizes_of_batches(options, sizes, mini_tokenizer):
     stream = BatchStream(make_split(mini_tokenizer), batch_size=4, seed=0, **options)
     assert [len(batch) for batch in stream] == sizes and len(stream) == len(sizes)
     assert stream.dropped == (0 if options.get("drop_last") is False else 2)
+    assert BatchStream(make_split(mini_tokenizer), batch_size=4, seed=0, n_examples=4).dropped == 0  # no epoch ends
 
 
 def test_a_split_smaller_than_a_batch_is_refused_at_once(mini_tokenizer):

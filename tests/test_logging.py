@@ -95,9 +95,9 @@ def write_run(folder, split_values):
 def test_curves(tmp_path, monkeypatch, capsys):
     sft = write_run(tmp_path / "sft", [("train", 8, {"loss/train": 3.0}), ("eval", 0, {"loss/eval": 4.0}), ("eval", 8, {"loss/eval": 2.0})])
     tdpo = write_run(tmp_path / "tdpo", [("train", 8, {"loss/train": 0.7, "kl_train/margin": 0.1, "rewards_train/accuracies": 0.5})])
+    monkeypatch.chdir(tmp_path)
     name, logs = plot.read_run(sft)
     assert name == "sft" and plot.curve(logs, "eval", "loss/{s}") == ([0, 8], [4.0, 2.0])
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["plot.py", sft, tdpo, "-o", "curves.png"])
     plot.main()
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
