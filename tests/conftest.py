@@ -14,7 +14,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hydra.core.global_hydra import GlobalHydra  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
-from transformers import AutoTokenizer  # noqa: E402
+from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
+from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: E402
 
 import train  # noqa: E402
 
@@ -70,3 +71,22 @@ def command(monkeypatch, capsys):
 @pytest.fixture(scope="session")
 def mini_tokenizer():
     return AutoTokenizer.from_pretrained(MINI / "model")
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer():
+    """A tokenizer of bytes-like characters whose end of sequence, <|end|>, is also the template's end of turn."""
+    vocabulary = {chr(i): i for i in range(32, 127)} | {"\n": 127, "<|start|>": 128, "<|end|>": 129, "<|bos|>": 130}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="<|end|>", bos_token="<|bos|>", pad_token="<|end|>", extra_special_tokens=["<|start|>"]
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer

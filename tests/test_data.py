@@ -1,46 +1,20 @@
-"""Loaders, row defects, tokens, order and batches."""
+"""Loaders, chat templates, and rows that are wrong."""
 
 import copy
 import gzip
 import json
-import random
 
 import datasets
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-import torch
-from conftest import MINI, compose
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from conftest import CHAT_TEMPLATE, MINI
 
-import train
-from batching import BatchStream, TokenizedSplit, get_collate_fn
-from losses import get_objective
+from batching import TokenizedSplit
 from models import embedded_tokenizer
-from preference_datasets import default_options, get_dataset, strip_html_tags, tokenize_batch_element
+from preference_datasets import default_options, get_dataset, strip_html_tags
 from rows import read_rows
-from tokenization import truncate
 from utils import UserError
-
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
-)
-
-
-@pytest.fixture(scope="module")
-def chat_tokenizer():
-    """A tokenizer of bytes-like characters whose end of sequence, <|end|>, is also the template's end of turn."""
-    vocabulary = {chr(i): i for i in range(32, 127)} | {"\n": 127, "<|start|>": 128, "<|end|>": 129, "<|bos|>": 130}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
-    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, eos_token="<|end|>", bos_token="<|bos|>", pad_token="<|end|>", extra_special_tokens=["<|start|>"]
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
 
 
 def write_lines(path, rows):
@@ -372,161 +346,6 @@ def test_unknown_datasets():
         get_dataset("revews", "train")
     with pytest.raises(UserError, match="neither a local path nor a dataset"):
         load("jsonl", path="nobody/nothing")
-
-
-# --- tokens ---
-
-
-@pytest.mark.parametrize(
-    "prompt,responses,mode,expected",
-    [
-        (4, (3, 2), "keep_end", (range(4), 3, 2)),  # fits
-        (8, (3, 2), "keep_end", (range(4, 8), 3, 2)),  # the prompt is cut to 4
-        (8, (3, 2), "keep_start", (range(4), 3, 2)),
-        (3, (9, 2), "keep_end", (range(3), 6, 2)),  # a short prompt stays; responses are cut to 10 - 4
-        (9, (9, 7), "keep_start", (range(4), 6, 6)),
-        (2, (1, 9), "keep_end", (range(2), 1, 6)),  # by the longer response, though 2 + 8 would fit
-    ],
-)
-def test_truncation(prompt, responses, mode, expected):
-    cut_prompt, cut = truncate(list(range(prompt)), [list(range(n)) for n in responses], mode, 10, 4)
-    assert cut_prompt == list(expected[0]) and [len(x) for x in cut] == list(expected[1:])
-
-
-def test_truncation_keeps_the_beginning_of_sequence():
-    assert truncate([99, 0, 1, 2, 3, 4], [[0] * 6], "keep_end", 10, 4, bos_token_id=99)[0] == [99, 2, 3, 4]
-    assert truncate([99, 0, 1, 2, 3, 4], [[0] * 9], "keep_end", 10, 1, bos_token_id=99)[0] == [99]
-
-
-def test_tokenize_batch_element(mini_tokenizer):
-    element = tokenize_batch_element("wind help", " boat", " a lake", "keep_end", mini_tokenizer, 64, 32)
-    prompt = mini_tokenizer("wind help")["input_ids"]
-    chosen = [*mini_tokenizer(" boat")["input_ids"], mini_tokenizer.eos_token_id]
-    assert element["chosen_input_ids"] == prompt + chosen and element["chosen_labels"] == [-100] * len(prompt) + chosen
-    assert element["rejected_attention_mask"] == [1] * len(element["rejected_input_ids"])
-    assert (element["chosen"], element["rejected_response_only"]) == ("wind help boat", " a lake")
-    with pytest.raises(ValueError, match="end-of-sequence"):
-        tokenize_batch_element("a", " b<|endoftext|>", " c", "keep_end", mini_tokenizer, 64, 32)
-    with pytest.raises(ValueError, match="truncation mode"):
-        tokenize_batch_element("a", " b", " c", "keep_middle", mini_tokenizer, 64, 32)
-
-
-def test_collate_pads_prompts_on_the_left(mini_tokenizer):
-    elements = [tokenize_batch_element(prompt, " b", " c d", "keep_end", mini_tokenizer, 64, 32) for prompt in ("wind", "wind help wide")]
-    batch = get_collate_fn(mini_tokenizer)(elements)
-    short, long = (len(element["prompt_input_ids"]) for element in elements)
-    assert batch["prompt_attention_mask"].tolist()[0] == [0] * (long - short) + [1] * short
-    assert batch["prompt_input_ids"][0, : long - short].eq(mini_tokenizer.pad_token_id).all()
-    assert batch["chosen_labels"][0, -1] == -100 and batch["chosen_attention_mask"][0, -1] == 0
-    assert batch["prompt"] == ["wind", "wind help wide"] and batch["chosen_input_ids"].dtype == torch.long
-
-
-def contract(n_prompts: int, pairs: int = 1) -> dict:
-    return {
-        f"p{i}": {"responses": [f" a{i}"] * (2 * pairs), "pairs": [(2 * j, 2 * j + 1) for j in range(pairs)], "sft_target": f" a{i}"}
-        for i in range(n_prompts)
-    }
-
-
-def make_split(tokenizer, n_prompts=10, pairs=1, sft_mode=False, **options) -> TokenizedSplit:
-    data = (contract(n_prompts, pairs), default_options("jsonl"))
-    return TokenizedSplit({"jsonl": data}, tokenizer, 64, 32, sft_mode=sft_mode, silent=True, **options)
-
-
-def test_beginning_of_sequence_is_added_once(chat_tokenizer):
-    split = make_split(chat_tokenizer, add_bos=True)
-    assert all(entry["prompt_ids"].tolist().count(130) == 1 and entry["prompt_ids"][0] == 130 for entry in split.prompts)
-    data = {"<|bos|>p": {"responses": [" a", " b"], "pairs": [(0, 1)], "sft_target": " a"}}
-    split = TokenizedSplit({"jsonl": (data, default_options("jsonl"))}, chat_tokenizer, 64, 32, sft_mode=False, add_bos=True, silent=True)
-    assert split.prompts[0]["prompt_ids"].tolist().count(130) == 1
-
-
-def test_training_passes_the_models_add_bos(mini_tokenizer):
-    """Through train.py's loading, also where the prompt is cut at its start."""
-    options = [f"model.name_or_path={MINI}/model", "datasets=[hh]", f"datasets.hh.path={MINI}/data", "max_length=24", "max_prompt_length=6"]
-    for add_bos in (True, False):
-        config = compose("exp_name=x", "model=blank_model", *options, f"model.add_bos={add_bos}")
-        split = train.load_data(config, "train", mini_tokenizer, get_objective("dpo", beta=0.1), None)
-        starts = {split.element(example)["prompt_input_ids"][0] for example in next(split.epochs(0))}
-        cut = [split.element(example)["prompt_input_ids"] for example in next(split.epochs(0))]
-        assert (starts == {mini_tokenizer.bos_token_id}) == add_bos and min(len(ids) for ids in cut) == 6
-
-
-# --- batches ---
-
-
-def test_every_example_once_an_epoch_in_another_order(mini_tokenizer):
-    split = make_split(mini_tokenizer, n_prompts=12, pairs=2)
-    batches = list(BatchStream(split, batch_size=8, seed=1, n_epochs=2))
-    assert [len(batch) for batch in batches] == [8] * 6 and len(BatchStream(split, 8, 1, n_epochs=2)) == 6
-    first, second = sum(batches[:3], []), sum(batches[3:], [])
-    assert set(first) == set(second) and len(set(first)) == 24 and first != second
-    assert [x.prompt for x in first[::2]] == [x.prompt for x in first[1::2]]  # a prompt's pairs stay together, as published
-
-
-def test_the_order_is_a_function_of_the_seed(mini_tokenizer):
-    split = make_split(mini_tokenizer)
-    orders = [next(split.epochs(seed)) for seed in (0, 0, 1)]
-    assert orders[0] == orders[1] != orders[2]
-    unshuffled = next(split.epochs(0, shuffle=False))
-    assert [example.prompt for example in unshuffled] == list(range(10))
-
-
-@pytest.mark.parametrize(
-    "options,sizes",
-    [
-        ({"n_epochs": 2}, [4, 4, 4, 4]),
-        ({"n_epochs": 2, "drop_last": False}, [4, 4, 2, 4, 4, 2]),
-        ({"n_examples": 9}, [4, 4, 4]),  # the last batch is whole
-        ({"n_examples": 9, "n_epochs": 1}, [4, 4]),
-        ({"n_examples": 11, "drop_last": False}, [4, 4, 2, 4]),
-    ],
-)
-def test_sizes_of_batches(options, sizes, mini_tokenizer):
-    stream = BatchStream(make_split(mini_tokenizer), batch_size=4, seed=0, **options)
-    assert [len(batch) for batch in stream] == sizes and len(stream) == len(sizes)
-    assert stream.dropped == (0 if options.get("drop_last") is False else 2)
-    assert BatchStream(make_split(mini_tokenizer), batch_size=4, seed=0, n_examples=4).dropped == 0  # no epoch ends
-
-
-def test_a_split_smaller_than_a_batch_is_refused_at_once(mini_tokenizer):
-    with pytest.raises(UserError, match="fewer than batch_size=16"):
-        BatchStream(make_split(mini_tokenizer), 16, seed=0, n_examples=100)
-    with pytest.raises(UserError, match="both null"):
-        BatchStream(make_split(mini_tokenizer), 4, seed=0)
-
-
-def test_sft_has_one_example_a_prompt(mini_tokenizer):
-    split = make_split(mini_tokenizer, pairs=3, sft_mode=True)
-    element = split.element(next(split.epochs(0))[0])
-    assert len(split) == 10 and not any("rejected" in key for key in element)
-
-
-def test_counts_are_described(mini_tokenizer):
-    data = contract(2)
-    data["wind " * 60] = {"responses": [" b " * 60, " c"], "pairs": [(0, 1)], "sft_target": " c"}
-    split = TokenizedSplit({"jsonl": (data, default_options("jsonl"))}, mini_tokenizer, 64, 32, sft_mode=False, silent=True)
-    element = split.element([x for x in next(split.epochs(0)) if x.prompt == 2][0])
-    assert len(element["chosen_input_ids"]) == 64 and len(element["prompt_input_ids"]) == 32
-    assert "3 pairs of 3 prompts" in split.describe() and "1 prompt and 1 response truncated" in split.describe()
-
-
-def test_unknown_words_are_counted():
-    """Hundreds of them: the tokenizer is that of another task."""
-    tokenizer = embedded_tokenizer()
-    data = {"this drama": {"responses": [" was splendiferous", " was good"], "pairs": [(0, 1)], "sft_target": " was good"}}
-    split = TokenizedSplit({"jsonl": (data, default_options("jsonl"))}, tokenizer, 64, 32, sft_mode=False, silent=True)
-    assert split.describe().endswith("1 tokens are unknown to the tokenizer")
-
-
-def test_the_order_is_the_published_one(mini_tokenizer):
-    """NumPy's legacy draws below 2**31 seed one shuffle an epoch, each of the order before."""
-    split = make_split(mini_tokenizer, n_prompts=20)
-    seeds = np.random.RandomState(3).randint(0, 2**31, size=1_000_000)
-    expected = list(range(20))
-    for epoch, seed in zip(split.epochs(3), seeds[:3]):
-        random.Random(int(seed)).shuffle(expected)
-        assert [example.prompt for example in epoch] == expected
 
 
 def test_mini_data_is_what_the_golden_runs_read():
