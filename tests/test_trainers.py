@@ -163,7 +163,8 @@ def test_activation_checkpointing_changes_no_number(tmp_path, monkeypatch):
     forward, enabled = PlainScorer.forward, set()
 
     def recorded(self, batch):
-        enabled.add(self.policy.is_gradient_checkpointing)
+        name = "is_activation_checkpointing" if hasattr(self.policy, "is_activation_checkpointing") else "is_gradient_checkpointing"
+        enabled.add(getattr(self.policy, name))
         return forward(self, batch)
 
     monkeypatch.setattr(PlainScorer, "forward", recorded)
