@@ -142,7 +142,7 @@ def build_model(
     folder = model.archive if model.archive is not None and os.path.isdir(model.archive) else None
     if archive is not None:
         # Copies, because Transformers takes the tensors as they are: policy and reference must not share them, nor write into the file.
-        state = {name: tensor.to(dtype, copy=True) for name, tensor in archive.items()}
+        state = {name: tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True) for name, tensor in archive.items()}
         built = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)].from_pretrained(
             None, config=model_config, state_dict=state, dtype=dtype
         )

@@ -179,19 +179,22 @@ def test_a_hugging_face_folder_that_does_not_fit(tmp_path):
     GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=64, n_embd=8, n_layer=1, n_head=2)).save_pretrained(tmp_path / "other")
     with pytest.raises(UserError, match="do not fit the model: missing: gpt_neox"):
         model_of(f"model.archive={tmp_path}/other")
-    config = AutoConfig.from_pretrained(MINI / "model")
-    config.intermediate_size = 48
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "wide")
-    with pytest.raises(UserError, match=r"do not fit the model: other shape: .*gpt_neox.layers.0.mlp.dense_4h_to_h.weight"):
-        model_of(f"model.archive={tmp_path}/wide")
 
 
-def test_a_hugging_face_folder_with_more_layers_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "field,value,message",
+    [
+        ("intermediate_size", 48, "other shape: .*gpt_neox.layers.0.mlp.dense_4h_to_h.weight"),
+        ("num_hidden_layers", 3, "not in the model: gpt_neox.layers.2"),
+        ("num_hidden_layers", 1, "missing: gpt_neox.layers.1"),
+    ],
+)
+def test_a_hugging_face_folder_of_other_sizes_names_the_keys(field, value, message, tmp_path):
     config = AutoConfig.from_pretrained(MINI / "model")
-    config.num_hidden_layers = 3
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "deep")
-    with pytest.raises(UserError, match=r"do not fit the model: not in the model: gpt_neox.layers.2"):
-        model_of(f"model.archive={tmp_path}/deep")
+    setattr(config, field, value)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match=f"do not fit the model: {message}"):
+        model_of(f"model.archive={tmp_path}/other")
 
 
 def test_a_run_folder_as_archive_is_answered_with_its_policy(tmp_path):

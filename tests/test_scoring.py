@@ -6,11 +6,13 @@ import math
 import oracle
 import pytest
 import torch
-from conftest import FAMILIES, MINI
+from conftest import FAMILIES, MINI, compose
+from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from batching import get_collate_fn
 from losses import get_objective
+from models import build_policy_and_reference, load_model_config, load_tokenizer
 from scoring import PlainScorer, _get_batch_logps, _tdpo_get_batch_logps, cast_parameters, concatenated_inputs, forward_kl
 from tokenization import tokenize_batch_element
 
@@ -174,3 +176,20 @@ def test_every_family_trains_and_samples_in_another_dtype(family):
     with torch.no_grad(), cast_parameters(policy, torch.bfloat16):
         sample = policy.generate(input_ids=tokens[:, :3], attention_mask=mask[:, :3], max_length=6, do_sample=True, pad_token_id=0)
     assert sample.shape[0] == 2 and {p.dtype for p in policy.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_policy_and_reference_of_every_family_agree_exactly_in_bfloat16(family):
+    """As a run builds them: GPT-J keeps its sinusoids in a buffer, which must not have another dtype in the reference."""
+    config = compose("exp_name=x", "model.fsdp_policy_mp=bfloat16").model
+    OmegaConf.set_struct(config, False)
+    config.from_config = {"model_type": family, **{key: value for key, value in FAMILIES[family].items() if key != "vocab_size"}}
+    tokenizer = load_tokenizer(config, None)
+    policy, reference = build_policy_and_reference(config, load_model_config(config, tokenizer, None), None, None, needs_reference=True)
+    assert {p.dtype for p in reference.parameters()} == {torch.bfloat16}
+    pairs = [("this drama", " was good .", " was very dull ."), ("the western", " felt weak", " was not bad at the end .")]
+    batch = get_collate_fn(tokenizer)([tokenize_batch_element(*pair, "keep_end", tokenizer, 32, 16) for pair in pairs])
+    scorer = PlainScorer(policy, reference, get_objective("tdpo2", beta=0.1))
+    with torch.no_grad(), cast_parameters(policy, torch.bfloat16):
+        for score in scorer(batch).values():
+            assert not score.kl.any() and not score.log_ratio.any()
