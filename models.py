@@ -163,7 +163,7 @@ def build_policy_and_reference(
         return policy, None
     if archive is None and model.archive is None and model.from_config is not None:
         archive = policy.state_dict()  # random weights: drawn once
-    # Built as the policy is, then cast: buffers (GPT-J's sinusoids) that were made in another dtype would differ from the policy's.
+    # Built as the policy is, then cast: a buffer (Gemma's embedding scale) made in another dtype would differ from the policy's.
     reference = build_model(model, model_config, DTYPES[model.policy_dtype], cache_dir, archive)
     dtype = DTYPES[model.reference_dtype or model.fsdp_policy_mp or model.policy_dtype]
     for parameter in reference.parameters():

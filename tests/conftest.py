@@ -32,7 +32,7 @@ FAMILIES = {
     "llama": {**SIZES, "num_key_value_heads": 1},
     "mistral": {**SIZES, "num_key_value_heads": 1, "sliding_window": 4},
     "qwen3": {**SIZES, "num_key_value_heads": 1, "head_dim": 8},
-    "gemma2": {**SIZES, "num_key_value_heads": 1, "head_dim": 8, "sliding_window": 4},
+    "gemma2": {**SIZES, "hidden_size": 24, "num_key_value_heads": 1, "head_dim": 8, "sliding_window": 4},
 }
 
 

@@ -194,7 +194,15 @@ def test_cfg_job_prints_and_writes_nothing(command, tmp_path, monkeypatch):
 
 def test_values_get_their_types_and_references_their_values():
     """What was checked is what runs, and what config.yaml of a run holds."""
-    overrides = ["exp_name=2024", "batch_size=4.0", "lr='1e-3'", "n_eval_examples=1e2", "wandb.project=p-${exp_name}", "loss=tdpo"]
+    overrides = [
+        "exp_name=2024",
+        "batch_size=4.0",
+        "lr='1e-3'",
+        "n_eval_examples=1e2",
+        "wandb.project=p-${exp_name}",
+        "loss=tdpo",
+        "loss.alpha='0.5'",
+    ]
     config = compose(*overrides, "loss.beta=${loss.alpha}", "datasets.reviews.n_train=${batch_size}")
     check_config(config)
     assert (config.exp_name, config.batch_size, config.lr, config.n_eval_examples) == ("2024", 4, 1e-3, 100)
