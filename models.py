@@ -163,12 +163,8 @@ def build_policy_and_reference(
         return policy, None
     if archive is None and model.archive is None and model.from_config is not None:
         archive = policy.state_dict()  # random weights: drawn once
-    # Built as the policy is, then cast: a buffer (Gemma's embedding scale) made in another dtype would differ from the policy's.
-    reference = build_model(model, model_config, DTYPES[model.policy_dtype], cache_dir, archive)
     dtype = DTYPES[model.reference_dtype or model.fsdp_policy_mp or model.policy_dtype]
-    for parameter in reference.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return policy, reference
+    return policy, build_model(model, model_config, dtype, cache_dir, archive)
 
 
 def _from_pretrained(name: str, model_config, dtype: torch.dtype, cache_dir: Optional[str], strict: bool) -> torch.nn.Module:

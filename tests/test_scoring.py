@@ -180,7 +180,7 @@ def test_every_family_trains_and_samples_in_another_dtype(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_policy_and_reference_of_every_family_agree_exactly_in_bfloat16(family):
-    """As a run builds them: Gemma keeps its embedding scale, a square root, in a buffer, which must not be rounded in the reference alone."""
+    """As a run builds them: the policy computes with cast weights, the reference has them; no buffer may differ."""
     config = compose("exp_name=x", "model.fsdp_policy_mp=bfloat16").model
     OmegaConf.set_struct(config, False)
     config.from_config = {"model_type": family, **{key: value for key, value in FAMILIES[family].items() if key != "vocab_size"}}
