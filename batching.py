@@ -1,5 +1,8 @@
 """Pairs to tokens to global batches: a split tokenized once, its published order, batches of it, and their collation."""
 
+import functools
+import hashlib
+import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Optional, Union
@@ -58,6 +61,16 @@ class TokenizedSplit:
     def __len__(self) -> int:
         """Number of examples: pairs, or prompts for SFT."""
         return sum(self.examples_per_prompt)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of all tokens and pairs, and of the lengths to which they are cut."""
+        digest = hashlib.sha256(f"{self.max_length} {self.max_prompt_length} {self.sft_mode} {self.bos_token_id}".encode())
+        for entry in self.prompts:
+            digest.update(f"{entry['pairs']} {entry['truncation_mode']} {len(entry['prompt_ids'])}".encode())
+            for ids in (entry["prompt_ids"], *entry["response_ids"]):
+                digest.update(len(ids).to_bytes(4, "little") + ids.tobytes())
+        return digest.hexdigest()
 
     def epochs(self, seed: int, shuffle: bool = True) -> Iterator[list[Example]]:
         """The examples of each epoch, for ever, in the order of the published TDPO code (its DPO ancestor draws seeds below 2**32)."""
@@ -188,11 +201,15 @@ class BatchStream:
         return sum(1 for _ in self._bounds())
 
     def __iter__(self) -> Iterator[list[Example]]:
+        return self.after(0)
+
+    def after(self, n_batches: int) -> Iterator[list[Example]]:
+        """The batches without the first n_batches, which were given out before."""
         epochs = self.split.epochs(self.seed, self.shuffle)
         current, order = -1, []
-        for epoch, start, stop in self._bounds():
-            if epoch != current:
-                current, order = epoch, next(epochs)
+        for epoch, start, stop in itertools.islice(self._bounds(), n_batches, None):
+            while current < epoch:  # the order of an epoch is that of the one before, shuffled
+                current, order = current + 1, next(epochs)
             yield order[start:stop]
 
     @property

@@ -17,8 +17,7 @@ from utils import DTYPES, UserError, nearest
 
 Dtype = Literal[tuple(DTYPES)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
-TRAINERS = ("BasicTrainer",)
-PLANNED_TRAINERS = ("FSDPTrainer", "TensorParallelTrainer")
+TRAINERS = ("BasicTrainer", "FSDPTrainer", "TensorParallelTrainer")
 # torch.optim optimizers that need more than the gradient of any parameter: a closure, sparse gradients, matrices alone
 UNSUITABLE_OPTIMIZERS = ("Optimizer", "LBFGS", "SparseAdam", "Muon")
 OPTIMIZERS = sorted(
@@ -59,6 +58,12 @@ class Model(Node):
     reference_dtype: Optional[Dtype]
 
 
+class Parallel(Node):
+    replicas: PositiveInt
+    reduce_once_a_step: StrictBool
+    timeout_secs: PositiveInt
+
+
 class Corpus(Node):
     """Keys of every dataset."""
 
@@ -97,10 +102,14 @@ class Config(Node):
     batch_size: PositiveInt
     eval_batch_size: PositiveInt
     debug: StrictBool
-    fsdp_port: Optional[int]
+    fsdp_port: Optional[Annotated[int, Field(ge=1, lt=2**16)]]
+    nproc_per_node: Optional[PositiveInt]
+    parallel: Parallel
     wandb: Wandb
     local_dirs: Annotated[list[str], Field(min_length=1)]
     local_run_dir: Optional[str]
+    resume: Optional[str]
+    keep_checkpoints: Optional[PositiveInt]
     sample_during_eval: StrictBool
     n_eval_model_samples: PositiveInt
     do_first_eval: StrictBool
@@ -113,7 +122,7 @@ class Config(Node):
     n_examples: Optional[PositiveInt]
     drop_last: StrictBool
     n_eval_examples: Optional[PositiveInt]
-    trainer: Literal[TRAINERS + PLANNED_TRAINERS]
+    trainer: Literal[TRAINERS]
     optimizer: Literal[tuple(OPTIMIZERS)]
     warmup_steps: NonNegativeInt
     activation_checkpointing: StrictBool
@@ -217,8 +226,10 @@ def _loss_problems(loss: Optional[Mapping], config: DictConfig) -> list[str]:
 def _joint_problems(config: DictConfig) -> list[str]:
     """Values that are right one by one, but cannot go together."""
     problems = []
-    if config.trainer in PLANNED_TRAINERS:
-        problems.append(f"trainer={config.trainer}: training on several devices is not there yet; trainer=BasicTrainer runs on one")
+    if config.trainer == "BasicTrainer" and (config.nproc_per_node or 1) > 1:
+        problems.append(f"nproc_per_node={config.nproc_per_node}: trainer=BasicTrainer is one process; several are trainer=FSDPTrainer")
+    if config.trainer != "FSDPTrainer" and config.parallel.replicas > 1:
+        problems.append(f"parallel.replicas={config.parallel.replicas} needs trainer=FSDPTrainer")
     if config.exp_name.strip(".") == "" or ".." in config.exp_name:
         problems.append(f"exp_name={config.exp_name!r}: '..' is no part of a name")
     if config.batch_size % config.gradient_accumulation_steps:

@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Optional, Protocol
 
 import torch
@@ -57,12 +57,14 @@ class MetricSums:
     def sum(self, name: str) -> torch.Tensor:
         return self._sums[name]
 
-    def means(self) -> dict[str, float]:
+    def means(self, reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums) -> dict[str, float]:
+        """The means by name. `reduce` sums a tensor over the processes that had other examples; all of them have the same names."""
         names = list(self._sums)
         if not names:
             return {}
-        totals = torch.stack([self._sums[name] for name in names]).tolist()
-        return {name: total / self._counts[name] for name, total in zip(names, totals)}
+        sums = torch.stack([self._sums[name] for name in names])
+        counts = torch.tensor([self._counts[name] for name in names], dtype=sums.dtype, device=sums.device)
+        return {name: total / count for name, total, count in zip(names, *reduce(torch.stack([sums, counts])).tolist())}
 
 
 class Sink(Protocol):
@@ -118,7 +120,7 @@ class JsonlSink:
 class WandbSink:
     """Weights & Biases. Neither a missing key nor a missing network stops or delays a run: it then logs offline and says so."""
 
-    def __init__(self, run_dir: str, config: DictConfig):
+    def __init__(self, run_dir: str, config: DictConfig, run_id: Optional[str]):
         import wandb  # here, because a run goes on without it
 
         self.wandb = wandb
@@ -128,6 +130,7 @@ class WandbSink:
             "name": config.exp_name,
             "config": OmegaConf.to_container(config),
             "dir": run_dir,
+            **({"id": run_id, "resume": "allow"} if run_id else {}),
             "settings": wandb.Settings(init_timeout=20, finish_timeout=30, silent=True),
         }
         mode = os.environ.get("WANDB_MODE", "online")  # wandb's own switch
@@ -139,6 +142,11 @@ class WandbSink:
             print(f"wandb: {problem}; logging offline to {run_dir}/wandb (wandb sync uploads it)")
             mode = "offline"
         self.run = wandb.init(mode=mode, **arguments)
+
+    @property
+    def run_id(self) -> str:
+        """By which a run that is resumed goes on as the same one."""
+        return self.run.id
 
     def _start_online(self, arguments: Mapping) -> Optional[str]:
         """Start the run, or say why that is not possible."""
@@ -163,12 +171,12 @@ class WandbSink:
         self.run.finish()
 
 
-def open_sinks(run_dir: str, config: DictConfig) -> list[Sink]:
-    """Console and metrics.jsonl, and wandb where it is enabled and installed."""
+def open_sinks(run_dir: str, config: DictConfig, wandb_id: Optional[str] = None) -> list[Sink]:
+    """Console and metrics.jsonl, and wandb where it is enabled and installed; `wandb_id` of the run that goes on."""
     sinks: list[Sink] = [ConsoleSink(), JsonlSink(run_dir)]
     if config.wandb.enabled and not config.debug:
         try:
-            sinks.append(WandbSink(run_dir, config))
+            sinks.append(WandbSink(run_dir, config, wandb_id))
         except ImportError:
             print("wandb is not installed: metrics go to metrics.jsonl alone")
         except Exception as error:  # wandb refuses its settings: a project's name, WANDB_MODE

@@ -101,7 +101,7 @@ def check_model(model: DictConfig, model_config, tokenizer, max_length: int) -> 
     vocabulary = getattr(model_config, "vocab_size", None)
     if vocabulary is not None and len(tokenizer) > vocabulary:
         raise UserError(f"the tokenizer has {len(tokenizer)} entries, the model {vocabulary}: they do not belong together")
-    empty = _empty_model(model_config)
+    empty = empty_model(model_config)
     if model.archive is None:
         return None
     if os.path.isdir(model.archive):
@@ -115,17 +115,19 @@ def check_model(model: DictConfig, model_config, tokenizer, max_length: int) -> 
     return state
 
 
-def _empty_model(model_config) -> torch.nn.Module:
-    """The model without memory for weights.
+def empty_model(model_config, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """The model without memory for weights, without dropout.
 
     Raises:
         UserError: the config makes no model.
     """
     try:
         with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
+            model = transformers.AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=False)
     except Exception as error:  # whatever a model's class makes of sizes that do not go together
         raise UserError(f"model.from_config or its Transformers config makes no causal language model: {_reason(error)}") from None
+    disable_dropout(model)
+    return model
 
 
 def build_model(
@@ -154,17 +156,50 @@ def build_model(
     return built
 
 
-def build_policy_and_reference(
-    model: DictConfig, model_config, cache_dir: Optional[str], archive: Optional[Mapping[str, torch.Tensor]], needs_reference: bool
-) -> tuple[torch.nn.Module, Optional[torch.nn.Module]]:
-    """Both start from the same weights. The reference has, unless told otherwise, the dtype in which the policy computes."""
-    policy = build_model(model, model_config, DTYPES[model.policy_dtype], cache_dir, archive)
-    if not needs_reference:
-        return policy, None
-    if archive is None and model.archive is None and model.from_config is not None:
-        archive = policy.state_dict()  # random weights: drawn once
-    dtype = DTYPES[model.reference_dtype or model.fsdp_policy_mp or model.policy_dtype]
-    return policy, build_model(model, model_config, dtype, cache_dir, archive)
+class Models:
+    """Policy and reference of a run, which start from the same weights; each is built when it is asked for.
+
+    The reference has, unless told otherwise, the dtype in which the policy computes.
+
+    Args:
+        archive: what check_model returned.
+        needs_reference: else there is none.
+    """
+
+    def __init__(
+        self,
+        model: DictConfig,
+        model_config,
+        cache_dir: Optional[str],
+        archive: Optional[Mapping[str, torch.Tensor]],
+        needs_reference: bool,
+    ):
+        self.model, self.model_config, self.cache_dir, self.needs_reference = model, model_config, cache_dir, needs_reference
+        self._weights = archive
+        self.dtypes = {
+            "policy": DTYPES[model.policy_dtype],
+            "reference": DTYPES[model.reference_dtype or model.fsdp_policy_mp or model.policy_dtype],
+        }
+
+    def policy(self) -> torch.nn.Module:
+        """With its weights, on the CPU; before `reference`."""
+        policy = build_model(self.model, self.model_config, self.dtypes["policy"], self.cache_dir, self._weights)
+        if self._weights is None and self.model.archive is None and self.model.from_config is not None and self.needs_reference:
+            self._weights = policy.state_dict()  # random weights: drawn once
+        return policy
+
+    def reference(self) -> Optional[torch.nn.Module]:
+        """With its weights, on the CPU."""
+        if not self.needs_reference:
+            return None
+        reference = build_model(self.model, self.model_config, self.dtypes["reference"], self.cache_dir, self._weights)
+        self._weights = None
+        return reference
+
+    def empty(self) -> tuple[torch.nn.Module, Optional[torch.nn.Module]]:
+        """Both without memory for weights, on the meta device."""
+        policy, reference = (empty_model(self.model_config, dtype) for dtype in self.dtypes.values())
+        return policy, reference if self.needs_reference else None
 
 
 def _from_pretrained(name: str, model_config, dtype: torch.dtype, cache_dir: Optional[str], strict: bool) -> torch.nn.Module:

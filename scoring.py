@@ -49,7 +49,8 @@ class PlainScorer(nn.Module):
             logps = _get_batch_logps(logits, labels)
         num_tokens = (labels[:, 1:] != IGNORED).sum(-1).to(logps.device)
         return {
-            role: ResponseScores(*(None if x is None else x[part] for x in (logps, num_tokens, reference_logps, kl)))
+            # Copies: of a view, which might be changed in place, FSDP could not tell when its gradient arrives.
+            role: ResponseScores(*(None if x is None else x[part].clone() for x in (logps, num_tokens, reference_logps, kl)))
             for role, part in _parts(batch, self.objective.roles)
         }
 

@@ -8,12 +8,12 @@ Every key is in config/config.yaml. Config, data and archive are checked before 
 
 import os
 import re
+import signal
 import socket
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from datetime import datetime
-from typing import NoReturn
+from contextlib import contextmanager, redirect_stdout
+from typing import NoReturn, Optional
 
 import hydra
 import torch
@@ -24,15 +24,18 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+import trainers
 from batching import TokenizedSplit
-from checkpoints import holds_a_run
 from config_schema import check_config, explain_composition_error, flat_keys
+from launch import is_rank, joined, own_rank, processes_to_start, start_ranks
 from losses import Objective, get_objective
 from metrics import open_sinks
-from models import build_policy_and_reference, check_model, load_model_config, load_tokenizer, prepare_hub
+from models import Models, check_model, load_model_config, load_tokenizer, prepare_hub
+from parallel import World
 from preference_datasets import load_split
-from trainers import BasicTrainer
-from utils import RunError, UserError, get_local_dir, plural
+from resume import Resumed, archive_of, check_same_data, choose_run_dir, find_checkpoint, prepare_run_dir
+from utils import PeerError, RunError, Stopped, UserError, get_local_dir, plural
+from watch import Watch
 
 CONFIG_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "config")
 
@@ -51,29 +54,68 @@ def run(config: DictConfig, overrides: Sequence[str] = ()) -> str:
         UserError, RunError: see utils.py.
     """
     notes = check_config(config, overrides)
-    run_dir = choose_run_dir(config)
+    if (n := processes_to_start(config)) > 1:
+        run_dir = choose_run_dir(config)
+        start_ranks(n, [*overrides, *([] if config.resume else [f"local_run_dir='{run_dir}'"])], config.fsdp_port)
+        return run_dir
+    with joined(config) as world, Watch(world), silence_unless(world.is_first):
+        return train(config, world, notes)
+
+
+def train(config: DictConfig, world: World, notes: Sequence[str]) -> str:
+    """The run, in each of its processes. What rank 0 reads or makes for all, it sends to the others."""
+    run_dir = world.from_first(lambda: choose_run_dir(config))
+    resumed = find_checkpoint(world, run_dir, config)
+    config.model.archive = archive_of(resumed, config.model.archive)
     hyperparameters = OmegaConf.to_container(config.loss)
     objective = get_objective(hyperparameters.pop("name"), **hyperparameters)
     print("\n".join([*notes, OmegaConf.to_yaml(config), f"loss: {objective.name} {objective.hyperparameters}"]))
 
     seed_everything(config)
-    cache_dir = get_local_dir(config.local_dirs)
-    paths = [node.get(key) for node in config.datasets.values() for key in ("path", "eval_path")]
-    prepare_hub([config.model.name_or_path, config.model.tokenizer_name_or_path, *paths])
-    tokenizer = load_tokenizer(config.model, cache_dir)
-    model_config = load_model_config(config.model, tokenizer, cache_dir)
-    archive = check_model(config.model, model_config, tokenizer, config.max_length)
-    train_data, eval_data = (load_data(config, split, tokenizer, objective, cache_dir) for split in ("train", "test"))
-    policy, reference = build_policy_and_reference(config.model, model_config, cache_dir, archive, objective.needs_reference)
+    archive = None  # stays on rank 0
+
+    def prepare() -> tuple:
+        nonlocal archive
+        cache_dir = get_local_dir(config.local_dirs)
+        paths = [node.get(key) for node in config.datasets.values() for key in ("path", "eval_path")]
+        prepare_hub([config.model.name_or_path, config.model.tokenizer_name_or_path, *paths])
+        tokenizer = load_tokenizer(config.model, cache_dir)
+        model_config = load_model_config(config.model, tokenizer, cache_dir)
+        archive = check_model(config.model, model_config, tokenizer, config.max_length)
+        data = {name: load_data(config, split, tokenizer, objective, cache_dir) for name, split in (("train", "train"), ("eval", "test"))}
+        return cache_dir, tokenizer, model_config, data
+
+    cache_dir, tokenizer, model_config, data = world.from_first(prepare)
+    models = Models(config.model, model_config, cache_dir, archive, objective.needs_reference)
+    trainer_class = getattr(trainers, config.trainer)  # one of config_schema.TRAINERS
+    if trainer_class.sharded:
+        policy, reference = models.empty()
+    else:
+        policy, reference = models.policy(), models.reference()
+    world.from_first(lambda: trainer_class.check_model(policy, config, world))
     print(f"model: {plural(sum(p.numel() for p in policy.parameters()), 'parameter')}, {config.model.policy_dtype}")
 
-    start_run_dir(run_dir, config)
-    sinks = open_sinks(run_dir, config)
-    trainer = BasicTrainer(
-        policy, config, config.seed, run_dir, reference, train_data=train_data, eval_data=eval_data, tokenizer=tokenizer, sinks=sinks
-    )
-    print(f"{plural(len(trainer.batches), 'step')}; {plural(trainer.batches.dropped, 'example')} left out at the end of each epoch")
+    world.from_first(lambda: start_run_dir(run_dir, config, resumed))
+    sinks = open_sinks(run_dir, config, resumed and resumed.progress["wandb_id"]) if world.is_first else []
     try:
+        trainer = trainer_class(
+            policy,
+            config,
+            config.seed,
+            run_dir,
+            reference,
+            train_data=data["train"],
+            eval_data=data["eval"],
+            tokenizer=tokenizer,
+            sinks=sinks,
+            world=world,
+            weights={"policy": models.policy, "reference": models.reference},
+        )
+        print(f"{plural(len(trainer.batches), 'step')}; {plural(trainer.batches.dropped, 'example')} left out at the end of each epoch")
+        if resumed is not None:
+            world.from_first(lambda: check_same_data(resumed, trainer.data_identity(), trainer.reference_identity))
+            trainer.resume(resumed)
+            print(f"resumed from {resumed.folder}: {plural(trainer.example_counter, 'example')} were trained on")
         trainer.train()
     finally:
         for sink in sinks:
@@ -102,27 +144,24 @@ def load_data(config: DictConfig, split: str, tokenizer, objective: Objective, c
     return data
 
 
-def choose_run_dir(config: DictConfig) -> str:
-    """The run's folder, which is not made yet.
-
-    Raises:
-        UserError: it holds a run already.
-    """
-    if config.local_run_dir is None:
-        timestamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S_%f")
-        return os.path.join(get_local_dir(config.local_dirs), f"{config.exp_name}_{timestamp}")
-    if holds_a_run(config.local_run_dir):
-        raise UserError(f"local_run_dir={config.local_run_dir} already holds a run; choose another folder, nothing was changed")
-    return config.local_run_dir
-
-
-def start_run_dir(run_dir: str, config: DictConfig) -> None:
+def start_run_dir(run_dir: str, config: DictConfig, resumed: Optional[Resumed]) -> None:
+    """Before anything is written into it: make it, or what a run left in it ready to go on."""
     try:
-        os.makedirs(run_dir, exist_ok=True)
+        prepare_run_dir(run_dir, resumed)
         OmegaConf.save(config, os.path.join(run_dir, "config.yaml"))
     except OSError as error:
         raise UserError(f"local_run_dir={run_dir} cannot be written: {error}") from None
     print("=" * 80 + f"\nWriting to {socket.gethostname()}:{run_dir}\n" + "=" * 80)
+
+
+@contextmanager
+def silence_unless(is_first: bool) -> Iterator[None]:
+    """What all ranks would print alike, one prints; errors go to standard error."""
+    if is_first:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        yield
 
 
 def seed_everything(config: DictConfig) -> None:
@@ -145,6 +184,10 @@ def reported_errors() -> Iterator[None]:
         fail(str(error), 2)
     except RunError as error:
         fail(str(error), 1)
+    except PeerError:
+        sys.exit(1)
+    except Stopped as stopped:
+        say_stopped(stopped.signum)
     except torch.OutOfMemoryError as error:
         fail(f"out of memory: {str(error).splitlines()[0]}", 1)
     except KeyboardInterrupt:
@@ -171,6 +214,13 @@ def main() -> None:
             raise UserError(str(error)) from None
 
 
+def say_stopped(signum: int) -> NoReturn:
+    """A process by itself ends as one that a signal ended does; one of several without an error, which would be taken for its own."""
+    if own_rank() == 0:
+        print(f"stopped by {signal.Signals(signum).name}; resume=<run folder> goes on from the checkpoint", file=sys.stderr)
+    sys.exit(0 if is_rank() else 128 + signum)
+
+
 def known_keys() -> list[str]:
     """The keys of the config that the command line's groups make, or of the default one where they make none."""
     groups = [argument for argument in sys.argv[1:] if re.match(r"(model|loss|datasets)=", argument)]
@@ -186,6 +236,8 @@ def known_keys() -> list[str]:
 
 def fail(message: str, code: int) -> NoReturn:
     sys.stdout.flush()
+    if not torch.distributed.is_initialized() and own_rank() > 0:
+        sys.exit(code)  # before the ranks meet, all make the same mistake
     print("\n".join(line if line.startswith(" ") else f"error: {line}" for line in message.splitlines()), file=sys.stderr)
     sys.exit(code)
 

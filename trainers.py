@@ -1,14 +1,15 @@
 """The training loop.
 
-`train` only schedules: `train_step` is one optimizer step, `evaluate`, `sample`, `log` and `save` do what their names say. What
-differs between devices is in a few methods at the end that a subclass overrides: no loop is written twice.
+`train` only schedules: `train_step` is one optimizer step, `evaluate`, `sample`, `log_train` and `save` do what their names say. What
+differs between one device and several is in a few methods at the end, which FSDPTrainer overrides: no loop is written twice.
 """
 
+import os
 import random
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Optional
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -16,16 +17,29 @@ import tqdm
 import transformers
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.tensor import DTensor
 
 from batching import BatchStream, Example, TokenizedSplit, get_collate_fn
-from checkpoints import save_checkpoint
+from checkpoints import add_export, load_tensors, remove_old, save_checkpoint, saved_tensors
 from losses import LossOutput, get_objective, preference_loss, tdpo_loss
 from metrics import MetricSums, Sink, example_metrics
+from parallel import World, find_blocks, fingerprint, full_tensor, load_weights, shard_scorer, split_matrices, tensor_parallel_plan
+from resume import Resumed
 from scoring import PlainScorer, _get_batch_logps, _tdpo_get_batch_logps, cast_parameters, concatenated_inputs
-from utils import DTYPES, RunError, UserError, some_of
+from signals import StopSignals
+from utils import DTYPES, RunError, Stopped, UserError, some_of
 
 # preference_loss and the next ones are here for forks of the published code that import them from trainers.
-__all__ = ["BasicTrainer", "preference_loss", "tdpo_loss", "_get_batch_logps", "_tdpo_get_batch_logps", "concatenated_inputs"]
+__all__ = [
+    "BasicTrainer",
+    "FSDPTrainer",
+    "preference_loss",
+    "tdpo_loss",
+    "_get_batch_logps",
+    "_tdpo_get_batch_logps",
+    "concatenated_inputs",
+]
 
 EVAL_SEED = 0  # of the eval order, whatever the run's seed, so that runs of different seeds see the same eval pairs
 STEP_ZERO_TOLERANCE = 1e-3  # nats: far above rounding, far below what one step of training does
@@ -35,15 +49,19 @@ class BasicTrainer:
     """Trains on one device: a GPU if there is one, else the CPU.
 
     Args:
-        policy: the model to train, on the CPU.
+        policy: the model to train, on the CPU; for several devices without weights, on the meta device.
         config: a checked config.
         seed: of the order of the train data and of sampling.
         run_dir: an existing folder for checkpoints.
         reference_model: frozen; None where the loss needs none.
         train_data, eval_data: tokenized splits.
         tokenizer: to pad, and to decode samples.
-        sinks: where metrics and samples go.
+        sinks: where metrics and samples go; none but on rank 0.
+        world: the processes that train together.
+        weights: for models on the meta device, functions that build them with their weights, called on rank 0: {"policy", "reference"}.
     """
+
+    sharded = False  # whether it wants models on the meta device, and `weights`
 
     def __init__(
         self,
@@ -57,22 +75,26 @@ class BasicTrainer:
         eval_data: TokenizedSplit,
         tokenizer,
         sinks: list[Sink],
+        world: Optional[World] = None,
+        weights: Optional[Mapping[str, Callable[[], nn.Module]]] = None,
     ):
+        self.world = world or World()
         self.config, self.seed, self.run_dir = config, seed, run_dir
         self.data = {"train": train_data, "eval": eval_data}
         self.tokenizer, self.sinks = tokenizer, sinks
         self.collate = get_collate_fn(tokenizer)
-        self.device = self.choose_device()
+        self.device = self.world.device
         loss = OmegaConf.to_container(config.loss)
         self.objective = get_objective(loss.pop("name"), **loss)
-        self.policy, self.reference_model = self.place(policy), self.place(reference_model)
-        self.scorer = PlainScorer(self.policy, self.reference_model, self.objective)
         mp = config.model.fsdp_policy_mp
         self.compute_dtype = DTYPES[mp] if mp not in (None, config.model.policy_dtype) else None
         if config.activation_checkpointing:
             # Its name before Transformers 5.23, and since.
-            enable = getattr(self.policy, "activation_checkpointing_enable", self.policy.gradient_checkpointing_enable)
+            enable = getattr(policy, "activation_checkpointing_enable", policy.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
+        self.reference_identity = ""  # of its weights, on rank 0
+        self.scorer = self.place(PlainScorer(policy, reference_model, self.objective), weights or {})
+        self.policy, self.reference_model = self.scorer.policy, self.scorer.reference
 
         self.batches = BatchStream(train_data, config.batch_size, seed, config.n_epochs, config.n_examples, config.drop_last)
         # Not the model's own: it may bring penalties, or a temperature.
@@ -87,33 +109,67 @@ class BasicTrainer:
         )
         eval_order = next(eval_data.epochs(EVAL_SEED))
         self.eval_examples = eval_order[: config.n_eval_examples]
-        self.optimizer = self.make_optimizer()
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: min(1.0, (step + 1) / (config.warmup_steps + 1)))
+        with self.world.agreed():
+            self.optimizer = self.make_optimizer()
         self.example_counter = self.batch_counter = self.skipped_steps = 0
+        self.batches_given = 0  # position in the train data
         self.previous_counter = -1  # example_counter before the last step
+        self.evaluated_at = self.saved_at = -1  # example_counter
         self.eval_metrics: dict[str, float] = {}
         self.last_log: Optional[float] = None
+        self.checkpoint: Optional[str] = None  # the newest
+        self.wandb_id = next((sink.run_id for sink in sinks if hasattr(sink, "run_id")), None)
+        self.signals = StopSignals()
+        torch.manual_seed(self.seed)
+        np.random.seed(self.seed)
+        random.seed(self.seed)
 
     # --- schedule ---
 
     def train(self) -> None:
-        """Train on every batch, with evals, logs and checkpoints in between; one eval and one checkpoint at the end."""
-        torch.manual_seed(self.seed)
-        np.random.seed(self.seed)
-        random.seed(self.seed)
-        config = self.config
-        total = len(self.batches)
-        with tqdm.tqdm(total=total * config.batch_size, desc="Training", unit=" examples", disable=None) as progress:
-            for batch in self.batches:
-                if self.is_due(config.eval_every) and (self.example_counter > 0 or config.do_first_eval):
+        """Train on every batch, with evals, logs and checkpoints in between; one eval and one checkpoint at the end.
+
+        Raises:
+            Stopped: a signal asked for it; there is a checkpoint of the last whole step.
+        """
+        with self.signals, self.progress_bar() as progress:
+            try:
+                for batch in self.batches.after(self.batches_given):
+                    self.between_steps()
+                    metrics = self.train_step(batch)
+                    self.log_train(metrics, progress)
+                    progress.update(len(batch))
+                if self.evaluated_at != self.example_counter:
                     self.evaluate()
-                if self.example_counter > 0 and self.is_due(config.save_every or config.eval_every):
-                    self.save()
-                metrics = self.train_step(batch)
-                self.log_train(metrics, progress)
-                progress.update(len(batch))
-        self.evaluate()
-        self.save(final=True)
+                self.save(final=True)
+            except Stopped:
+                self.save()
+                raise
+
+    def progress_bar(self) -> tqdm.tqdm:
+        total = len(self.batches) * self.config.batch_size
+        return tqdm.tqdm(total=total, initial=self.example_counter, desc="Training", unit=" examples", disable=self.hide_progress)
+
+    @property
+    def hide_progress(self) -> Optional[bool]:
+        """tqdm's `disable`: without a terminal, and on all ranks but one."""
+        return None if self.world.is_first else True
+
+    def between_steps(self) -> None:
+        """Stop, evaluate and save, where that is due; each once, also where a run goes on from here."""
+        self.check_stop()
+        config = self.config
+        evaluated = self.evaluated_at == self.example_counter
+        if self.is_due(config.eval_every) and not evaluated and (self.example_counter > 0 or config.do_first_eval):
+            self.evaluate()
+        if self.example_counter > 0 and self.is_due(config.save_every or config.eval_every):
+            self.save()
+
+    def check_stop(self) -> None:
+        """Raises Stopped on all ranks together, where one of them was sent a signal."""
+        (signum,) = self.world.maximum(self.signals.received)
+        if signum:
+            raise Stopped(signum)
 
     def is_due(self, every: int) -> bool:
         """Whether the last step has reached or passed a multiple of `every` train examples; true before the first step."""
@@ -127,35 +183,58 @@ class BasicTrainer:
         started = time.perf_counter()
         sums = MetricSums()
         losses = []
-        with cast_parameters(self.policy, self.compute_dtype):
-            for microbatch in self.microbatches(examples):
+        lr = self.learning_rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        with self.computing():
+            microbatches = self.microbatches(examples)
+            for i, microbatch in enumerate(microbatches):
+                self.before_backward(is_last=i == len(microbatches) - 1)
                 with self.explained_out_of_memory(microbatch, "train"):
-                    output = self.score(microbatch, sums, "train")
-                    (output.losses.sum() / len(examples)).backward()
-                losses.append(output.losses.detach())
+                    local_losses = self.score(microbatch, sums, "train").losses[: len(microbatch)]
+                    (local_losses.sum() / len(examples)).backward()
+                losses.append(local_losses.detach())
         grad_norm = self.clip_gradient()
-        lr = self.scheduler.get_last_lr()[0]
-        if self.is_finite(sums.sum("loss/train"), grad_norm, examples, losses):
+        if self.is_finite(sums.sum("loss/train"), grad_norm, sum(microbatches, []), losses):
             self.optimizer.step()
-            self.scheduler.step()
             self.batch_counter += 1
         self.optimizer.zero_grad(set_to_none=True)
         self.eval_metrics = {}  # they were the weights' before this step
+        self.batches_given += 1
         self.previous_counter, self.example_counter = self.example_counter, self.example_counter + len(examples)
         self.step_values = {"grad_norm": grad_norm, "lr": lr, "examples_per_second": len(examples) / (time.perf_counter() - started)}
         return sums
 
+    def learning_rate(self) -> float:
+        """Of the next step: rises linearly over the first warmup_steps, as published. A step that was left out is none of the schedule."""
+        return self.config.lr * min(1.0, (self.batch_counter + 1) / (self.config.warmup_steps + 1))
+
     def microbatches(self, examples: list[Example]) -> list[list[Example]]:
-        """The batch in gradient_accumulation_steps parts, whose sizes differ by one at most."""
-        parts = np.array_split(np.arange(len(examples)), self.config.gradient_accumulation_steps)
-        return [[examples[i] for i in part] for part in parts if len(part)]
+        """This rank's part of the batch, in gradient_accumulation_steps parts, whose sizes differ by one at most; as many on all ranks.
+
+        A part may be empty where another rank's is not: its forward and backward are then needed all the same.
+        """
+        rank, ranks = self.data_rank
+        parts = [list(part) for part in np.array_split(np.arange(len(examples)), self.config.gradient_accumulation_steps * ranks)]
+        rounds = [parts[i : i + ranks] for i in range(0, len(parts), ranks)]
+        return [[examples[i] for i in parts[rank]] for parts in rounds if len(parts[0])]
+
+    def share(self, items: list) -> list:
+        """This rank's part of them."""
+        rank, ranks = self.data_rank
+        return items[rank::ranks]
 
     def score(self, examples: list[Example], sums: MetricSums, split: str) -> LossOutput:
-        """Losses and metrics of some examples; `split` is train or eval."""
+        """Losses and metrics of some examples; `split` is train or eval.
+
+        Without examples those of another one, which do not count: a sharded model needs every rank at every forward.
+        """
         data = self.data[split]
-        scores = self.scorer(self.to_device(self.collate([data.element(example) for example in examples])))
+        elements = [data.element(example) for example in examples or [Example(0, 0)]]
+        self.world.passes += 1
+        scores = self.scorer(self.to_device(self.collate(elements)))
         output = self.objective(scores)
-        sums.add(example_metrics(scores, output, split))
+        sums.add({name: values[: len(examples)] for name, values in example_metrics(scores, output, split).items()})
         return output
 
     @contextmanager
@@ -164,7 +243,7 @@ class BasicTrainer:
         try:
             yield
         except torch.OutOfMemoryError as error:
-            longest = max(len(self.data[split].element(example)["chosen_input_ids"]) for example in examples)
+            longest = max((len(self.data[split].element(example)["chosen_input_ids"]) for example in examples), default=0)
             key = "larger gradient_accumulation_steps" if split == "train" else "smaller eval_batch_size"
             raise RunError(
                 f"step {self.batch_counter + 1}: out of memory on {self.device} with {len(examples)} {split} examples, the longest of "
@@ -176,25 +255,33 @@ class BasicTrainer:
         return {k: v.to(self.device, non_blocking=True) if k.endswith(("_input_ids", "_mask")) else v for k, v in batch.items()}
 
     def is_finite(self, loss: torch.Tensor, grad_norm: torch.Tensor, examples: list[Example], losses: list[torch.Tensor]) -> bool:
-        """Whether to take the step. The one place in a step that waits for the device.
+        """Whether to take the step: the same answer on all ranks. The one place in a step that waits for the device.
+
+        Args:
+            loss: this rank's sum.
+            grad_norm: of all ranks' gradient.
+            examples, losses: this rank's.
 
         Raises:
             RunError: loss or gradient are not finite, and max_skipped_steps such steps were left out already.
         """
-        loss_is_finite, norm_is_finite = torch.stack([loss.isfinite(), grad_norm.isfinite().to(loss.device)]).tolist()
-        if loss_is_finite and norm_is_finite:
+        bad = torch.stack([~loss.isfinite(), ~grad_norm.isfinite().to(loss.device)]).int()
+        bad_losses, bad_norm = self.world.sum(bad).tolist()
+        if not bad_losses and not bad_norm:
             return True
         self.skipped_steps += 1
-        term = "gradient norm" if loss_is_finite else "loss"
-        finite = torch.cat(losses).isfinite().tolist()
-        bad = [example for example, ok in zip(examples, finite) if not ok] or examples
-        ids = some_of([self.data["train"].element(example)["example_id"] for example in bad], 8)
-        message = f"step {self.batch_counter + 1}: the {term} is not finite; examples {ids}"
-        if self.skipped_steps > self.config.max_skipped_steps:
-            raise RunError(
-                f"{message}\nstopped before the step was taken; a smaller lr or max_grad_norm, or model.policy_dtype=float32 may help "
-                "(max_skipped_steps leaves such steps out)"
-            )
+        term = "loss" if bad_losses else "gradient norm"
+        finite = torch.cat(losses).isfinite().tolist() if bad_losses else [False] * len(examples)
+        ids = [self.data["train"].element(example)["example_id"] for example, ok in zip(examples, finite) if not ok]
+        by_rank = self.world.gather(ids)[: self.data_rank[1]]
+        where = [some_of(ids, 8) if self.world.size == 1 else f"{some_of(ids, 8)} (rank {rank})" for rank, ids in enumerate(by_rank) if ids]
+        message = f"step {self.batch_counter + self.skipped_steps}: the {term} is not finite; examples {'; '.join(where)}"
+        with self.world.agreed():
+            if self.skipped_steps > self.config.max_skipped_steps and self.world.is_first:
+                raise RunError(
+                    f"{message}\nstopped before the step was taken; a smaller lr or max_grad_norm, or model.policy_dtype=float32 may help "
+                    "(max_skipped_steps leaves such steps out)"
+                )
         tqdm.tqdm.write(f"{message}: left out ({self.skipped_steps} of {self.config.max_skipped_steps})")
         return False
 
@@ -205,44 +292,55 @@ class BasicTrainer:
         self.policy.eval()
         size = self.config.eval_batch_size
         sums = MetricSums()
-        with torch.no_grad(), cast_parameters(self.policy, self.compute_dtype):
-            for start in tqdm.trange(0, len(self.eval_examples), size, desc="Evaluating", leave=False, disable=None):
-                examples = self.eval_examples[start : start + size]
+        with torch.no_grad(), self.computing():
+            for start in tqdm.trange(0, len(self.eval_examples), size, desc="Evaluating", leave=False, disable=self.hide_progress):
+                self.check_stop()
+                examples = self.share(self.eval_examples[start : start + size])
                 with self.explained_out_of_memory(examples, "eval"):
                     self.score(examples, sums, "eval")
-            self.eval_metrics = sums.means()
-            for sink in self.sinks:
-                sink.log(self.eval_metrics, "eval", self.example_counter)
-            if self.config.sample_during_eval:
-                rows = self.sample(self.eval_examples[: self.config.n_eval_model_samples])
-                for sink in self.sinks:
-                    sink.samples(rows, self.example_counter)
+            metrics = sums.means(self.reduce)
+            rows = self.sample(self.eval_examples[: self.config.n_eval_model_samples]) if self.config.sample_during_eval else []
+        self.eval_metrics, self.evaluated_at = metrics, self.example_counter
+        for sink in self.sinks:
+            sink.log(metrics, "eval", self.example_counter)
+            if rows:
+                sink.samples(rows, self.example_counter)
 
     def sample(self, examples: list[Example]) -> list[dict]:
         """One continuation of each prompt by the policy, and by the reference where there is one: {prompt, policy, reference}.
 
         Texts are whole, prompt included. Drawn from the model's own distribution (temperature 1, no top-k, no top-p), seeded by the run's
-        seed and the number of train examples, so that they do not depend on what was drawn before.
+        seed, the number of train examples and the rank, so that they do not depend on what was drawn before.
         """
         models = {"policy": self.policy}
         if self.reference_model is not None:
             models["reference"] = self.reference_model
         rows = []
+        rank, ranks = self.data_rank
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(self.seed + self.example_counter)
-            starts = tqdm.trange(0, len(examples), self.config.eval_batch_size, desc="Sampling", leave=False, disable=None)
+        with torch.random.fork_rng(devices=devices), self.gathered():
+            torch.manual_seed(mixed_seed(self.seed, self.example_counter, rank))
+            starts = tqdm.trange(0, len(examples), self.config.eval_batch_size, desc="Sampling", leave=False, disable=self.hide_progress)
             for start in starts:
-                elements = [self.data["eval"].element(example) for example in examples[start : start + self.config.eval_batch_size]]
+                self.check_stop()
+                some = examples[start : start + self.config.eval_batch_size]
+                own = self.share(some)
+                elements = [self.data["eval"].element(example) for example in own or some[:1]]
                 batch = self.to_device(self.collate(elements))
                 texts = {name: self.generate(model, batch) for name, model in models.items()}
-                rows += [{"prompt": e["prompt"], **{name: texts[name][i] for name in models}} for i, e in enumerate(elements)]
-        return rows
+                rows.append(
+                    [{"prompt": e["prompt"], **{name: texts[name][i] for name in models}} for i, e in enumerate(elements[: len(own)])]
+                )
+        by_rank = self.world.gather(rows)[:ranks]
+        return [row for batches in zip(*by_rank) for row in interleaved(batches)]
 
     def generate(self, model: nn.Module, batch: dict) -> list[str]:
         own, model.generation_config = model.generation_config, self.generation_config
         try:
-            output = model.generate(input_ids=batch["prompt_input_ids"], attention_mask=batch["prompt_attention_mask"])
+            # synced_gpus: a rank whose texts have ended takes part until all have.
+            output = model.generate(
+                input_ids=batch["prompt_input_ids"], attention_mask=batch["prompt_attention_mask"], synced_gpus=self.world.size > 1
+            )
         finally:
             model.generation_config = own
         return self.tokenizer.batch_decode(output, skip_special_tokens=True)
@@ -252,10 +350,12 @@ class BasicTrainer:
     def log_train(self, sums: MetricSums, progress: tqdm.tqdm) -> None:
         """Log the step's means over its global batch, at most once in minimum_log_interval_secs."""
         now = time.monotonic()
-        if self.last_log is not None and now - self.last_log < self.config.minimum_log_interval_secs:
+        waited = self.last_log is None or now - self.last_log >= self.config.minimum_log_interval_secs
+        (due,) = self.world.maximum(waited and self.world.is_first)
+        if not due:
             return
         self.last_log = now
-        metrics = sums.means()
+        metrics = sums.means(self.reduce)
         metrics.update({name: float(value) for name, value in self.step_values.items()})
         metrics["counters/examples"] = self.example_counter
         metrics["counters/updates"] = self.batch_counter
@@ -278,35 +378,260 @@ class BasicTrainer:
             tqdm.tqdm.write(f"warning: policy and reference differ before the first step, by {worst:.2g} nats: other dtypes or weights?")
 
     def save(self, final: bool = False) -> None:
-        """Write a checkpoint; the last one also as a Hugging Face folder."""
+        """Write a checkpoint, unless there is one of this step; the last one also as a Hugging Face folder."""
         if self.config.debug:
             return
-        export = self.export if final else None
-        folder = save_checkpoint(self.run_dir, self.example_counter, self.policy_state(), self.eval_metrics, export)
-        tqdm.tqdm.write(f"checkpoint: {folder}")
+        if self.saved_at != self.example_counter:
+            state = self.policy_state()
+            self.checkpoint = save_checkpoint(
+                self.world,
+                self.run_dir,
+                self.example_counter,
+                state,
+                self.eval_metrics,
+                self.tensors(),
+                self.progress(),
+                (lambda folder: self.export(folder, state)) if final else None,
+            )
+            self.saved_at = self.example_counter
+            tqdm.tqdm.write(f"checkpoint: {self.checkpoint}")
+        elif final:
+            state = self.policy_state()
+            add_export(self.world, self.checkpoint, lambda folder: self.export(folder, state))
+        if self.config.keep_checkpoints is not None and self.world.is_first:
+            remove_old(self.run_dir, self.config.keep_checkpoints, never=[self.checkpoint])
 
-    def export(self, folder: str) -> None:
-        self.policy.save_pretrained(folder)
+    def export(self, folder: str, state: Mapping[str, torch.Tensor]) -> None:
+        self.policy.save_pretrained(folder, state_dict=dict(state), is_main_process=True)
         self.tokenizer.save_pretrained(folder)
+
+    def tensors(self) -> dict[str, dict]:
+        """What decides the future and is a tensor: weights, optimizer state by parameter, every rank's random numbers."""
+        names = {parameter: name for name, parameter in self.policy.named_parameters()}
+        optimizer = {
+            names[parameter]: {key: value for key, value in state.items() if torch.is_tensor(value)}
+            for parameter, state in self.optimizer.state.items()
+        }
+        random_numbers = {str(self.world.rank): random_state(self.device)}
+        return {"policy": self.policy.state_dict(), "optimizer": optimizer, "random": random_numbers}
+
+    def progress(self) -> dict[str, Any]:
+        """What decides the future and is none, and what tells whether a run that goes on is this one."""
+        return {
+            "examples": self.example_counter,
+            "previous_examples": self.previous_counter,
+            "updates": self.batch_counter,
+            "skipped_steps": self.skipped_steps,
+            "batches": self.batches_given,
+            "evaluated_at": self.evaluated_at,
+            "eval_metrics": self.eval_metrics,
+            "ranks": self.world.size,
+            "wandb_id": self.wandb_id,
+            "data": self.data_identity(),
+            "reference": {
+                "fingerprint": self.reference_identity,
+                "archive": self.config.model.archive and os.path.realpath(self.config.model.archive),
+            },
+            "config": OmegaConf.to_container(self.config),
+        }
+
+    def data_identity(self) -> dict[str, str]:
+        return {split: data.fingerprint for split, data in self.data.items()}
+
+    def resume(self, resumed: Resumed) -> None:
+        """Go on from a checkpoint, of whatever trainer and number of ranks."""
+        progress = resumed.progress
+        self.example_counter, self.previous_counter = progress["examples"], progress["previous_examples"]
+        self.batch_counter, self.skipped_steps = progress["updates"], progress["skipped_steps"]
+        self.batches_given = progress["batches"]
+        self.evaluated_at, self.eval_metrics = progress["evaluated_at"], progress["eval_metrics"]
+        self.saved_at, self.checkpoint = progress["examples"], resumed.folder
+        if any(name.startswith("optimizer.") for name in saved_tensors(resumed.folder)):
+            # Makes the optimizer's state, which it otherwise does in its first step.
+            get_optimizer_state_dict(self.policy, self.optimizer)
+        tensors = self.tensors()
+        same_ranks = progress["ranks"] == self.world.size
+        if not same_ranks:
+            del tensors["random"]
+        load_tensors(self.world, resumed.folder, tensors)
+        if same_ranks:
+            set_random_state(tensors["random"][str(self.world.rank)], self.device)
+        else:
+            torch.manual_seed(mixed_seed(self.seed, self.batches_given, self.world.rank))
+            print(f"{progress['ranks']} ranks before, {self.world.size} now: random numbers start anew from seed, step and rank")
 
     # --- what depends on the device: overridden for several of them ---
 
-    def choose_device(self) -> torch.device:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    @classmethod
+    def check_model(cls, policy: nn.Module, config: DictConfig, world: World) -> None:
+        """Raises UserError where this trainer cannot train such a model; weights play no part."""
 
-    def place(self, model: Optional[nn.Module]) -> Optional[nn.Module]:
-        """The model, where it will compute."""
-        return None if model is None else model.to(self.device)
+    @property
+    def data_rank(self) -> tuple[int, int]:
+        """(i, n): this process works on part i of n of every batch."""
+        return 0, 1
+
+    def place(self, scorer: PlainScorer, weights: Mapping[str, Callable[[], nn.Module]]) -> PlainScorer:
+        """Policy and reference, where they will compute."""
+        if scorer.reference is not None:
+            self.reference_identity = fingerprint(scorer.reference)
+        return scorer.to(self.device)
+
+    def computing(self) -> AbstractContextManager:
+        """Within it the policy computes in `compute_dtype`."""
+        return cast_parameters(self.policy, self.compute_dtype)
+
+    def gathered(self) -> AbstractContextManager:
+        """Within it policy and reference can be called by themselves."""
+        return nullcontext()
+
+    def before_backward(self, is_last: bool) -> None:
+        """`is_last`: of the step's microbatches."""
+
+    def reduce(self, sums: torch.Tensor) -> torch.Tensor:
+        """Sums over the parts of the data that other processes have."""
+        return sums
+
+    def parameter_groups(self) -> list[list[nn.Parameter]]:
+        """What an optimizer may treat together."""
+        return [list(self.policy.parameters())]
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         try:
-            return getattr(torch.optim, self.config.optimizer)(self.policy.parameters(), lr=self.config.lr)
+            return getattr(torch.optim, self.config.optimizer)([{"params": group} for group in self.parameter_groups()], lr=self.config.lr)
         except (TypeError, ValueError) as error:
             raise UserError(f"optimizer={self.config.optimizer} does not take this model: {error}") from None
 
     def clip_gradient(self) -> torch.Tensor:
         """Scale the gradient down to max_grad_norm; its norm before, a scalar on the device."""
-        return torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
+        return full_tensor(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm))
 
     def policy_state(self) -> dict[str, torch.Tensor]:
-        return self.policy.state_dict()
+        """The policy's whole weights on rank 0's CPU; {} on the others."""
+        parameters = dict(self.policy.named_parameters(remove_duplicate=False))
+        state, by_parameter = {}, {}
+        for name, tensor in self.policy.state_dict().items():
+            key = parameters.get(name, tensor)
+            if key not in by_parameter:  # one of tied weights is enough
+                whole = full_tensor(tensor)
+                by_parameter[key] = whole.cpu() if self.world.is_first else None
+            state[name] = by_parameter[key]
+        return state if self.world.is_first else {}
+
+
+class FSDPTrainer(BasicTrainer):
+    """Trains on several devices, on one or many nodes: each holds a shard of policy, reference, gradients and optimizer state (FSDP2)."""
+
+    sharded = True
+
+    @classmethod
+    def check_model(cls, policy: nn.Module, config: DictConfig, world: World) -> None:
+        find_blocks(policy, config.model.block_name)
+
+    @property
+    def data_rank(self) -> tuple[int, int]:
+        return self.world.rank, self.world.size
+
+    def place(self, scorer: PlainScorer, weights: Mapping[str, Callable[[], nn.Module]]) -> PlainScorer:
+        model = self.config.model
+        mesh = self.world.mesh(self.config.parallel.replicas)
+        shard_scorer(scorer, mesh, model.block_name, self.compute_dtype, DTYPES[model.policy_dtype])
+        load_weights(self.world, scorer.policy, weights["policy"])
+        if scorer.reference is not None:
+            self.reference_identity = load_weights(self.world, scorer.reference, weights["reference"])
+        return scorer
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self.scorer.reshard()  # the wrapper's own unit stays gathered after a forward pass
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """The wrapper's own unit (embeddings, head); blocks are gathered one after another as they compute."""
+        self.scorer.unshard()
+        try:
+            yield
+        finally:
+            self.scorer.reshard()
+
+    def before_backward(self, is_last: bool) -> None:
+        if self.config.parallel.reduce_once_a_step:
+            self.scorer.set_requires_gradient_sync(is_last)
+
+    def reduce(self, sums: torch.Tensor) -> torch.Tensor:
+        return self.world.sum(sums)
+
+
+class TensorParallelTrainer(BasicTrainer):
+    """Trains on several devices that hold and multiply a part of every matrix each, and all work on the whole batch."""
+
+    sharded = True
+
+    @classmethod
+    def check_model(cls, policy: nn.Module, config: DictConfig, world: World) -> None:
+        tensor_parallel_plan(policy, world.size)
+
+    def place(self, scorer: PlainScorer, weights: Mapping[str, Callable[[], nn.Module]]) -> PlainScorer:
+        mesh = self.world.mesh()
+        partial = split_matrices(scorer.policy, mesh)
+        load_weights(self.world, scorer.policy, weights["policy"])
+        self.partial = [parameter for name, parameter in scorer.policy.named_parameters() if name in partial]
+        if scorer.reference is not None:
+            split_matrices(scorer.reference, mesh)
+            self.reference_identity = load_weights(self.world, scorer.reference, weights["reference"])
+        return scorer
+
+    def parameter_groups(self) -> list[list[nn.Parameter]]:
+        """Split ones, and whole ones: neither optimizers nor norms take both together."""
+        groups = [], []
+        for parameter in self.policy.parameters():
+            groups[isinstance(parameter, DTensor)].append(parameter)
+        return [group for group in groups if group]
+
+    def clip_gradient(self) -> torch.Tensor:
+        for parameter in self.partial:
+            self.world.sum(parameter.grad)
+        groups = self.parameter_groups()
+        norms = [full_tensor(torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])) for group in groups]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        for group in groups:
+            torch.nn.utils.clip_grads_with_norm_(group, self.config.max_grad_norm, norm)
+        return norm
+
+
+def interleaved(parts: Sequence[list]) -> list:
+    """The inverse of dealing items out one by one: [[a, c], [b]] to [a, b, c]."""
+    return [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)]
+
+
+def mixed_seed(*numbers: int) -> int:
+    """A seed that differs where any of the numbers does. PyTorch's generator on the CPU heeds the lowest 32 bits of a seed alone."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """Of every generator that a step might use, as tensors."""
+    _, numbers, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state()
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor(numbers),
+        "python_gauss": torch.tensor(float("nan") if gauss is None else gauss, dtype=torch.float64),
+        "numpy": torch.tensor([*map(int, keys), position, has_gauss]),
+        "numpy_gauss": torch.tensor(cached, dtype=torch.float64),
+    }
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_random_state(state: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    """The inverse of random_state."""
+    torch.set_rng_state(state["torch"])
+    gauss = state["python_gauss"].item()
+    random.setstate((3, tuple(state["python"].tolist()), None if gauss != gauss else gauss))
+    *keys, position, has_gauss = state["numpy"].tolist()
+    np.random.set_state(("MT19937", keys, position, has_gauss, state["numpy_gauss"].item()))
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)

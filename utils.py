@@ -20,6 +20,18 @@ class RunError(Exception):
     """A run that cannot go on for a reason that lies in its numbers or its machine; shown without a traceback; exit code 1."""
 
 
+class PeerError(Exception):
+    """Another process of the run could not go on, and says why: this one ends in silence; exit code 1."""
+
+
+class Stopped(Exception):
+    """A signal asked the run to end; what it had done is saved. `signum` is the signal's number."""
+
+    def __init__(self, signum: int):
+        super().__init__(signum)
+        self.signum = signum
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """' (did you mean x?)' for the known name nearest to `name`, or ''. Case does not count."""
     by_lower = {candidate.lower(): candidate for candidate in known}

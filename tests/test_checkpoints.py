@@ -11,15 +11,21 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Co
 
 import checkpoints
 from checkpoints import check_archive, holds_a_run, read_archive, save_checkpoint
-from models import build_model, build_policy_and_reference, check_model, load_model_config, load_tokenizer
+from models import Models, build_model, check_model, load_model_config, load_tokenizer
+from parallel import World
 from utils import RunError, UserError
 
 STATE = {"weight": torch.arange(6.0).reshape(2, 3)}
+FILES = ["manifest.json", "policy.pt", "state"]
+
+
+def save(run_dir, examples, state=STATE, metrics=None, export=None):
+    return save_checkpoint(World(), str(run_dir), examples, state, metrics or {}, {"policy": state}, {"examples": examples}, export)
 
 
 def test_a_checkpoint_is_the_published_file_and_latest_names_it(tmp_path):
-    save_checkpoint(str(tmp_path), 8, STATE, {"loss/eval": np.float64(0.5)})
-    save_checkpoint(str(tmp_path), 16, STATE, {})
+    save(tmp_path, 8, metrics={"loss/eval": np.float64(0.5)})
+    save(tmp_path, 16)
     content = torch.load(tmp_path / "LATEST" / "policy.pt", weights_only=True)
     assert set(content) == {"step_idx", "state", "metrics"} and content["step_idx"] == 16
     assert torch.load(tmp_path / "step-8" / "policy.pt", weights_only=True)["metrics"] == {"loss/eval": 0.5}
@@ -29,7 +35,7 @@ def test_a_checkpoint_is_the_published_file_and_latest_names_it(tmp_path):
 
 @pytest.mark.parametrize("place", ["save", "rename", "export"])
 def test_a_failure_leaves_what_was_there(place, tmp_path, monkeypatch):
-    save_checkpoint(str(tmp_path), 8, STATE, {})
+    save(tmp_path, 8)
 
     def fail(*_, **__):
         raise RuntimeError("unexpected pos 64 vs 0")  # what torch says of a full disk
@@ -37,7 +43,7 @@ def test_a_failure_leaves_what_was_there(place, tmp_path, monkeypatch):
     target = {"save": (torch, "save"), "rename": (os, "rename"), "export": (checkpoints, "_sync")}[place]
     monkeypatch.setattr(*target, fail)
     with pytest.raises(RunError, match=r"step-16 could not be written .*the last checkpoint is untouched"):
-        save_checkpoint(str(tmp_path), 16, STATE, {})
+        save(tmp_path, 16)
     assert sorted(os.listdir(tmp_path)) == ["LATEST", "step-8"] and os.readlink(tmp_path / "LATEST") == "step-8"
 
 
@@ -48,30 +54,30 @@ def test_a_failed_export_does_not_cost_the_weights(tmp_path, capsys):
         os.mkdir(folder)
         raise ValueError("The generation config instance is invalid")
 
-    save_checkpoint(str(tmp_path), 8, STATE, {}, export)
-    assert os.listdir(tmp_path / "LATEST") == ["policy.pt"] and "no Hugging Face folder" in capsys.readouterr().out
+    save(tmp_path, 8, export=export)
+    assert sorted(os.listdir(tmp_path / "LATEST")) == FILES and "no Hugging Face folder" in capsys.readouterr().out
 
 
 def test_a_full_disk_is_noticed_before(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})())
     with pytest.raises(RunError, match="needs .* GB, .* GB are free"):
-        save_checkpoint(str(tmp_path), 8, STATE, {})
+        save(tmp_path, 8)
     assert os.listdir(tmp_path) == []
 
 
 def test_a_stale_temporary_folder_is_replaced_and_a_checkpoint_never(tmp_path):
     (tmp_path / "step-8.tmp").mkdir()
     (tmp_path / "step-8.tmp" / "rest").touch()
-    save_checkpoint(str(tmp_path), 8, STATE, {})
-    assert os.listdir(tmp_path / "step-8") == ["policy.pt"]
+    save(tmp_path, 8)
+    assert sorted(os.listdir(tmp_path / "step-8")) == FILES
     with pytest.raises(RunError, match="never overwritten"):
-        save_checkpoint(str(tmp_path), 8, STATE, {})
+        save(tmp_path, 8)
 
 
 def test_a_latest_folder_of_an_old_run_is_left_alone(tmp_path):
     (tmp_path / "LATEST").mkdir()
     with pytest.raises(RunError, match="LATEST is a folder"):
-        save_checkpoint(str(tmp_path), 8, STATE, {})
+        save(tmp_path, 8)
     assert os.listdir(tmp_path) == ["LATEST"]
 
 
@@ -108,7 +114,7 @@ def test_archives_of_2023_carry_buffers_that_are_gone(tmp_path):
 def test_weights_of_every_family_come_back(family, tmp_path):
     """GPT-2's attn.c_attn.bias, for one, ends like a buffer that is gone."""
     state = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **FAMILIES[family])).state_dict()
-    save_checkpoint(str(tmp_path), 8, state, {})
+    save(tmp_path, 8, state)
     read = read_archive(str(tmp_path / "LATEST" / "policy.pt"))
     assert read.keys() == state.keys() and all(torch.equal(read[name], tensor) for name, tensor in state.items())
 
@@ -162,7 +168,8 @@ def test_models_of_one_archive_share_nothing():
     tokenizer = load_tokenizer(config, None)
     model_config = load_model_config(config, tokenizer, None)
     archive = check_model(config, model_config, tokenizer, 64)
-    policy, reference = build_policy_and_reference(config, model_config, None, archive, needs_reference=True)
+    models = Models(config, model_config, None, archive, needs_reference=True)
+    policy, reference = models.policy(), models.reference()
     saved = torch.load(MINI / "sft_policy.pt", weights_only=True)["state"]
     for parameter in policy.parameters():
         torch.nn.init.ones_(parameter)
@@ -170,7 +177,8 @@ def test_models_of_one_archive_share_nothing():
     assert all(torch.equal(archive[name], tensor) for name, tensor in saved.items())
     tiny = compose("exp_name=x").model  # random weights are drawn once, for both
     tokenizer = load_tokenizer(tiny, None)
-    policy, reference = build_policy_and_reference(tiny, load_model_config(tiny, tokenizer, None), None, None, needs_reference=True)
+    models = Models(tiny, load_model_config(tiny, tokenizer, None), None, None, needs_reference=True)
+    policy, reference = models.policy(), models.reference()
     for (name, a), b in zip(policy.state_dict().items(), reference.state_dict().values()):
         assert torch.equal(a, b) and a.data_ptr() != b.data_ptr(), name
 
@@ -198,7 +206,7 @@ def test_a_hugging_face_folder_of_other_sizes_names_the_keys(field, value, messa
 
 
 def test_a_run_folder_as_archive_is_answered_with_its_policy(tmp_path):
-    save_checkpoint(str(tmp_path), 8, STATE, {})
+    save(tmp_path, 8)
     for folder, file in ((tmp_path, "LATEST/policy.pt"), (tmp_path / "step-8", "policy.pt")):
         with pytest.raises(UserError, match=rf"is no Hugging Face folder, it has no config.json \(did you mean {folder}/{file}\?\)"):
             model_of(f"model.archive={folder}")

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHea
 
 from batching import get_collate_fn
 from losses import get_objective
-from models import build_policy_and_reference, load_model_config, load_tokenizer
+from models import Models, load_model_config, load_tokenizer
 from scoring import PlainScorer, _get_batch_logps, _tdpo_get_batch_logps, cast_parameters, concatenated_inputs, forward_kl
 from tokenization import tokenize_batch_element
 
@@ -185,7 +185,8 @@ def test_policy_and_reference_of_every_family_agree_exactly_in_bfloat16(family):
     OmegaConf.set_struct(config, False)
     config.from_config = {"model_type": family, **{key: value for key, value in FAMILIES[family].items() if key != "vocab_size"}}
     tokenizer = load_tokenizer(config, None)
-    policy, reference = build_policy_and_reference(config, load_model_config(config, tokenizer, None), None, None, needs_reference=True)
+    models = Models(config, load_model_config(config, tokenizer, None), None, None, needs_reference=True)
+    policy, reference = models.policy(), models.reference()
     assert {p.dtype for p in reference.parameters()} == {torch.bfloat16}
     pairs = [("this drama", " was good .", " was very dull ."), ("the western", " felt weak", " was not bad at the end .")]
     batch = get_collate_fn(tokenizer)([tokenize_batch_element(*pair, "keep_end", tokenizer, 32, 16) for pair in pairs])

@@ -6,10 +6,10 @@ from conftest import ROOT
 
 # From the bottom up: a file imports files of rows above its own only.
 ORDER = [
-    {"utils", "losses", "reviews"},
-    {"scoring", "rows", "tokenization", "checkpoints"},
-    {"chat", "batching", "config_schema"},
-    {"metrics", "models", "preference_datasets"},
+    {"utils", "losses", "reviews", "signals"},
+    {"scoring", "rows", "tokenization", "parallel"},
+    {"chat", "batching", "config_schema", "checkpoints", "launch", "watch"},
+    {"metrics", "models", "preference_datasets", "resume"},
     {"trainers"},
     {"train", "plot"},
 ]

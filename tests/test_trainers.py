@@ -103,7 +103,8 @@ def test_schedule(tmp_path):
     assert [log["counters/examples"] for log in logs_of(run_dir, "eval")] == [32, 64]
     assert [log["counters/examples"] for log in logs_of(run_dir, "train")] == list(range(8, 65, 8))
     assert {name for name in os.listdir(run_dir) if name.startswith("step-")} == {"step-24", "step-48", "step-64"}
-    assert os.listdir(run_dir / "step-24") == ["policy.pt"] and sorted(os.listdir(run_dir / "LATEST")) == ["hf", "policy.pt"]
+    files = ["manifest.json", "policy.pt", "state"]
+    assert sorted(os.listdir(run_dir / "step-24")) == files and sorted(os.listdir(run_dir / "LATEST")) == ["hf", *files]
     rates = [log["lr"] for log in logs_of(run_dir, "train")]
     assert rates == pytest.approx([5e-4 * min(1, (step + 1) / 4) for step in range(8)])  # linear warm-up, as published
 

@@ -1,0 +1,186 @@
+"""The processes of a run: starting them on this machine, or joining those that torchrun or Slurm has started."""
+
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Optional
+
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
+
+from parallel import World
+from signals import STOP_SIGNALS
+from utils import RunError, Stopped, UserError
+
+TRAIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
+LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+
+
+def is_rank() -> bool:
+    """Whether a launcher (torchrun, srun or start_ranks) has started this process as one of several."""
+    return "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+
+
+def own_rank() -> int:
+    """Of this process, also before it has joined the others."""
+    return int(os.environ.get("RANK", os.environ["SLURM_PROCID"] if is_rank() else 0))
+
+
+def processes_to_start(config: DictConfig) -> int:
+    """How many processes this machine needs, this one being none of them; 1 where this one is enough, or is one of several already."""
+    if config.trainer == "BasicTrainer" or is_rank():
+        return 1
+    gpus = torch.cuda.device_count()
+    if gpus and (config.nproc_per_node or 1) > gpus:
+        raise UserError(f"nproc_per_node={config.nproc_per_node}: this machine has {gpus} visible GPUs")
+    return config.nproc_per_node or gpus or 1
+
+
+def start_ranks(n: int, overrides: Sequence[str], port: Optional[int]) -> None:
+    """Run train.py in n processes on this machine until all have ended.
+
+    They meet at a loopback socket that this process holds; what they print goes where this process's own output does. Where one fails the
+    others are ended; a signal goes on to them, so that they save and end.
+
+    Args:
+        overrides: of the command line.
+        port: None for one that is free.
+
+    Raises:
+        UserError: the port is in use.
+        RunError: a process failed.
+        Stopped: a signal came.
+    """
+    store = _loopback_store(n, port)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a failure is reported below
+    common = {
+        "WORLD_SIZE": str(n),
+        "LOCAL_WORLD_SIZE": str(n),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # this process has the store
+        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", LOOPBACK),
+        "NCCL_SOCKET_IFNAME": os.environ.get("NCCL_SOCKET_IFNAME", LOOPBACK),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // n))),
+    }
+    processes = start_processes(
+        name="train.py",
+        entrypoint=sys.executable,
+        args={rank: ("-u", TRAIN, *overrides) for rank in range(n)},
+        envs={rank: {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(n)},
+        logs_specs=DefaultLogsSpecs(),
+    )
+    received = []
+
+    def forward(signum, _):
+        received.append(signum)
+        for pid in processes.pids().values():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signum)
+
+    before = {signum: signal.signal(signum, forward) for signum in STOP_SIGNALS}
+    try:
+        while (result := processes.wait(timeout=0)) is None:
+            time.sleep(0.2)
+    finally:
+        processes.close(signal.SIGKILL)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    if result.is_failed():
+        raise RunError(_describe(result.failures))
+    if received:
+        raise Stopped(received[0])
+
+
+def _loopback_store(n: int, port: Optional[int]) -> dist.TCPStore:
+    """Where the processes meet. PyTorch's own socket would listen on every interface."""
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(("127.0.0.1", port or 0))
+        listener.listen(4 * n)
+    except OSError as error:
+        raise UserError(f"fsdp_port={port} cannot be used ({error.strerror}): null takes one that is free") from None
+    port = listener.getsockname()[1]
+    return dist.TCPStore("127.0.0.1", port, None, True, wait_for_workers=False, master_listen_fd=listener.detach())
+
+
+def _describe(failures: dict) -> str:
+    """The process that failed first, by its rank. One that raised an error has said so itself."""
+    rank, failure = min(failures.items(), key=lambda item: item[1].timestamp)
+    how = f"was killed by {signal.Signals(-failure.exitcode).name}" if failure.exitcode < 0 else f"ended with exit code {failure.exitcode}"
+    return f"rank {rank} (process {failure.pid}) {how}; the others were ended, what was saved is kept"
+
+
+def _use_slurm() -> None:
+    """What torchrun sets, from what srun does: one process a task, met at the first node."""
+    job = os.environ
+    nodes = job.get("SLURM_STEP_NODELIST", job.get("SLURM_NODELIST", "127.0.0.1"))
+    job["RANK"], job["WORLD_SIZE"], job["LOCAL_RANK"] = job["SLURM_PROCID"], job["SLURM_STEP_NUM_TASKS"], job["SLURM_LOCALID"]
+    job.setdefault("MASTER_ADDR", first_node(nodes))
+    job.setdefault("MASTER_PORT", str(15_000 + int(job.get("SLURM_JOB_ID", 0)) % 20_000))
+
+
+def first_node(nodes: str) -> str:
+    """The first name of Slurm's list: 'gpu[003-005,9],x' to 'gpu003'."""
+    prefix, bracket, inside = re.match(r"([^\[,]*)(\[?)([^\],-]*)", nodes).groups()
+    return prefix + inside if bracket else prefix
+
+
+@contextmanager
+def joined(config: DictConfig) -> Iterator[World]:
+    """The world of this process: alone, or with the others that its launcher has started.
+
+    Raises:
+        UserError: the world does not suit the config.
+    """
+    if config.trainer == "BasicTrainer":
+        if is_rank() and int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", 1))) > 1:
+            raise UserError("trainer=BasicTrainer is one process, and this is one of several: trainer=FSDPTrainer")
+        yield World()
+        return
+    if is_rank() and "RANK" not in os.environ:
+        _use_slurm()
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    arguments = {"backend": "cpu:gloo,cuda:nccl" if cuda else "gloo", "timeout": timedelta(seconds=config.parallel.timeout_secs)}
+    if not is_rank():  # a world of one: no socket that others could reach
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
+        arguments |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(**arguments)
+    world = World(dist.get_rank(), dist.get_world_size(), device)
+    leave = world.size == 1  # else only in good order: a process that fails must not wait for the others
+    try:
+        world.from_first(lambda: _check_world(config, world))
+        yield world
+        leave = True
+    except Stopped:
+        leave = True
+        raise
+    finally:
+        if leave:
+            dist.destroy_process_group()
+
+
+def _check_world(config: DictConfig, world: World) -> None:
+    """Values that must go together with the number of processes."""
+    n, replicas, parts = world.size, config.parallel.replicas, config.gradient_accumulation_steps
+    if n % replicas:
+        raise UserError(f"parallel.replicas={replicas} does not divide {n} processes")
+    if config.trainer == "FSDPTrainer" and config.batch_size % (n * parts):
+        nearest = max(1, round(config.batch_size / (n * parts))) * n * parts
+        raise UserError(
+            f"batch_size={config.batch_size} does not divide by {n} processes x gradient_accumulation_steps={parts}: "
+            f"each process takes equally many pairs of every microbatch; {nearest} would do"
+        )

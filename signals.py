@@ -1,0 +1,29 @@
+"""Signals that ask a run to end: noted here, acted on at the next step boundary."""
+
+import signal
+from types import FrameType
+from typing import Optional
+
+# What schedulers send before they take a machine away, and Ctrl-C.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class StopSignals:
+    """While entered, STOP_SIGNALS are noted in `received` (0 for none); a second Ctrl-C interrupts at once."""
+
+    def __init__(self):
+        self.received = 0
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> "StopSignals":
+        self._before = {signum: signal.signal(signum, self._note) for signum in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def _note(self, signum: int, frame: Optional[FrameType]) -> None:
+        if signum == signal.SIGINT and self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signum

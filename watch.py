@@ -1,0 +1,114 @@
+"""Which rank is gone or hangs: what a process needs to know when its collectives fail, and PyTorch does not say.
+
+Each process shows a sign of life in the store through which all met, from a thread of its own, which a blocked collective does not stop.
+"""
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from datetime import timedelta
+from types import TracebackType
+from typing import Optional
+
+import torch.distributed as dist
+
+from parallel import World
+from utils import PeerError, RunError, Stopped
+
+INTERVAL = 1.0  # seconds between signs of life
+SILENCE = 6.0  # seconds without one, after which a process is taken for gone
+GRACE = 20.0  # seconds to end in when another rank has failed; then the process shows where it hangs, and ends
+
+
+def is_of_a_collective(error: Optional[BaseException]) -> bool:
+    """PyTorch has no one type for what goes wrong between processes."""
+    words = ("gloo", "nccl", "connection", "socket", "timed out")
+    return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words))
+
+
+class Watch:
+    """While entered: signs of life, and an end for this process where the others have failed or its launcher is gone.
+
+    Leaving with an error tells the others; an error of a collective is replaced by the name of the rank that caused it.
+    """
+
+    def __init__(self, world: World):
+        self.world = world
+        self._launcher = os.getppid()
+        self._ended = threading.Event()
+        self._store: Optional[dist.Store] = None
+
+    def __enter__(self) -> "Watch":
+        if self.world.size > 1:
+            address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            # A connection of its own: the process group's may be blocked.
+            store = dist.TCPStore(*address, None, False, timedelta(seconds=30), wait_for_workers=False)
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            self._store = dist.PrefixStore(f"watch/{attempt}", store)
+            threading.Thread(target=self._run, daemon=True).start()
+        return self
+
+    def __exit__(self, kind: Optional[type], error: Optional[BaseException], trace: Optional[TracebackType]) -> None:
+        if self._store is None:
+            return
+        try:
+            if is_of_a_collective(error):
+                self._explain(error)
+            if error is not None and not isinstance(error, (PeerError, Stopped)):
+                self._store.set("failed", str(self.world.rank))
+        finally:
+            self._ended.set()
+
+    def _explain(self, error: RuntimeError) -> None:
+        """Raises PeerError where another rank has failed and says so, RunError where one is gone or behind; else returns."""
+        before = self._signs()
+        time.sleep(SILENCE)
+        if self._failed() not in (None, self.world.rank):
+            raise PeerError("another rank has failed") from error
+        after = self._signs()
+        gone = [rank for rank, (beat, _) in after.items() if beat == before[rank][0]]
+        behind = [rank for rank, (_, done) in after.items() if done < self.world.passes]
+        reason = (str(error).splitlines() or [""])[0][:200]
+        for ranks, what in ((gone, "no sign of life of"), (behind, "no progress of")):
+            if ranks:
+                self._store.set("failed", str(self.world.rank))
+                names = ", ".join(f"rank {rank}" for rank in ranks)
+                raise RunError(f"rank {self.world.rank}: {what} {names}; what was saved is kept ({reason})") from error
+
+    def _signs(self) -> dict[int, tuple[int, int]]:
+        """Of every other rank: its last sign of life, and how many forward passes it had begun."""
+        others = [rank for rank in range(self.world.size) if rank != self.world.rank]
+        signs = {}
+        for rank in others:
+            known = self._store.check([f"alive/{rank}"])
+            signs[rank] = tuple(map(int, self._store.get(f"alive/{rank}").split())) if known else (0, 0)
+        return signs
+
+    def _failed(self) -> Optional[int]:
+        return int(self._store.get("failed")) if self._store.check(["failed"]) else None
+
+    def _run(self) -> None:
+        beat, deadline = 0, None
+        while not self._ended.wait(INTERVAL):
+            beat += 1
+            if os.getppid() != self._launcher:
+                self._end("the launcher is gone")
+            try:
+                self._store.set(f"alive/{self.world.rank}", f"{beat} {self.world.passes}")
+                failed = self._failed()
+            except RuntimeError:  # the store's process has ended
+                failed = -1
+            if failed is not None and failed != self.world.rank:
+                deadline = deadline or time.monotonic() + GRACE
+                if time.monotonic() > deadline:
+                    self._end("another rank has failed" if failed >= 0 else "the rendezvous is gone", stacks=True)
+
+    def _end(self, reason: str, stacks: bool = False) -> None:
+        if self._ended.is_set():
+            return
+        print(f"error: rank {self.world.rank}: {reason}; what was saved is kept", file=sys.stderr)
+        if stacks:
+            faulthandler.dump_traceback(all_threads=True)
+        os._exit(1)
