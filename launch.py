@@ -32,7 +32,7 @@ def is_rank() -> bool:
 
 def own_rank() -> int:
     """Of this process, also before it has joined the others."""
-    return int(os.environ.get("RANK", os.environ["SLURM_PROCID"] if is_rank() else 0))
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID" if is_rank() else "", 0))
 
 
 def processes_to_start(config: DictConfig) -> int:
@@ -45,7 +45,7 @@ def processes_to_start(config: DictConfig) -> int:
     return config.nproc_per_node or gpus or 1
 
 
-def start_ranks(n: int, overrides: Sequence[str], port: Optional[int]) -> None:
+def start_ranks(n: int, overrides: Sequence[str], config: DictConfig) -> None:
     """Run train.py in n processes on this machine until all have ended.
 
     They meet at a loopback socket that this process holds; what they print goes where this process's own output does. Where one fails the
@@ -53,14 +53,15 @@ def start_ranks(n: int, overrides: Sequence[str], port: Optional[int]) -> None:
 
     Args:
         overrides: of the command line.
-        port: None for one that is free.
+        config: what they make.
 
     Raises:
-        UserError: the port is in use.
+        UserError: the port is in use, or the config does not suit n processes.
         RunError: a process failed.
         Stopped: a signal came.
     """
-    store = _loopback_store(n, port)
+    _check_division(config, n)
+    store = _loopback_store(n, config.fsdp_port)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a failure is reported below
     common = {
         "WORLD_SIZE": str(n),
@@ -72,6 +73,7 @@ def start_ranks(n: int, overrides: Sequence[str], port: Optional[int]) -> None:
         "NCCL_SOCKET_IFNAME": os.environ.get("NCCL_SOCKET_IFNAME", LOOPBACK),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // n))),
     }
+    before = {signum: signal.getsignal(signum) for signum in (*STOP_SIGNALS, signal.SIGHUP, signal.SIGQUIT)}
     processes = start_processes(
         name="train.py",
         entrypoint=sys.executable,
@@ -87,7 +89,8 @@ def start_ranks(n: int, overrides: Sequence[str], port: Optional[int]) -> None:
             with suppress(ProcessLookupError):
                 os.kill(pid, signum)
 
-    before = {signum: signal.signal(signum, forward) for signum in STOP_SIGNALS}
+    for signum, handler in before.items():  # start_processes has set its own
+        signal.signal(signum, forward if signum in STOP_SIGNALS else handler)
     try:
         while (result := processes.wait(timeout=0)) is None:
             time.sleep(0.2)
@@ -132,8 +135,8 @@ def _use_slurm() -> None:
 
 def first_node(nodes: str) -> str:
     """The first name of Slurm's list: 'gpu[003-005,9],x' to 'gpu003'."""
-    prefix, bracket, inside = re.match(r"([^\[,]*)(\[?)([^\],-]*)", nodes).groups()
-    return prefix + inside if bracket else prefix
+    name = re.match(r"([^\[,]|\[[^\]]*\])*", nodes).group()
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", name)
 
 
 @contextmanager
@@ -162,7 +165,7 @@ def joined(config: DictConfig) -> Iterator[World]:
     world = World(dist.get_rank(), dist.get_world_size(), device)
     leave = world.size == 1  # else only in good order: a process that fails must not wait for the others
     try:
-        world.from_first(lambda: _check_world(config, world))
+        world.from_first(lambda: _check_division(config, world.size))
         yield world
         leave = True
     except Stopped:
@@ -173,9 +176,9 @@ def joined(config: DictConfig) -> Iterator[World]:
             dist.destroy_process_group()
 
 
-def _check_world(config: DictConfig, world: World) -> None:
+def _check_division(config: DictConfig, n: int) -> None:
     """Values that must go together with the number of processes."""
-    n, replicas, parts = world.size, config.parallel.replicas, config.gradient_accumulation_steps
+    replicas, parts = config.parallel.replicas, config.gradient_accumulation_steps
     if n % replicas:
         raise UserError(f"parallel.replicas={replicas} does not divide {n} processes")
     if config.trainer == "FSDPTrainer" and config.batch_size % (n * parts):

@@ -207,6 +207,7 @@ def load_weights(world: World, model: nn.Module, build: Callable[[], nn.Module])
         the weights' fingerprint on rank 0, elsewhere ''.
     """
     model.to_empty(device=world.device)
+    model.tie_weights()  # which becoming real undoes where nothing is sharded
     identity = ""
     with world.agreed():
         if world.is_first:

@@ -11,6 +11,7 @@ import re
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import NoReturn, Optional
@@ -56,7 +57,7 @@ def run(config: DictConfig, overrides: Sequence[str] = ()) -> str:
     notes = check_config(config, overrides)
     if (n := processes_to_start(config)) > 1:
         run_dir = choose_run_dir(config)
-        start_ranks(n, [*overrides, *([] if config.resume else [f"local_run_dir='{run_dir}'"])], config.fsdp_port)
+        start_ranks(n, [*overrides, *([] if config.resume else [f"local_run_dir='{run_dir}'"])], config)
         return run_dir
     with joined(config) as world, Watch(world), silence_unless(world.is_first):
         return train(config, world, notes)
@@ -117,6 +118,10 @@ def train(config: DictConfig, world: World, notes: Sequence[str]) -> str:
             trainer.resume(resumed)
             print(f"resumed from {resumed.folder}: {plural(trainer.example_counter, 'example')} were trained on")
         trainer.train()
+    except Stopped as stopped:
+        if world.is_first:
+            print(f"stopped by {signal.Signals(stopped.signum).name}; resume={run_dir} goes on from here", file=sys.stderr)
+        raise
     finally:
         for sink in sinks:
             sink.close()
@@ -185,9 +190,10 @@ def reported_errors() -> Iterator[None]:
     except RunError as error:
         fail(str(error), 1)
     except PeerError:
-        sys.exit(1)
+        leave_silently(1)
     except Stopped as stopped:
-        say_stopped(stopped.signum)
+        # A process by itself ends as one that a signal ended does; one of several without an error, which would be taken for its own.
+        sys.exit(0 if is_rank() else 128 + stopped.signum)
     except torch.OutOfMemoryError as error:
         fail(f"out of memory: {str(error).splitlines()[0]}", 1)
     except KeyboardInterrupt:
@@ -214,11 +220,10 @@ def main() -> None:
             raise UserError(str(error)) from None
 
 
-def say_stopped(signum: int) -> NoReturn:
-    """A process by itself ends as one that a signal ended does; one of several without an error, which would be taken for its own."""
-    if own_rank() == 0:
-        print(f"stopped by {signal.Signals(signum).name}; resume=<run folder> goes on from the checkpoint", file=sys.stderr)
-    sys.exit(0 if is_rank() else 128 + signum)
+def leave_silently(code: int) -> NoReturn:
+    """Another rank says what is wrong; a launcher, which ends all ranks when one has ended, must not keep it from that."""
+    time.sleep(5)
+    sys.exit(code)
 
 
 def known_keys() -> list[str]:
@@ -237,7 +242,7 @@ def known_keys() -> list[str]:
 def fail(message: str, code: int) -> NoReturn:
     sys.stdout.flush()
     if not torch.distributed.is_initialized() and own_rank() > 0:
-        sys.exit(code)  # before the ranks meet, all make the same mistake
+        leave_silently(code)  # before the ranks meet, all make the same mistake
     print("\n".join(line if line.startswith(" ") else f"error: {line}" for line in message.splitlines()), file=sys.stderr)
     sys.exit(code)
 

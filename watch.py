@@ -47,7 +47,8 @@ class Watch:
             store = dist.TCPStore(*address, None, False, timedelta(seconds=30), wait_for_workers=False)
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             self._store = dist.PrefixStore(f"watch/{attempt}", store)
-            threading.Thread(target=self._run, daemon=True).start()
+            self._thread = threading.Thread(target=self._run, daemon=True)
+            self._thread.start()
         return self
 
     def __exit__(self, kind: Optional[type], error: Optional[BaseException], trace: Optional[TracebackType]) -> None:
@@ -60,6 +61,7 @@ class Watch:
                 self._store.set("failed", str(self.world.rank))
         finally:
             self._ended.set()
+            self._thread.join(5)  # a thread that the interpreter ends amid a call into PyTorch would abort it
 
     def _explain(self, error: RuntimeError) -> None:
         """Raises PeerError where another rank has failed and says so, RunError where one is gone or behind; else returns."""

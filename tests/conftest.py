@@ -1,8 +1,10 @@
 """What the tests share. No network: models are built from their configs, data are local files."""
 
+import json
 import os
 import sys
 from pathlib import Path
+from typing import Optional
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client: nothing waits for a network
@@ -22,6 +24,11 @@ import train  # noqa: E402
 torch.set_num_threads(2)
 
 MINI = ROOT / "tests" / "golden" / "mini"
+
+# Small runs on the rows of tests/golden: SFT, and TDPO2 from recorded weights.
+DATA = ["model=blank_model", f"model.name_or_path={MINI}/model", "datasets=[hh]", f"datasets.hh.path={MINI}/data"]
+DATA += ["max_length=64", "max_prompt_length=32", "batch_size=8", "lr=5e-4", "warmup_steps=3"]
+PREFERENCE = [*DATA, "loss=tdpo", f"model.archive={MINI}/sft_policy.pt"]
 
 # Small models of the families in config/model.
 SIZES = {"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -43,10 +50,22 @@ def compose(*overrides: str):
         return hydra.compose("config", list(overrides))
 
 
+QUIET = ["exp_name=test", "wandb.enabled=false", "sample_during_eval=false", "minimum_log_interval_secs=0"]
+
+
 def run(*overrides: str) -> Path:
-    """A run in this process, as the command line would make it, without wandb and samples; its folder."""
-    quiet = ("exp_name=test", "wandb.enabled=false", "sample_during_eval=false", "minimum_log_interval_secs=0")
-    return Path(train.run(compose(*quiet, *overrides), list(overrides)))
+    """A run as the command line would make it, in this process or from it, without wandb and samples; its folder."""
+    overrides = [*QUIET, *overrides]
+    return Path(train.run(compose(*overrides), overrides))
+
+
+def logs_of(run_dir: Path, split: Optional[str] = None) -> list[dict]:
+    logs = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [log for log in logs if split in (None, log["split"])]
+
+
+def weights_of(run_dir: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run_dir / "LATEST" / "policy.pt", weights_only=True)["state"]
 
 
 @pytest.fixture

@@ -6,26 +6,13 @@ import shutil
 
 import pytest
 import torch
-from conftest import MINI, run
+from conftest import DATA, MINI, PREFERENCE, logs_of, run, weights_of
 from transformers import AutoModelForCausalLM
 
 from losses import get_objective
 from scoring import PlainScorer
 from trainers import BasicTrainer
 from utils import RunError
-
-DATA = ["model=blank_model", f"model.name_or_path={MINI}/model", "datasets=[hh]", f"datasets.hh.path={MINI}/data"]
-DATA += ["max_length=64", "max_prompt_length=32", "batch_size=8", "lr=5e-4", "warmup_steps=3"]
-PREFERENCE = [*DATA, "loss=tdpo", f"model.archive={MINI}/sft_policy.pt"]
-
-
-def logs_of(run_dir, split=None):
-    logs = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [log for log in logs if split in (None, log["split"])]
-
-
-def weights_of(run_dir):
-    return torch.load(run_dir / "LATEST" / "policy.pt", weights_only=True)["state"]
 
 
 def test_the_gradient_does_not_depend_on_the_cut_of_the_batch(tmp_path):

@@ -1,0 +1,90 @@
+"""Run in several processes by test_parallel.py: sharded models of every family against the same model in one piece, in float64."""
+
+import sys
+
+import torch
+import torch.distributed as dist
+from conftest import FAMILIES
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from losses import get_objective
+from models import empty_model
+from parallel import World, full_tensor, load_weights, shard_scorer, split_matrices, tensor_parallel_plan
+from scoring import PlainScorer
+from utils import IGNORED, UserError, disable_dropout
+
+
+def build(family: str, seed: int, **changes) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(family, **{**FAMILIES[family], **changes})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64)
+    for parameter in model.parameters():  # also those that start at 0 or 1: a bias that is added twice must show
+        torch.nn.init.normal_(parameter, std=0.2)
+    disable_dropout(model)
+    return model
+
+
+def batch_of(pairs: int) -> dict[str, torch.Tensor]:
+    """Ragged pairs: a prompt of three tokens, responses of three to six; less padding than the smallest window, which Gemma 2 needs."""
+    generator = torch.Generator().manual_seed(0)
+    batch = {}
+    for role, lengths in (("chosen", [6, 9, 7, 8]), ("rejected", [7, 6, 8, 9])):
+        ids = torch.randint(3, 31, (pairs, 9), generator=generator)
+        mask = (torch.arange(9) < torch.tensor(lengths)[:, None]).long()
+        labels = torch.where((mask == 1) & (torch.arange(9) >= 3), ids, IGNORED)
+        batch |= {f"{role}_input_ids": ids * mask, f"{role}_attention_mask": mask, f"{role}_labels": labels}
+    return batch
+
+
+def gradients(scorer: PlainScorer, batch: dict[str, torch.Tensor], total: int) -> dict[str, torch.Tensor]:
+    losses = scorer.objective(scorer(batch)).losses
+    (losses.sum() / total).backward()
+    return {name: full_tensor(parameter.grad) for name, parameter in scorer.policy.named_parameters()}
+
+
+def check(style: str, family: str, world: World, **changes) -> None:
+    objective = get_objective("tdpo2", beta=0.5, alpha=0.5)
+    policy, reference = (lambda seed=seed: build(family, seed, **changes) for seed in (0, 1))
+    batch = batch_of(4)
+    expected = gradients(PlainScorer(policy(), reference(), objective), batch, 4)
+    scorer = PlainScorer(*(empty_model(policy().config, torch.float64) for _ in range(2)), objective)
+    mesh = world.mesh(2 if style == "hybrid" else 1)
+    if style == "tensor":
+        partial = split_matrices(scorer.policy, mesh)
+        split_matrices(scorer.reference, mesh)
+    else:
+        shard_scorer(scorer, mesh, None, None, torch.float64)
+        batch = {name: tensor[world.rank :: world.size] for name, tensor in batch.items()}
+        partial = []
+    load_weights(world, scorer.policy, policy)
+    load_weights(world, scorer.reference, reference)
+    actual = gradients(scorer, batch, 4)
+    for name in partial:
+        world.sum(actual[name])
+    for name, gradient in expected.items():
+        # Families that compute norms or rotations in float32 whatever the model's dtype leave 1e-7.
+        difference = (actual[name] - gradient).norm() / gradient.norm().clamp_min(1e-3)
+        assert difference < 1e-6, f"{style} {family} {name}: {difference}"
+
+
+def main(styles: list[str]) -> None:
+    dist.init_process_group("gloo")
+    world = World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    for style in styles:
+        for family in FAMILIES:
+            changes = {} if family in ("gpt2", "gptj", "gpt_neox") else {"num_key_value_heads": 2}
+            if style == "tensor":
+                try:
+                    tensor_parallel_plan(build(family, 0, **changes), world.size)
+                except UserError as error:
+                    if world.is_first:
+                        print("refused", family, error)
+                    continue
+            check(style, family, world, **changes)
+            if world.is_first:
+                print("equal", style, family)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
