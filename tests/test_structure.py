@@ -10,7 +10,7 @@ ORDER = [
     {"scoring", "rows", "tokenization", "parallel"},
     {"chat", "batching", "config_schema", "checkpoints", "launch", "watch"},
     {"metrics", "models", "preference_datasets", "resume"},
-    {"trainers"},
+    {"trainers", "memory"},
     {"train", "plot"},
 ]
 
