@@ -208,15 +208,21 @@ def list_checkpoints(run_dir: str) -> list[str]:
 
 def damaged_files(world: World, folder: str) -> list[str]:
     """Files of a checkpoint that are missing, or not what the manifest says; read by all ranks together."""
+    expected = world.from_first(lambda: _read_manifest(folder))
+    if expected is None:
+        return ["manifest.json"]
+    actual = _hashes(world, folder, sorted(expected))
+    return sorted(file for file, entry in expected.items() if actual.get(file) != entry)
+
+
+def _read_manifest(folder: str) -> Optional[dict[str, dict]]:
+    """Sizes and hashes by file; None where it is none."""
     try:
         with open(os.path.join(folder, "manifest.json")) as handle:
-            expected = json.load(handle)["files"]
-        if not {"policy.pt", PROGRESS} <= set(expected):
-            return ["manifest.json"]
-        actual = _hashes(world, folder, sorted(expected))
-        return sorted(file for file, entry in expected.items() if actual.get(file) != entry)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return ["manifest.json"]
+            files = json.load(handle)["files"]
+        return files if {"policy.pt", PROGRESS} <= set(files) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def read_progress(folder: str) -> dict[str, Any]:

@@ -98,10 +98,10 @@ def start_ranks(n: int, overrides: Sequence[str], config: DictConfig) -> None:
         processes.close(signal.SIGKILL)
         for signum, handler in before.items():
             signal.signal(signum, handler)
+    if received and all(failure.exitcode in [-signum for signum in received] for failure in result.failures.values()):
+        raise Stopped(received[0])  # saved, or ended before there was anything to save
     if result.is_failed():
         raise RunError(_describe(result.failures))
-    if received:
-        raise Stopped(received[0])
 
 
 def _loopback_store(n: int, port: Optional[int]) -> dist.TCPStore:
@@ -154,7 +154,8 @@ def joined(config: DictConfig) -> Iterator[World]:
     if is_rank() and "RANK" not in os.environ:
         _use_slurm()
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    # Where each task sees its own GPU alone, that is number 0.
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     arguments = {"backend": "cpu:gloo,cuda:nccl" if cuda else "gloo", "timeout": timedelta(seconds=config.parallel.timeout_secs)}

@@ -57,7 +57,8 @@ def run(config: DictConfig, overrides: Sequence[str] = ()) -> str:
     notes = check_config(config, overrides)
     if (n := processes_to_start(config)) > 1:
         run_dir = choose_run_dir(config)
-        start_ranks(n, [*overrides, *([] if config.resume else [f"local_run_dir='{run_dir}'"])], config)
+        named = config.resume or config.local_run_dir
+        start_ranks(n, [*overrides, *([] if named else [f"local_run_dir='{run_dir}'"])], config)
         return run_dir
     with joined(config) as world, Watch(world), silence_unless(world.is_first):
         return train(config, world, notes)

@@ -28,7 +28,7 @@ from parallel import World, find_blocks, fingerprint, full_tensor, load_weights,
 from resume import Resumed
 from scoring import PlainScorer, _get_batch_logps, _tdpo_get_batch_logps, cast_parameters, concatenated_inputs
 from signals import StopSignals
-from utils import DTYPES, RunError, Stopped, UserError, some_of
+from utils import DTYPES, RunError, Stopped, UserError, plural, some_of
 
 # preference_loss and the next ones are here for forks of the published code that import them from trainers.
 __all__ = [
@@ -118,6 +118,7 @@ class BasicTrainer:
         self.eval_metrics: dict[str, float] = {}
         self.last_log: Optional[float] = None
         self.checkpoint: Optional[str] = None  # the newest
+        self.resumed_from: Optional[str] = None
         self.wandb_id = next((sink.run_id for sink in sinks if hasattr(sink, "run_id")), None)
         self.signals = StopSignals()
         torch.manual_seed(self.seed)
@@ -245,9 +246,10 @@ class BasicTrainer:
         except torch.OutOfMemoryError as error:
             longest = max((len(self.data[split].element(example)["chosen_input_ids"]) for example in examples), default=0)
             key = "larger gradient_accumulation_steps" if split == "train" else "smaller eval_batch_size"
+            more = ", parallel.reduce_once_a_step=false" if self.sharded else ""
             raise RunError(
                 f"step {self.batch_counter + 1}: out of memory on {self.device} with {len(examples)} {split} examples, the longest of "
-                f"{longest} tokens\ntry a {key}, a smaller max_length, model.fsdp_policy_mp=bfloat16 or activation_checkpointing=true"
+                f"{longest} tokens\ntry a {key}, a smaller max_length, model.fsdp_policy_mp=bfloat16{more} or activation_checkpointing=true"
             ) from error
 
     def to_device(self, batch: dict) -> dict:
@@ -399,7 +401,7 @@ class BasicTrainer:
             state = self.policy_state()
             add_export(self.world, self.checkpoint, lambda folder: self.export(folder, state))
         if self.config.keep_checkpoints is not None and self.world.is_first:
-            remove_old(self.run_dir, self.config.keep_checkpoints, never=[self.checkpoint])
+            remove_old(self.run_dir, self.config.keep_checkpoints, never=[self.resumed_from] if self.resumed_from else [])
 
     def export(self, folder: str, state: Mapping[str, torch.Tensor]) -> None:
         self.policy.save_pretrained(folder, state_dict=dict(state), is_main_process=True)
@@ -425,7 +427,7 @@ class BasicTrainer:
             "batches": self.batches_given,
             "evaluated_at": self.evaluated_at,
             "eval_metrics": self.eval_metrics,
-            "ranks": self.world.size,
+            "ranks": self.ranks(),
             "wandb_id": self.wandb_id,
             "data": self.data_identity(),
             "reference": {
@@ -434,6 +436,9 @@ class BasicTrainer:
             },
             "config": OmegaConf.to_container(self.config),
         }
+
+    def ranks(self) -> str:
+        return f"{plural(self.world.size, 'process', 'processes')} on {self.device.type}"
 
     def data_identity(self) -> dict[str, str]:
         return {split: data.fingerprint for split, data in self.data.items()}
@@ -445,12 +450,12 @@ class BasicTrainer:
         self.batch_counter, self.skipped_steps = progress["updates"], progress["skipped_steps"]
         self.batches_given = progress["batches"]
         self.evaluated_at, self.eval_metrics = progress["evaluated_at"], progress["eval_metrics"]
-        self.saved_at, self.checkpoint = progress["examples"], resumed.folder
+        self.saved_at, self.checkpoint, self.resumed_from = progress["examples"], resumed.folder, resumed.folder
         if any(name.startswith("optimizer.") for name in saved_tensors(resumed.folder)):
             # Makes the optimizer's state, which it otherwise does in its first step.
             get_optimizer_state_dict(self.policy, self.optimizer)
         tensors = self.tensors()
-        same_ranks = progress["ranks"] == self.world.size
+        same_ranks = progress["ranks"] == self.ranks()
         if not same_ranks:
             del tensors["random"]
         load_tensors(self.world, resumed.folder, tensors)
@@ -458,7 +463,7 @@ class BasicTrainer:
             set_random_state(tensors["random"][str(self.world.rank)], self.device)
         else:
             torch.manual_seed(mixed_seed(self.seed, self.batches_given, self.world.rank))
-            print(f"{progress['ranks']} ranks before, {self.world.size} now: random numbers start anew from seed, step and rank")
+            print(f"until now {progress['ranks']}, from now {self.ranks()}: random numbers start anew from seed, step and rank")
 
     # --- what depends on the device: overridden for several of them ---
 

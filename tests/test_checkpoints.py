@@ -2,15 +2,17 @@
 
 import os
 import pickle
+import shutil
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from conftest import FAMILIES, MINI, compose, run
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import checkpoints
-from checkpoints import check_archive, holds_a_run, read_archive, save_checkpoint
+from checkpoints import check_archive, holds_a_run, load_tensors, read_archive, save_checkpoint
 from models import Models, build_model, check_model, load_model_config, load_tokenizer
 from parallel import World
 from utils import RunError, UserError
@@ -97,6 +99,34 @@ def test_an_archive_is_never_run(content, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="is no policy.pt"):
         read_archive("raw.pt")
     assert sorted(os.listdir(tmp_path)) == ["policy.pt", "raw.pt"]
+
+
+@pytest.mark.parametrize("where", ["index", "item"])
+def test_a_state_is_never_run(where, tmp_path, monkeypatch):
+    """Distributed checkpoints have a pickle as their index, and may hold pickled items."""
+    monkeypatch.chdir(tmp_path)
+    folder = save(tmp_path, 8)
+    if where == "index":
+        with open(f"{folder}/state/.metadata", "wb") as file:
+            pickle.dump(Malicious(), file)
+    else:
+        shutil.rmtree(f"{folder}/state")
+        dcp.save({"policy": {"weight": Malicious()}}, checkpoint_id=f"{folder}/state", no_dist=True)
+    with pytest.raises(RunError, match="not loaded|does not fit"):
+        load_tensors(World(), folder, {"policy": {"weight": torch.zeros(2, 3)}})
+    assert not os.path.exists("it-was-run")
+
+
+@pytest.mark.parametrize("tensor", [torch.zeros(2, 4), torch.zeros(2, 3, dtype=torch.float64)], ids=["shape", "dtype"])
+def test_a_state_that_does_not_fit_is_not_cast(tensor, tmp_path):
+    folder = save(tmp_path, 8)
+    with pytest.raises(RunError, match="does not fit this run: policy.weight"):
+        load_tensors(World(), folder, {"policy": {"weight": tensor}})
+    with pytest.raises(RunError, match="does not fit this run: policy.weight"):
+        load_tensors(World(), folder, {"policy": {}})
+    found = {"policy": {"weight": torch.zeros(2, 3)}}
+    load_tensors(World(), folder, found)
+    assert torch.equal(found["policy"]["weight"], STATE["weight"])
 
 
 def test_archives_of_2023_carry_buffers_that_are_gone(tmp_path):
