@@ -23,7 +23,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from parallel import World
+from parallel import World, is_of_a_collective
 from utils import PeerError, RunError, UserError, some_of
 
 # Buffers that checkpoints of 2023 carry and models no longer have.
@@ -76,7 +76,10 @@ def save_checkpoint(
                 _write_json(os.path.join(temporary, PROGRESS), progress)
                 if export is not None:
                     _try_export(export, os.path.join(temporary, "hf"))
-        manifest = {"files": _hashes(world, temporary, world.from_first(lambda: sorted(_files(temporary))))}
+        files = world.from_first(lambda: sorted(_files(temporary)))
+        with world.agreed():
+            own = {file: _entry(temporary, file) for file in files[world.rank :: world.size]}
+        manifest = {"files": _union(world.gather(own))}
         with world.agreed():
             if world.is_first:
                 _write_json(os.path.join(temporary, "manifest.json"), manifest)
@@ -121,6 +124,8 @@ def _removed_on_failure(world: World, target: str, temporary: str) -> Iterator[N
     try:
         yield
     except (OSError, RuntimeError, CheckpointException) as error:  # torch reports a full disk as a RuntimeError
+        if is_of_a_collective(error):
+            raise
         if world.is_first:
             shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, CheckpointException) and not world.is_first:  # it is raised in all ranks: one says so
@@ -141,16 +146,22 @@ def _files(folder: str) -> Iterator[str]:
         yield from (os.path.relpath(os.path.join(place, file), folder) for file in files if file not in NOT_HASHED)
 
 
-def _hashes(world: World, folder: str, files: list[str]) -> dict[str, dict]:
-    """Size and SHA-256 of each file, by path; the ranks share the work."""
-    own = {}
-    with world.agreed():
-        for file in files[world.rank :: world.size]:
-            path = os.path.join(folder, file)
-            if os.path.exists(path):
-                with open(path, "rb") as handle:
-                    own[file] = {"size": os.path.getsize(path), "sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
-    return {file: entry for some in world.gather(own) for file, entry in some.items()}
+def _entry(folder: str, file: str) -> dict[str, Any]:
+    """Of the manifest: size and SHA-256 of a file."""
+    path = os.path.join(folder, file)
+    with open(path, "rb") as handle:
+        return {"size": os.path.getsize(path), "sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
+
+
+def _is_sound(folder: str, file: str, expected: Any) -> bool:
+    try:
+        return _entry(folder, file) == expected
+    except OSError:
+        return False
+
+
+def _union(dicts: Iterable[dict]) -> dict:
+    return {key: value for some in dicts for key, value in some.items()}
 
 
 def _write_json(path: str, value: Any) -> None:
@@ -211,8 +222,8 @@ def damaged_files(world: World, folder: str) -> list[str]:
     expected = world.from_first(lambda: _read_manifest(folder))
     if expected is None:
         return ["manifest.json"]
-    actual = _hashes(world, folder, sorted(expected))
-    return sorted(file for file, entry in expected.items() if actual.get(file) != entry)
+    wrong = [file for file in sorted(expected)[world.rank :: world.size] if not _is_sound(folder, file, expected[file])]
+    return sorted(file for files in world.gather(wrong) for file in files)
 
 
 def _read_manifest(folder: str) -> Optional[dict[str, dict]]:
@@ -253,7 +264,12 @@ def load_tensors(world: World, folder: str, tensors: Mapping[str, Any]) -> None:
             raise RunError(f"{folder} does not fit this run: {some_of(sorted(wrong), 4)}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.load(dict(tensors), storage_reader=_Reader(os.path.join(folder, "state")), planner=_TensorsAlone(), **_group(world))
+        reader = _Reader(os.path.join(folder, "state"))
+        try:
+            dcp.load(dict(tensors), storage_reader=reader, planner=_TensorsAlone(), **_group(world))
+        except CheckpointException as error:  # which is no Exception, and is raised in all ranks
+            reason = " ".join(str(error).split())[:300]
+            raise (RunError if world.is_first else PeerError)(f"{folder} could not be read ({reason})") from error
 
 
 def _flat(tensors: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:

@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from omegaconf import DictConfig
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from parallel import World
 from signals import STOP_SIGNALS
@@ -28,6 +30,11 @@ LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 def is_rank() -> bool:
     """Whether a launcher (torchrun, srun or start_ranks) has started this process as one of several."""
     return "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+
+
+def is_supervised() -> bool:
+    """Whether torchrun or start_ranks has started this process; they take any exit code but 0 for a failure."""
+    return "TORCHELASTIC_USE_AGENT_STORE" in os.environ
 
 
 def own_rank() -> int:
@@ -58,11 +65,13 @@ def start_ranks(n: int, overrides: Sequence[str], config: DictConfig) -> None:
     Raises:
         UserError: the port is in use, or the config does not suit n processes.
         RunError: a process failed.
+        SystemExit: with 2, where one found a user's mistake, which it has explained.
         Stopped: a signal came.
     """
     _check_division(config, n)
     store = _loopback_store(n, config.fsdp_port)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a failure is reported below
+    logs = tempfile.TemporaryDirectory()  # nothing is written there, but PyTorch wants one
     common = {
         "WORLD_SIZE": str(n),
         "LOCAL_WORLD_SIZE": str(n),
@@ -79,7 +88,7 @@ def start_ranks(n: int, overrides: Sequence[str], config: DictConfig) -> None:
         entrypoint=sys.executable,
         args={rank: ("-u", TRAIN, *overrides) for rank in range(n)},
         envs={rank: {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(n)},
-        logs_specs=DefaultLogsSpecs(),
+        logs_specs=DefaultLogsSpecs(log_dir=logs.name),
     )
     received = []
 
@@ -96,12 +105,16 @@ def start_ranks(n: int, overrides: Sequence[str], config: DictConfig) -> None:
             time.sleep(0.2)
     finally:
         processes.close(signal.SIGKILL)
+        logs.cleanup()
         for signum, handler in before.items():
             signal.signal(signum, handler)
     if received and all(failure.exitcode in [-signum for signum in received] for failure in result.failures.values()):
         raise Stopped(received[0])  # saved, or ended before there was anything to save
     if result.is_failed():
-        raise RunError(_describe(result.failures))
+        rank, failure = min(result.failures.items(), key=lambda item: item[1].timestamp)
+        if failure.exitcode == 2:  # a mistake, which that rank has explained
+            sys.exit(2)
+        raise RunError(_describe(rank, failure))
 
 
 def _loopback_store(n: int, port: Optional[int]) -> dist.TCPStore:
@@ -117,9 +130,7 @@ def _loopback_store(n: int, port: Optional[int]) -> dist.TCPStore:
     return dist.TCPStore("127.0.0.1", port, None, True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
-def _describe(failures: dict) -> str:
-    """The process that failed first, by its rank. One that raised an error has said so itself."""
-    rank, failure = min(failures.items(), key=lambda item: item[1].timestamp)
+def _describe(rank: int, failure: ProcessFailure) -> str:
     how = f"was killed by {signal.Signals(-failure.exitcode).name}" if failure.exitcode < 0 else f"ended with exit code {failure.exitcode}"
     return f"rank {rank} (process {failure.pid}) {how}; the others were ended, what was saved is kept"
 
@@ -163,7 +174,7 @@ def joined(config: DictConfig) -> Iterator[World]:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
         arguments |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(**arguments)
-    world = World(dist.get_rank(), dist.get_world_size(), device)
+    world = World(dist.get_rank(), dist.get_world_size(), device, config.parallel.timeout_secs)
     leave = world.size == 1  # else only in good order: a process that fails must not wait for the others
     try:
         world.from_first(lambda: _check_division(config, world.size))

@@ -7,7 +7,6 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from fnmatch import fnmatch
 from typing import Any, Optional, TypeVar
 
 import torch
@@ -15,8 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils import _pytree
 
 from losses import ResponseScores
@@ -32,17 +30,24 @@ _pytree.register_pytree_node(
 )
 
 
+def is_of_a_collective(error: Optional[BaseException]) -> bool:
+    """PyTorch has no one type for what goes wrong between processes."""
+    words = ("gloo", "nccl", "connection", "socket", "timed out")
+    return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words))
+
+
 class World:
     """The processes of a run. Each method that tells the others something is called by all of them, and costs nothing in a world of one.
 
     Args:
         rank, size: of this process, and how many there are.
         device: on which this process computes.
+        timeout: seconds to wait for the others within a step.
         patience: hours to wait for what one process does alone (downloading, tokenizing, writing a checkpoint).
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, device: Optional[torch.device] = None, patience: float = 6.0):
-        self.rank, self.size = rank, size
+    def __init__(self, rank: int = 0, size: int = 1, device: Optional[torch.device] = None, timeout: float = 600.0, patience: float = 6.0):
+        self.rank, self.size, self.timeout = rank, size, timeout
         self.passes = 0  # forward passes that this process has begun; watch.py tells by it who is behind
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         # A group of its own, because the others' short time-out is for the collectives of a step.
@@ -104,7 +109,10 @@ class World:
         """All processes in a row; for replicas > 1 as (replicas, shards): neighbours hold the shards of one replica."""
         if replicas == 1:
             return init_device_mesh(self.device.type, (self.size,), mesh_dim_names=("shard",))
-        return init_device_mesh(self.device.type, (replicas, self.size // replicas), mesh_dim_names=("replicate", "shard"))
+        mesh = init_device_mesh(self.device.type, (replicas, self.size // replicas), mesh_dim_names=("replicate", "shard"))
+        for group in mesh.get_all_groups():  # made with PyTorch's own time-out
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=self.timeout), group)
+        return mesh
 
 
 def find_blocks(model: nn.Module, block_name: Optional[str]) -> list[nn.Module]:
@@ -145,54 +153,6 @@ def shard_scorer(
         fully_shard(module, mesh=mesh, mp_policy=mixed)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # else gloo is asked for a scaled sum, which it lacks
-
-
-# The names that Transformers gives to ways of splitting a module, as PyTorch's.
-TENSOR_PARALLEL_STYLES = {
-    "colwise": ColwiseParallel(),
-    "colwise_gather_output": ColwiseParallel(output_layouts=Replicate()),
-    "rowwise": RowwiseParallel(),
-    "embedding_rowwise": RowwiseParallel(input_layouts=Replicate()),
-}
-
-
-def tensor_parallel_plan(model: nn.Module, n: int) -> tuple[dict[str, str], list[str]]:
-    """How to split a model's matrices over n ranks, by its own plan in Transformers.
-
-    Returns:
-        the way of splitting by pattern of module names, one of TENSOR_PARALLEL_STYLES; and patterns of whole modules that are applied
-        to the heads of a rank alone, so that their gradients must be summed over ranks.
-
-    Raises:
-        UserError: the model has no plan, one with other ways of splitting, or heads that do not divide.
-    """
-    plan, name = dict(getattr(model, "tp_plan", None) or {}), type(model).__name__
-    if not any(style.startswith("colwise") for pattern, style in plan.items() if "*" in pattern):
-        raise UserError(f"trainer=TensorParallelTrainer: Transformers has no plan that splits the layers of {name}; trainer=FSDPTrainer")
-    for key in ("num_attention_heads", "num_key_value_heads"):
-        heads = getattr(model.config, key, None)
-        if heads is not None and heads % n:
-            raise UserError(f"trainer=TensorParallelTrainer: the {heads} {key} of {name} do not divide by {n} processes")
-    summed = [pattern for pattern, style in plan.items() if style == "replicated_with_grad_allreduce"]
-    whole = list(summed)
-    if model.config.tie_word_embeddings:  # one matrix for two uses cannot be split in two ways
-        embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
-        whole += [name for name, module in model.named_modules() if module in embeddings]
-    plan = {pattern: style for pattern, style in plan.items() if pattern not in whole}
-    if unknown := sorted(set(plan.values()) - set(TENSOR_PARALLEL_STYLES)):
-        raise UserError(f"trainer=TensorParallelTrainer: the plan of {name} has {', '.join(unknown)}, not supported; trainer=FSDPTrainer")
-    return plan, summed
-
-
-def split_matrices(model: nn.Module, mesh: DeviceMesh) -> list[str]:
-    """Tensor parallelism in place: each rank holds and multiplies a part of every matrix; what the plan leaves out it has whole.
-
-    Returns:
-        names of whole parameters of whose gradient a rank computes but its part: to be summed before they are used.
-    """
-    plan, summed = tensor_parallel_plan(model, mesh.size())
-    parallelize_module(model, mesh, {pattern: TENSOR_PARALLEL_STYLES[style] for pattern, style in plan.items()})
-    return [name for name, _ in model.named_parameters() if any(fnmatch(name, f"{pattern}.*") for pattern in summed)]
 
 
 @torch.no_grad()
@@ -245,3 +205,16 @@ def fingerprint(model: nn.Module, samples: int = 256) -> str:
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """A sharded tensor as a whole, on every rank."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_state(world: World, model: nn.Module) -> dict[str, torch.Tensor]:
+    """A model's whole weights on rank 0's CPU; {} on the others. Called by all ranks."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    state, by_parameter = {}, {}
+    for name, tensor in model.state_dict().items():
+        key = parameters.get(name, tensor)
+        if key not in by_parameter:  # one of tied weights is enough
+            whole = full_tensor(tensor)
+            by_parameter[key] = whole.cpu() if world.is_first else None
+        state[name] = by_parameter[key]
+    return state if world.is_first else {}

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, NamedTuple, Optional
@@ -55,6 +56,9 @@ def choose_run_dir(config: DictConfig) -> str:
         raise UserError(
             f"local_run_dir={run_dir} already holds a run; choose another folder, or resume={run_dir} to go on; nothing was changed"
         )
+    latest = os.path.join(run_dir, "LATEST")
+    if os.path.isdir(latest) and not os.path.islink(latest):
+        raise UserError(f"{latest} is a folder, of a run of the published code, which cannot be resumed; choose another local_run_dir")
     if resume not in (None, "auto") and not list_checkpoints(run_dir):
         raise UserError(f"resume={resume}: {run_dir} holds no checkpoint to resume from")
     return run_dir
@@ -75,9 +79,12 @@ def find_checkpoint(world: World, run_dir: str, config: DictConfig) -> Optional[
         resumed = Resumed(folder, world.from_first(lambda folder=folder: read_progress(folder)))
         world.from_first(lambda resumed=resumed: _check_same_config(resumed, config))
         return resumed
-    if config.resume != "auto":
-        raise UserError(f"resume={config.resume}: no checkpoint in {run_dir} is sound")
-    return None
+    return world.from_first(lambda: _nothing_sound(config.resume, run_dir))
+
+
+def _nothing_sound(resume: str, run_dir: str) -> None:
+    if resume != "auto":
+        raise UserError(f"resume={resume}: no checkpoint in {run_dir} is sound")
 
 
 def _check_same_config(resumed: Resumed, config: DictConfig) -> None:
@@ -131,7 +138,21 @@ def check_same_data(resumed: Resumed, data: Mapping[str, str], reference: str) -
 def archive_of(resumed: Optional[Resumed], given: Optional[str]) -> Optional[str]:
     """`model.archive`, of a run that goes on as it was then: LATEST may name another checkpoint by now."""
     saved = resumed.progress["reference"]["archive"] if resumed is not None else None
-    return saved if saved is not None and os.path.exists(saved) else given
+    if saved is None or not os.path.exists(saved):
+        return given
+    if given is None or os.path.realpath(given) != saved:
+        print(f"model.archive={saved}, with which this run started (given: {given})")
+    return saved
+
+
+def check_seen_by_all(world: World, run_dir: str) -> None:
+    """Raises UserError where a rank does not see what rank 0 has written into the run's folder."""
+    path, end = os.path.join(run_dir, "config.yaml"), time.monotonic() + 30
+    with world.agreed():
+        while not os.path.exists(path):  # a network disk may take its time
+            if time.monotonic() > end:
+                raise UserError(f"{run_dir} is not the same folder for all ranks (not for rank {world.rank}): it must be on a common disk")
+            time.sleep(0.5)
 
 
 def prepare_run_dir(run_dir: str, resumed: Optional[Resumed]) -> None:

@@ -25,19 +25,21 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-import trainers
 from batching import TokenizedSplit
 from config_schema import check_config, explain_composition_error, flat_keys
-from launch import is_rank, joined, own_rank, processes_to_start, start_ranks
+from launch import is_supervised, joined, own_rank, processes_to_start, start_ranks
 from losses import Objective, get_objective
 from metrics import open_sinks
 from models import Models, check_model, load_model_config, load_tokenizer, prepare_hub
 from parallel import World
 from preference_datasets import load_split
-from resume import Resumed, archive_of, check_same_data, choose_run_dir, find_checkpoint, prepare_run_dir
+from resume import Resumed, archive_of, check_same_data, check_seen_by_all, choose_run_dir, find_checkpoint, prepare_run_dir
+from tensor_parallel import TensorParallelTrainer
+from trainers import BasicTrainer, FSDPTrainer
 from utils import PeerError, RunError, Stopped, UserError, get_local_dir, plural
 from watch import Watch
 
+TRAINERS = {trainer.__name__: trainer for trainer in (BasicTrainer, FSDPTrainer, TensorParallelTrainer)}
 CONFIG_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "config")
 
 
@@ -89,7 +91,7 @@ def train(config: DictConfig, world: World, notes: Sequence[str]) -> str:
 
     cache_dir, tokenizer, model_config, data = world.from_first(prepare)
     models = Models(config.model, model_config, cache_dir, archive, objective.needs_reference)
-    trainer_class = getattr(trainers, config.trainer)  # one of config_schema.TRAINERS
+    trainer_class = TRAINERS[config.trainer]
     if trainer_class.sharded:
         policy, reference = models.empty()
     else:
@@ -97,8 +99,9 @@ def train(config: DictConfig, world: World, notes: Sequence[str]) -> str:
     world.from_first(lambda: trainer_class.check_model(policy, config, world))
     print(f"model: {plural(sum(p.numel() for p in policy.parameters()), 'parameter')}, {config.model.policy_dtype}")
 
-    world.from_first(lambda: start_run_dir(run_dir, config, resumed))
-    sinks = open_sinks(run_dir, config, resumed and resumed.progress["wandb_id"]) if world.is_first else []
+    if resumed is None:
+        start_run_dir(world, run_dir, config, None)
+    sinks = []
     try:
         trainer = trainer_class(
             policy,
@@ -117,7 +120,10 @@ def train(config: DictConfig, world: World, notes: Sequence[str]) -> str:
         if resumed is not None:
             world.from_first(lambda: check_same_data(resumed, trainer.data_identity(), trainer.reference_identity))
             trainer.resume(resumed)
+            start_run_dir(world, run_dir, config, resumed)  # not before it is certain that the run goes on
             print(f"resumed from {resumed.folder}: {plural(trainer.example_counter, 'example')} were trained on")
+        if world.is_first:
+            sinks += open_sinks(run_dir, config, trainer.wandb_id)
         trainer.train()
     except Stopped as stopped:
         if world.is_first:
@@ -150,13 +156,16 @@ def load_data(config: DictConfig, split: str, tokenizer, objective: Objective, c
     return data
 
 
-def start_run_dir(run_dir: str, config: DictConfig, resumed: Optional[Resumed]) -> None:
+def start_run_dir(world: World, run_dir: str, config: DictConfig, resumed: Optional[Resumed]) -> None:
     """Before anything is written into it: make it, or what a run left in it ready to go on."""
-    try:
-        prepare_run_dir(run_dir, resumed)
-        OmegaConf.save(config, os.path.join(run_dir, "config.yaml"))
-    except OSError as error:
-        raise UserError(f"local_run_dir={run_dir} cannot be written: {error}") from None
+    with world.agreed():
+        try:
+            if world.is_first:
+                prepare_run_dir(run_dir, resumed)
+                OmegaConf.save(config, os.path.join(run_dir, "config.yaml"))
+        except OSError as error:
+            raise UserError(f"local_run_dir={run_dir} cannot be written: {error}") from None
+    check_seen_by_all(world, run_dir)
     print("=" * 80 + f"\nWriting to {socket.gethostname()}:{run_dir}\n" + "=" * 80)
 
 
@@ -193,8 +202,7 @@ def reported_errors() -> Iterator[None]:
     except PeerError:
         leave_silently(1)
     except Stopped as stopped:
-        # A process by itself ends as one that a signal ended does; one of several without an error, which would be taken for its own.
-        sys.exit(0 if is_rank() else 128 + stopped.signum)
+        sys.exit(0 if is_supervised() else 128 + stopped.signum)
     except torch.OutOfMemoryError as error:
         fail(f"out of memory: {str(error).splitlines()[0]}", 1)
     except KeyboardInterrupt:
@@ -224,7 +232,7 @@ def main() -> None:
 def leave_silently(code: int) -> NoReturn:
     """Another rank says what is wrong; a launcher, which ends all ranks when one has ended, must not keep it from that."""
     time.sleep(5)
-    sys.exit(code)
+    leave(code)
 
 
 def known_keys() -> list[str]:
@@ -244,7 +252,14 @@ def fail(message: str, code: int) -> NoReturn:
     sys.stdout.flush()
     if not torch.distributed.is_initialized() and own_rank() > 0:
         leave_silently(code)  # before the ranks meet, all make the same mistake
-    print("\n".join(line if line.startswith(" ") else f"error: {line}" for line in message.splitlines()), file=sys.stderr)
+    print("\n".join(line if line.startswith(" ") else f"error: {line}" for line in message.splitlines()), file=sys.stderr, flush=True)
+    leave(code)
+
+
+def leave(code: int) -> NoReturn:
+    """One of several ranks must not wait for the others at the interpreter's end, which PyTorch's communication may do."""
+    if is_supervised() and torch.distributed.is_initialized():
+        os._exit(code)
     sys.exit(code)
 
 

@@ -7,27 +7,27 @@ differs between one device and several is in a few methods at the end, which FSD
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import MappingProxyType
 from typing import Any, Optional
 
 import numpy as np
 import torch
 import tqdm
-import transformers
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-from torch.distributed.tensor import DTensor
 
 from batching import BatchStream, Example, TokenizedSplit, get_collate_fn
-from checkpoints import add_export, load_tensors, remove_old, save_checkpoint, saved_tensors
+from checkpoints import add_export, remove_old, save_checkpoint
 from losses import LossOutput, get_objective, preference_loss, tdpo_loss
 from metrics import MetricSums, Sink, example_metrics
-from parallel import World, find_blocks, fingerprint, full_tensor, load_weights, shard_scorer, split_matrices, tensor_parallel_plan
+from parallel import World, find_blocks, fingerprint, full_tensor, load_weights, shard_scorer, whole_state
 from resume import Resumed
+from sampling import generate, interleaved, mixed_seed, own_distribution
 from scoring import PlainScorer, _get_batch_logps, _tdpo_get_batch_logps, cast_parameters, concatenated_inputs
 from signals import StopSignals
+from training_state import restore_tensors, training_tensors
 from utils import DTYPES, RunError, Stopped, UserError, plural, some_of
 
 # preference_loss and the next ones are here for forks of the published code that import them from trainers.
@@ -97,16 +97,7 @@ class BasicTrainer:
         self.policy, self.reference_model = self.scorer.policy, self.scorer.reference
 
         self.batches = BatchStream(train_data, config.batch_size, seed, config.n_epochs, config.n_examples, config.drop_last)
-        # Not the model's own: it may bring penalties, or a temperature.
-        self.generation_config = transformers.GenerationConfig(
-            max_length=config.max_length,
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
+        self.generation_config = own_distribution(tokenizer, config.max_length)
         eval_order = next(eval_data.epochs(EVAL_SEED))
         self.eval_examples = eval_order[: config.n_eval_examples]
         with self.world.agreed():
@@ -119,7 +110,7 @@ class BasicTrainer:
         self.last_log: Optional[float] = None
         self.checkpoint: Optional[str] = None  # the newest
         self.resumed_from: Optional[str] = None
-        self.wandb_id = next((sink.run_id for sink in sinks if hasattr(sink, "run_id")), None)
+        self.wandb_id: Optional[str] = None  # of the run that goes on
         self.signals = StopSignals()
         torch.manual_seed(self.seed)
         np.random.seed(self.seed)
@@ -233,7 +224,8 @@ class BasicTrainer:
         data = self.data[split]
         elements = [data.element(example) for example in examples or [Example(0, 0)]]
         self.world.passes += 1
-        scores = self.scorer(self.to_device(self.collate(elements)))
+        # A proxy, because FSDP would move a dict's labels to the device too, and finding the response tokens would wait for it.
+        scores = self.scorer(MappingProxyType(self.to_device(self.collate(elements))))
         output = self.objective(scores)
         sums.add({name: values[: len(examples)] for name, values in example_metrics(scores, output, split).items()})
         return output
@@ -337,15 +329,7 @@ class BasicTrainer:
         return [row for batches in zip(*by_rank) for row in interleaved(batches)]
 
     def generate(self, model: nn.Module, batch: dict) -> list[str]:
-        own, model.generation_config = model.generation_config, self.generation_config
-        try:
-            # synced_gpus: a rank whose texts have ended takes part until all have.
-            output = model.generate(
-                input_ids=batch["prompt_input_ids"], attention_mask=batch["prompt_attention_mask"], synced_gpus=self.world.size > 1
-            )
-        finally:
-            model.generation_config = own
-        return self.tokenizer.batch_decode(output, skip_special_tokens=True)
+        return generate(model, batch, self.generation_config, self.tokenizer, synced=self.world.size > 1)
 
     # --- logs and checkpoints ---
 
@@ -384,38 +368,29 @@ class BasicTrainer:
         if self.config.debug:
             return
         if self.saved_at != self.example_counter:
-            state = self.policy_state()
+            state = whole_state(self.world, self.policy)
             self.checkpoint = save_checkpoint(
                 self.world,
                 self.run_dir,
                 self.example_counter,
                 state,
                 self.eval_metrics,
-                self.tensors(),
+                training_tensors(self.world, self.policy, self.optimizer),
                 self.progress(),
                 (lambda folder: self.export(folder, state)) if final else None,
             )
             self.saved_at = self.example_counter
             tqdm.tqdm.write(f"checkpoint: {self.checkpoint}")
         elif final:
-            state = self.policy_state()
+            state = whole_state(self.world, self.policy)
             add_export(self.world, self.checkpoint, lambda folder: self.export(folder, state))
-        if self.config.keep_checkpoints is not None and self.world.is_first:
-            remove_old(self.run_dir, self.config.keep_checkpoints, never=[self.resumed_from] if self.resumed_from else [])
+        with self.world.agreed():
+            if self.config.keep_checkpoints is not None and self.world.is_first:
+                remove_old(self.run_dir, self.config.keep_checkpoints, never=[self.resumed_from] if self.resumed_from else [])
 
     def export(self, folder: str, state: Mapping[str, torch.Tensor]) -> None:
         self.policy.save_pretrained(folder, state_dict=dict(state), is_main_process=True)
         self.tokenizer.save_pretrained(folder)
-
-    def tensors(self) -> dict[str, dict]:
-        """What decides the future and is a tensor: weights, optimizer state by parameter, every rank's random numbers."""
-        names = {parameter: name for name, parameter in self.policy.named_parameters()}
-        optimizer = {
-            names[parameter]: {key: value for key, value in state.items() if torch.is_tensor(value)}
-            for parameter, state in self.optimizer.state.items()
-        }
-        random_numbers = {str(self.world.rank): random_state(self.device)}
-        return {"policy": self.policy.state_dict(), "optimizer": optimizer, "random": random_numbers}
 
     def progress(self) -> dict[str, Any]:
         """What decides the future and is none, and what tells whether a run that goes on is this one."""
@@ -428,7 +403,7 @@ class BasicTrainer:
             "evaluated_at": self.evaluated_at,
             "eval_metrics": self.eval_metrics,
             "ranks": self.ranks(),
-            "wandb_id": self.wandb_id,
+            "wandb_id": next((sink.run_id for sink in self.sinks if hasattr(sink, "run_id")), self.wandb_id),
             "data": self.data_identity(),
             "reference": {
                 "fingerprint": self.reference_identity,
@@ -448,20 +423,12 @@ class BasicTrainer:
         progress = resumed.progress
         self.example_counter, self.previous_counter = progress["examples"], progress["previous_examples"]
         self.batch_counter, self.skipped_steps = progress["updates"], progress["skipped_steps"]
-        self.batches_given = progress["batches"]
+        self.batches_given, self.wandb_id = progress["batches"], progress["wandb_id"]
         self.evaluated_at, self.eval_metrics = progress["evaluated_at"], progress["eval_metrics"]
         self.saved_at, self.checkpoint, self.resumed_from = progress["examples"], resumed.folder, resumed.folder
-        if any(name.startswith("optimizer.") for name in saved_tensors(resumed.folder)):
-            # Makes the optimizer's state, which it otherwise does in its first step.
-            get_optimizer_state_dict(self.policy, self.optimizer)
-        tensors = self.tensors()
         same_ranks = progress["ranks"] == self.ranks()
+        restore_tensors(self.world, resumed.folder, self.policy, self.optimizer, with_random=same_ranks)
         if not same_ranks:
-            del tensors["random"]
-        load_tensors(self.world, resumed.folder, tensors)
-        if same_ranks:
-            set_random_state(tensors["random"][str(self.world.rank)], self.device)
-        else:
             torch.manual_seed(mixed_seed(self.seed, self.batches_given, self.world.rank))
             print(f"until now {progress['ranks']}, from now {self.ranks()}: random numbers start anew from seed, step and rank")
 
@@ -511,18 +478,6 @@ class BasicTrainer:
         """Scale the gradient down to max_grad_norm; its norm before, a scalar on the device."""
         return full_tensor(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm))
 
-    def policy_state(self) -> dict[str, torch.Tensor]:
-        """The policy's whole weights on rank 0's CPU; {} on the others."""
-        parameters = dict(self.policy.named_parameters(remove_duplicate=False))
-        state, by_parameter = {}, {}
-        for name, tensor in self.policy.state_dict().items():
-            key = parameters.get(name, tensor)
-            if key not in by_parameter:  # one of tied weights is enough
-                whole = full_tensor(tensor)
-                by_parameter[key] = whole.cpu() if self.world.is_first else None
-            state[name] = by_parameter[key]
-        return state if self.world.is_first else {}
-
 
 class FSDPTrainer(BasicTrainer):
     """Trains on several devices, on one or many nodes: each holds a shard of policy, reference, gradients and optimizer state (FSDP2)."""
@@ -568,75 +523,3 @@ class FSDPTrainer(BasicTrainer):
 
     def reduce(self, sums: torch.Tensor) -> torch.Tensor:
         return self.world.sum(sums)
-
-
-class TensorParallelTrainer(BasicTrainer):
-    """Trains on several devices that hold and multiply a part of every matrix each, and all work on the whole batch."""
-
-    sharded = True
-
-    @classmethod
-    def check_model(cls, policy: nn.Module, config: DictConfig, world: World) -> None:
-        tensor_parallel_plan(policy, world.size)
-
-    def place(self, scorer: PlainScorer, weights: Mapping[str, Callable[[], nn.Module]]) -> PlainScorer:
-        mesh = self.world.mesh()
-        partial = split_matrices(scorer.policy, mesh)
-        load_weights(self.world, scorer.policy, weights["policy"])
-        self.partial = [parameter for name, parameter in scorer.policy.named_parameters() if name in partial]
-        if scorer.reference is not None:
-            split_matrices(scorer.reference, mesh)
-            self.reference_identity = load_weights(self.world, scorer.reference, weights["reference"])
-        return scorer
-
-    def parameter_groups(self) -> list[list[nn.Parameter]]:
-        """Split ones, and whole ones: neither optimizers nor norms take both together."""
-        groups = [], []
-        for parameter in self.policy.parameters():
-            groups[isinstance(parameter, DTensor)].append(parameter)
-        return [group for group in groups if group]
-
-    def clip_gradient(self) -> torch.Tensor:
-        for parameter in self.partial:
-            self.world.sum(parameter.grad)
-        groups = self.parameter_groups()
-        norms = [full_tensor(torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])) for group in groups]
-        norm = torch.linalg.vector_norm(torch.stack(norms))
-        for group in groups:
-            torch.nn.utils.clip_grads_with_norm_(group, self.config.max_grad_norm, norm)
-        return norm
-
-
-def interleaved(parts: Sequence[list]) -> list:
-    """The inverse of dealing items out one by one: [[a, c], [b]] to [a, b, c]."""
-    return [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)]
-
-
-def mixed_seed(*numbers: int) -> int:
-    """A seed that differs where any of the numbers does. PyTorch's generator on the CPU heeds the lowest 32 bits of a seed alone."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
-def random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """Of every generator that a step might use, as tensors."""
-    _, numbers, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state()
-    state = {
-        "torch": torch.get_rng_state(),
-        "python": torch.tensor(numbers),
-        "python_gauss": torch.tensor(float("nan") if gauss is None else gauss, dtype=torch.float64),
-        "numpy": torch.tensor([*map(int, keys), position, has_gauss]),
-        "numpy_gauss": torch.tensor(cached, dtype=torch.float64),
-    }
-    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
-
-
-def set_random_state(state: Mapping[str, torch.Tensor], device: torch.device) -> None:
-    """The inverse of random_state."""
-    torch.set_rng_state(state["torch"])
-    gauss = state["python_gauss"].item()
-    random.setstate((3, tuple(state["python"].tolist()), None if gauss != gauss else gauss))
-    *keys, position, has_gauss = state["numpy"].tolist()
-    np.random.set_state(("MT19937", keys, position, has_gauss, state["numpy_gauss"].item()))
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)

@@ -8,24 +8,21 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
 from typing import Optional
 
 import torch.distributed as dist
 
-from parallel import World
+from parallel import World, is_of_a_collective
 from utils import PeerError, RunError, Stopped
 
 INTERVAL = 1.0  # seconds between signs of life
+PATIENCE = 45.0  # seconds without one, after which a process that waits for another ends by itself: a long write may hold up the thread
 SILENCE = 6.0  # seconds without one, after which a process is taken for gone
+NO_STORE = "the rendezvous is gone: rank 0, or the launcher that had it"
 GRACE = 20.0  # seconds to end in when another rank has failed; then the process shows where it hangs, and ends
-
-
-def is_of_a_collective(error: Optional[BaseException]) -> bool:
-    """PyTorch has no one type for what goes wrong between processes."""
-    words = ("gloo", "nccl", "connection", "socket", "timed out")
-    return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words))
 
 
 class Watch:
@@ -59,6 +56,10 @@ class Watch:
                 self._explain(error)
             if error is not None and not isinstance(error, (PeerError, Stopped)):
                 self._store.set("failed", str(self.world.rank))
+        except RuntimeError as lost:
+            if not is_of_a_collective(lost):
+                raise
+            raise RunError(f"rank {self.world.rank}: {NO_STORE}; what was saved is kept") from error
         finally:
             self._ended.set()
             self._thread.join(5)  # a thread that the interpreter ends amid a call into PyTorch would abort it
@@ -93,6 +94,7 @@ class Watch:
 
     def _run(self) -> None:
         beat, deadline = 0, None
+        neighbour, last, since = (self.world.rank + 1) % self.world.size, None, time.monotonic()
         while not self._ended.wait(INTERVAL):
             beat += 1
             if os.getppid() != self._launcher:
@@ -100,17 +102,24 @@ class Watch:
             try:
                 self._store.set(f"alive/{self.world.rank}", f"{beat} {self.world.passes}")
                 failed = self._failed()
+                if beat % 5 == 0:  # each watches one: enough to notice any, and little for the store to do
+                    now = self._store.get(f"alive/{neighbour}") if self._store.check([f"alive/{neighbour}"]) else None
+                    last, since = (last, since) if now == last else (now, time.monotonic())
             except RuntimeError:  # the store's process has ended
                 failed = -1
+            if time.monotonic() - since > PATIENCE:
+                self._end(f"no sign of life of rank {neighbour}")
             if failed is not None and failed != self.world.rank:
                 deadline = deadline or time.monotonic() + GRACE
                 if time.monotonic() > deadline:
-                    self._end("another rank has failed" if failed >= 0 else "the rendezvous is gone", stacks=True)
+                    self._end("another rank has failed" if failed >= 0 else NO_STORE, stacks=True)
 
     def _end(self, reason: str, stacks: bool = False) -> None:
         if self._ended.is_set():
             return
-        print(f"error: rank {self.world.rank}: {reason}; what was saved is kept", file=sys.stderr)
+        print(f"error: rank {self.world.rank}: {reason}; what was saved is kept", file=sys.stderr, flush=True)
+        with suppress(RuntimeError):
+            self._store.set("failed", str(self.world.rank))
         if stacks:
             faulthandler.dump_traceback(all_threads=True)
         os._exit(1)

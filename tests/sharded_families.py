@@ -9,8 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from losses import get_objective
 from models import empty_model
-from parallel import World, full_tensor, load_weights, shard_scorer, split_matrices, tensor_parallel_plan
+from parallel import World, full_tensor, load_weights, shard_scorer
 from scoring import PlainScorer
+from tensor_parallel import split_matrices, tensor_parallel_plan
 from utils import IGNORED, UserError, disable_dropout
 
 

@@ -7,10 +7,11 @@ from conftest import ROOT
 # From the bottom up: a file imports files of rows above its own only.
 ORDER = [
     {"utils", "losses", "reviews", "signals"},
-    {"scoring", "rows", "tokenization", "parallel"},
+    {"scoring", "rows", "tokenization", "parallel", "sampling"},
     {"chat", "batching", "config_schema", "checkpoints", "launch", "watch"},
-    {"metrics", "models", "preference_datasets", "resume"},
+    {"metrics", "models", "preference_datasets", "resume", "training_state"},
     {"trainers", "memory"},
+    {"tensor_parallel"},
     {"train", "plot"},
 ]
 
