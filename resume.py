@@ -1,5 +1,6 @@
 """Going on where a run stopped: in which folder, from which checkpoint, whether it is the same run, and its logs cut back to there."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -26,6 +27,9 @@ FREE = (
 ).split()
 # These change what comes, not what was: said, not refused.
 WARNED = "lr warmup_steps max_grad_norm eval_every n_eval_examples n_eval_model_samples sample_during_eval do_first_eval".split()
+
+
+LOCK_PATIENCE = 30.0  # seconds
 
 
 class Resumed(NamedTuple):
@@ -155,9 +159,36 @@ def check_seen_by_all(world: World, run_dir: str) -> None:
             time.sleep(0.5)
 
 
+class FolderLock:
+    """Keeps other runs out of a folder until it is left, or this process ends: a job that is requeued may overlap with the one before.
+
+    Raises:
+        UserError: another run is in it, and does not end within LOCK_PATIENCE.
+    """
+
+    def __init__(self, run_dir: str):
+        self.handle, end = os.open(run_dir, os.O_RDONLY), time.monotonic() + LOCK_PATIENCE
+        while True:
+            try:
+                fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    os.close(self.handle)
+                    raise UserError(f"another run trains into {run_dir}: wait for it, or choose another folder") from None
+                time.sleep(0.5)
+            except OSError:  # a network disk that locks no folders
+                return
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.handle)
+
+
 def prepare_run_dir(run_dir: str, resumed: Optional[Resumed]) -> None:
     """Make the folder fit to go on in: logs end where the checkpoint does, and what a dying run left half done is out of the way."""
-    os.makedirs(run_dir, exist_ok=True)
     for name in os.listdir(run_dir):
         if name.startswith("step-") and name.endswith(".tmp"):
             shutil.rmtree(os.path.join(run_dir, name), ignore_errors=True)

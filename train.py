@@ -13,8 +13,8 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
-from typing import NoReturn, Optional
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
+from typing import Any, NamedTuple, NoReturn, Optional
 
 import hydra
 import torch
@@ -29,11 +29,11 @@ from batching import TokenizedSplit
 from config_schema import check_config, explain_composition_error, flat_keys
 from launch import is_supervised, joined, own_rank, processes_to_start, start_ranks
 from losses import Objective, get_objective
-from metrics import open_sinks
+from metrics import Sink, open_sinks
 from models import Models, check_model, load_model_config, load_tokenizer, prepare_hub
 from parallel import World
 from preference_datasets import load_split
-from resume import Resumed, archive_of, check_same_data, check_seen_by_all, choose_run_dir, find_checkpoint, prepare_run_dir
+from resume import FolderLock, Resumed, archive_of, check_same_data, check_seen_by_all, choose_run_dir, find_checkpoint, prepare_run_dir
 from tensor_parallel import TensorParallelTrainer
 from trainers import BasicTrainer, FSDPTrainer
 from utils import PeerError, RunError, Stopped, UserError, get_local_dir, plural
@@ -74,11 +74,45 @@ def train(config: DictConfig, world: World, notes: Sequence[str]) -> str:
     hyperparameters = OmegaConf.to_container(config.loss)
     objective = get_objective(hyperparameters.pop("name"), **hyperparameters)
     print("\n".join([*notes, OmegaConf.to_yaml(config), f"loss: {objective.name} {objective.hyperparameters}"]))
-
     seed_everything(config)
-    archive = None  # stays on rank 0
+    inputs = read_inputs(config, world, objective)
 
-    def prepare() -> tuple:
+    sinks: list[Sink] = []
+    with ExitStack() as at_end:
+        at_end.callback(lambda: [sink.close() for sink in sinks])
+        if resumed is None:
+            at_end.enter_context(started_run_dir(world, run_dir, config, None))
+        trainer = build_trainer(config, world, run_dir, inputs, sinks)
+        if resumed is not None:
+            world.from_first(lambda: check_same_data(resumed, trainer.data_identity(), trainer.reference_identity))
+            trainer.resume(resumed)
+            at_end.enter_context(started_run_dir(world, run_dir, config, resumed))  # not before it is certain that the run goes on
+            print(f"resumed from {resumed.folder}: {plural(trainer.example_counter, 'example')} were trained on")
+        if world.is_first:
+            sinks += open_sinks(run_dir, config, trainer.wandb_id)
+        try:
+            trainer.train()
+        except Stopped as stopped:
+            if world.is_first:
+                print(f"stopped by {signal.Signals(stopped.signum).name}; resume={run_dir} goes on from here", file=sys.stderr)
+            raise
+    print(f"done: {run_dir}")
+    return run_dir
+
+
+class Inputs(NamedTuple):
+    """What a run reads before it trains."""
+
+    tokenizer: Any
+    data: dict[str, TokenizedSplit]  # train, eval
+    models: Models
+
+
+def read_inputs(config: DictConfig, world: World, objective: Objective) -> Inputs:
+    """Read by rank 0, checked, and sent to the others, but for weights: those stay on its disk."""
+    archive = None
+
+    def read() -> tuple:
         nonlocal archive
         cache_dir = get_local_dir(config.local_dirs)
         paths = [node.get(key) for node in config.datasets.values() for key in ("path", "eval_path")]
@@ -89,51 +123,32 @@ def train(config: DictConfig, world: World, notes: Sequence[str]) -> str:
         data = {name: load_data(config, split, tokenizer, objective, cache_dir) for name, split in (("train", "train"), ("eval", "test"))}
         return cache_dir, tokenizer, model_config, data
 
-    cache_dir, tokenizer, model_config, data = world.from_first(prepare)
+    cache_dir, tokenizer, model_config, data = world.from_first(read)
     models = Models(config.model, model_config, cache_dir, archive, objective.needs_reference)
-    trainer_class = TRAINERS[config.trainer]
-    if trainer_class.sharded:
-        policy, reference = models.empty()
-    else:
-        policy, reference = models.policy(), models.reference()
-    world.from_first(lambda: trainer_class.check_model(policy, config, world))
-    print(f"model: {plural(sum(p.numel() for p in policy.parameters()), 'parameter')}, {config.model.policy_dtype}")
+    world.from_first(lambda: TRAINERS[config.trainer].check_model(models.empty()[0], config, world))
+    return Inputs(tokenizer, data, models)
 
-    if resumed is None:
-        start_run_dir(world, run_dir, config, None)
-    sinks = []
-    try:
-        trainer = trainer_class(
-            policy,
-            config,
-            config.seed,
-            run_dir,
-            reference,
-            train_data=data["train"],
-            eval_data=data["eval"],
-            tokenizer=tokenizer,
-            sinks=sinks,
-            world=world,
-            weights={"policy": models.policy, "reference": models.reference},
-        )
-        print(f"{plural(len(trainer.batches), 'step')}; {plural(trainer.batches.dropped, 'example')} left out at the end of each epoch")
-        if resumed is not None:
-            world.from_first(lambda: check_same_data(resumed, trainer.data_identity(), trainer.reference_identity))
-            trainer.resume(resumed)
-            start_run_dir(world, run_dir, config, resumed)  # not before it is certain that the run goes on
-            print(f"resumed from {resumed.folder}: {plural(trainer.example_counter, 'example')} were trained on")
-        if world.is_first:
-            sinks += open_sinks(run_dir, config, trainer.wandb_id)
-        trainer.train()
-    except Stopped as stopped:
-        if world.is_first:
-            print(f"stopped by {signal.Signals(stopped.signum).name}; resume={run_dir} goes on from here", file=sys.stderr)
-        raise
-    finally:
-        for sink in sinks:
-            sink.close()
-    print(f"done: {run_dir}")
-    return run_dir
+
+def build_trainer(config: DictConfig, world: World, run_dir: str, inputs: Inputs, sinks: list[Sink]) -> BasicTrainer:
+    """The config's trainer, with its models: sharded ones are filled in place, so that none is built as often as there are ranks."""
+    models, trainer_class = inputs.models, TRAINERS[config.trainer]
+    policy, reference = models.empty() if trainer_class.sharded else (models.policy(), models.reference())
+    print(f"model: {plural(sum(p.numel() for p in policy.parameters()), 'parameter')}, {config.model.policy_dtype}")
+    trainer = trainer_class(
+        policy,
+        config,
+        config.seed,
+        run_dir,
+        reference,
+        train_data=inputs.data["train"],
+        eval_data=inputs.data["eval"],
+        tokenizer=inputs.tokenizer,
+        sinks=sinks,
+        world=world,
+        weights={"policy": models.policy, "reference": models.reference},
+    )
+    print(f"{plural(len(trainer.batches), 'step')}; {plural(trainer.batches.dropped, 'example')} left out at the end of each epoch")
+    return trainer
 
 
 def load_data(config: DictConfig, split: str, tokenizer, objective: Objective, cache_dir: str) -> TokenizedSplit:
@@ -156,17 +171,23 @@ def load_data(config: DictConfig, split: str, tokenizer, objective: Objective, c
     return data
 
 
-def start_run_dir(world: World, run_dir: str, config: DictConfig, resumed: Optional[Resumed]) -> None:
-    """Before anything is written into it: make it, or what a run left in it ready to go on."""
+@contextmanager
+def started_run_dir(world: World, run_dir: str, config: DictConfig, resumed: Optional[Resumed]) -> Iterator[None]:
+    """Before anything is written into it: make it, or what a run left in it ready to go on, and keep other runs out."""
+    lock = nullcontext()
     with world.agreed():
         try:
             if world.is_first:
+                os.makedirs(run_dir, exist_ok=True)
+                lock = FolderLock(run_dir)
                 prepare_run_dir(run_dir, resumed)
                 OmegaConf.save(config, os.path.join(run_dir, "config.yaml"))
         except OSError as error:
             raise UserError(f"local_run_dir={run_dir} cannot be written: {error}") from None
     check_seen_by_all(world, run_dir)
     print("=" * 80 + f"\nWriting to {socket.gethostname()}:{run_dir}\n" + "=" * 80)
+    with lock:
+        yield
 
 
 @contextmanager

@@ -341,6 +341,17 @@ def test_auto_starts_where_there_is_nothing_and_must_does_not(tmp_path):
         go_on(here)
 
 
+def test_a_folder_that_another_run_trains_into_is_left_alone(tmp_path, monkeypatch):
+    run_dir = short(tmp_path)
+    before = losses_of(run_dir)
+    monkeypatch.setattr(resume, "LOCK_PATIENCE", 0.2)
+    with resume.FolderLock(str(run_dir)), pytest.raises(UserError, match="another run trains into"):
+        go_on("n_examples=40", f"resume={run_dir}")
+    assert losses_of(run_dir) == before
+    go_on("n_examples=40", f"resume={run_dir}")
+    assert len(logs_of(run_dir, "train")) == 5
+
+
 def test_the_newest_checkpoints_stay(tmp_path):
     run_dir = short(tmp_path, "keep_checkpoints=2")
     assert sorted(path.name for path in run_dir.glob("step-*")) == ["step-24", "step-32"]
