@@ -21,6 +21,7 @@ from utils import PeerError, RunError, Stopped
 INTERVAL = 1.0  # seconds between signs of life
 PATIENCE = 45.0  # seconds without one, after which a process that waits for another ends by itself: a long write may hold up the thread
 SILENCE = 6.0  # seconds without one, after which a process is taken for gone
+ENDED = 2**62  # the last sign of life, of a process that has ended in good order
 NO_STORE = "the rendezvous is gone: rank 0, or the launcher that had it"
 GRACE = 20.0  # seconds to end in when another rank has failed; then the process shows where it hangs, and ends
 
@@ -56,6 +57,8 @@ class Watch:
                 self._explain(error)
             if error is not None and not isinstance(error, (PeerError, Stopped)):
                 self._store.set("failed", str(self.world.rank))
+            else:
+                self._show(ENDED)
         except RuntimeError as lost:
             if not is_of_a_collective(lost):
                 raise
@@ -71,7 +74,7 @@ class Watch:
         if self._failed() not in (None, self.world.rank):
             raise PeerError("another rank has failed") from error
         after = self._signs()
-        gone = [rank for rank, (beat, _) in after.items() if beat == before[rank][0]]
+        gone = [rank for rank, (beat, _) in after.items() if beat == before[rank][0] != ENDED]
         behind = [rank for rank, (_, done) in after.items() if done < self.world.passes]
         reason = (str(error).splitlines() or [""])[0][:200]
         for ranks, what in ((gone, "no sign of life of"), (behind, "no progress of")):
@@ -82,29 +85,33 @@ class Watch:
 
     def _signs(self) -> dict[int, tuple[int, int]]:
         """Of every other rank: its last sign of life, and how many forward passes it had begun."""
-        others = [rank for rank in range(self.world.size) if rank != self.world.rank]
-        signs = {}
-        for rank in others:
-            known = self._store.check([f"alive/{rank}"])
-            signs[rank] = tuple(map(int, self._store.get(f"alive/{rank}").split())) if known else (0, 0)
-        return signs
+        return {rank: self._sign(rank) for rank in range(self.world.size) if rank != self.world.rank}
+
+    def _sign(self, rank: int) -> tuple[int, int]:
+        known = self._store.check([f"alive/{rank}"])
+        beat, passes = self._store.get(f"alive/{rank}").split() if known else (0, 0)
+        return int(beat), int(passes)
+
+    def _show(self, beat: int) -> None:
+        self._store.set(f"alive/{self.world.rank}", f"{beat} {self.world.passes}")
 
     def _failed(self) -> Optional[int]:
         return int(self._store.get("failed")) if self._store.check(["failed"]) else None
 
     def _run(self) -> None:
         beat, deadline = 0, None
-        neighbour, last, since = (self.world.rank + 1) % self.world.size, None, time.monotonic()
+        neighbour, last, since = (self.world.rank + 1) % self.world.size, 0, time.monotonic()
         while not self._ended.wait(INTERVAL):
             beat += 1
             if os.getppid() != self._launcher:
                 self._end("the launcher is gone")
             try:
-                self._store.set(f"alive/{self.world.rank}", f"{beat} {self.world.passes}")
+                self._show(beat)
                 failed = self._failed()
                 if beat % 5 == 0:  # each watches one: enough to notice any, and little for the store to do
-                    now = self._store.get(f"alive/{neighbour}") if self._store.check([f"alive/{neighbour}"]) else None
-                    last, since = (last, since) if now == last else (now, time.monotonic())
+                    now, _ = self._sign(neighbour)
+                    if now not in (last, 0) or now == ENDED:
+                        last, since = now, time.monotonic()
             except RuntimeError:  # the store's process has ended
                 failed = -1
             if time.monotonic() - since > PATIENCE:

@@ -66,14 +66,12 @@ def computed(sizes: dict, loss: str, batch_size: int, ranks: int, microbatches: 
 @pytest.mark.parametrize(
     "sizes,loss,batch_size,ranks,microbatches",
     [
-        (STATES, "sft", 2, 1, 1),
         (STATES, "tdpo2", 2, 1, 1),
         (STATES, "tdpo2", 2, 2, 1),
         (STATES, "tdpo2", 4, 2, 2),
-        (LOGITS, "dpo", 2048, 1, 1),
         (LOGITS, "tdpo2", 2048, 1, 1),
     ],
-    ids=["weights, sft", "weights", "weights, two shards", "weights, two shards, whole gradients", "logits, dpo", "logits, tdpo2"],
+    ids=["weights", "weights, two shards", "weights, two shards, whole gradients", "logits"],
 )
 def test_computed_is_measured(sizes, loss, batch_size, ranks, microbatches, tmp_path):
     """Within 15%: the interpreter, the tokens and the allocator take 10 to 40 MB of these 500 to 1,000."""

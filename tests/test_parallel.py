@@ -186,14 +186,17 @@ def test_a_rank_that_is_killed_ends_the_run_and_is_named(tmp_path):
     assert "was killed by SIGKILL" in errors[0] and ranks_of(tmp_path / "run") == {}
 
 
-def test_the_end_of_the_process_that_has_the_rendezvous_is_noticed(tmp_path):
-    """Ranks that nobody supervises, as under srun: rank 0 has the store."""
+def start_unsupervised(arguments: list[str]) -> list[subprocess.Popen]:
+    """Two ranks that no launcher watches, as under srun: rank 0 has the store."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    arguments = [*DATA, *SHARDED, "n_epochs=1000", f"local_run_dir={tmp_path}/run"]
-    ranks = [start(arguments, env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)]
+    world = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    return [start(arguments, env={**world, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)]
+
+
+def test_the_end_of_the_process_that_has_the_rendezvous_is_noticed(tmp_path):
+    ranks = start_unsupervised([*DATA, *SHARDED, "n_epochs=1000", f"local_run_dir={tmp_path}/run"])
     wait_for(lambda: has_steps(tmp_path / "run", 3))
     ranks[0].kill()
     output, _ = ranks[1].communicate(timeout=60)
@@ -202,13 +205,24 @@ def test_the_end_of_the_process_that_has_the_rendezvous_is_noticed(tmp_path):
     assert "no sign of life of rank 0" in output or "the rendezvous is gone: rank 0" in output
 
 
-def test_a_rank_that_hangs_ends_the_run_and_is_named(tmp_path):
-    options = [*DATA, *SHARDED, "nproc_per_node=2", "n_epochs=1000", "parallel.timeout_secs=3", f"local_run_dir={tmp_path}/run"]
-    process = start(options)
+def test_a_signal_ends_unsupervised_ranks_with_its_number(tmp_path):
+    """So that a Slurm script can tell a run that stopped from one that ended."""
+    ranks = start_unsupervised([*DATA, *SHARDED, "n_epochs=1000", f"local_run_dir={tmp_path}/run"])
     wait_for(lambda: has_steps(tmp_path / "run", 3))
-    os.kill(ranks_of(tmp_path / "run")[1], signal.SIGSTOP)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 1 and "error: rank 0: no sign of life of rank 1" in output and ranks_of(tmp_path / "run") == {}
+    ranks[1].send_signal(signal.SIGUSR1)
+    assert [(rank.communicate(timeout=60), rank.returncode)[1] for rank in ranks] == [138, 138]
+    assert (tmp_path / "run" / "LATEST" / "policy.pt").exists()
+
+
+def test_a_rank_that_hangs_is_named(tmp_path):
+    arguments = [*DATA, *SHARDED, "n_epochs=1000", "parallel.timeout_secs=3", f"local_run_dir={tmp_path}/run"]
+    ranks = start_unsupervised(arguments)
+    wait_for(lambda: has_steps(tmp_path / "run", 3))
+    ranks[1].send_signal(signal.SIGSTOP)
+    output, _ = ranks[0].communicate(timeout=60)
+    ranks[1].kill()
+    ranks[1].communicate()
+    assert ranks[0].returncode == 1 and "error: rank 0: no sign of life of rank 1" in output and "Traceback" not in output, output
 
 
 def test_no_rank_outlives_its_launcher(tmp_path):
