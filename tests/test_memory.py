@@ -74,9 +74,9 @@ def computed(sizes: dict, loss: str, batch_size: int, ranks: int, microbatches: 
     ids=["weights", "weights, two shards", "weights, two shards, whole gradients", "logits"],
 )
 def test_computed_is_measured(sizes, loss, batch_size, ranks, microbatches, tmp_path):
-    """Within 15%: the interpreter, the tokens and the allocator take 10 to 40 MB of these 500 to 1,000."""
+    """Within 20%: the interpreter, the tokens and the allocator take 10 to 40 MB of these 500 to 1,000, and PyTorch's versions differ."""
     case = (sizes, loss, batch_size, ranks, microbatches)
-    assert computed(*case) == pytest.approx(measured(*case, tmp_path), rel=0.15)
+    assert computed(*case) == pytest.approx(measured(*case, tmp_path), rel=0.2)
 
 
 def test_the_tables_of_the_document_are_the_functions():
