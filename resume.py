@@ -64,7 +64,10 @@ def choose_run_dir(config: DictConfig) -> str:
     if os.path.isdir(latest) and not os.path.islink(latest):
         raise UserError(f"{latest} is a folder, of a run of the published code, which cannot be resumed; choose another local_run_dir")
     if resume not in (None, "auto") and not list_checkpoints(run_dir):
-        raise UserError(f"resume={resume}: {run_dir} holds no checkpoint to resume from")
+        parent, name = os.path.split(os.path.normpath(run_dir))
+        hint = f" (did you mean resume={parent}?)" if name == "LATEST" or name.startswith("step-") else ""
+        what = "holds no checkpoint to resume from" if os.path.isdir(run_dir) else "does not exist"
+        raise UserError(f"resume={resume}: {run_dir} {what}{hint}")
     return run_dir
 
 
@@ -78,7 +81,7 @@ def find_checkpoint(world: World, run_dir: str, config: DictConfig) -> Optional[
         return None
     for folder in world.from_first(lambda: list_checkpoints(run_dir)):
         if damaged := damaged_files(world, folder):
-            print(f"warning: {folder} is damaged ({some_of(damaged, 4)}): the checkpoint before it is used")
+            print(f"warning: {folder} is damaged ({some_of(damaged, 4)}): it is passed over")
             continue
         resumed = Resumed(folder, world.from_first(lambda folder=folder: read_progress(folder)))
         world.from_first(lambda resumed=resumed: _check_same_config(resumed, config))
@@ -89,6 +92,8 @@ def find_checkpoint(world: World, run_dir: str, config: DictConfig) -> Optional[
 def _nothing_sound(resume: str, run_dir: str) -> None:
     if resume != "auto":
         raise UserError(f"resume={resume}: no checkpoint in {run_dir} is sound")
+    if holds_a_run(run_dir):
+        print(f"warning: no sound checkpoint in {run_dir}: the run starts anew, what was there gets the ending .old")
 
 
 def _check_same_config(resumed: Resumed, config: DictConfig) -> None:
@@ -96,7 +101,10 @@ def _check_same_config(resumed: Resumed, config: DictConfig) -> None:
     refused = {key: values for key, values in different.items() if key not in WARNED}
     if refused:
         told = some_of([f"{key}={now} (was {was})" for key, (was, now) in refused.items()], 8)
-        raise UserError(f"{os.path.dirname(resumed.folder)} is a run of another config: {told}\nnothing was changed; choose another folder")
+        raise UserError(
+            f"{os.path.dirname(resumed.folder)} is a run of another config: {told}\n"
+            "nothing was changed; repeat the options of its command, or choose another folder"
+        )
     for key, (was, now) in different.items():
         print(f"warning: {key}={now}, until now {was}")
 
@@ -140,13 +148,12 @@ def check_same_data(resumed: Resumed, data: Mapping[str, str], reference: str) -
 
 
 def archive_of(resumed: Optional[Resumed], given: Optional[str]) -> Optional[str]:
-    """`model.archive`, of a run that goes on as it was then: LATEST may name another checkpoint by now."""
-    saved = resumed.progress["reference"]["archive"] if resumed is not None else None
-    if saved is None or not os.path.exists(saved):
-        return given
-    if given is None or os.path.realpath(given) != saved:
-        print(f"model.archive={saved}, with which this run started (given: {given})")
-    return saved
+    """The file or folder that `model.archive` means: for a run that goes on by the same words, what they meant then, because LATEST may
+    name another checkpoint by now. Other words mean what they say; check_same_data compares the weights."""
+    if resumed is not None and given == resumed.progress["config"]["model"]["archive"]:
+        saved = resumed.progress["reference"]["archive"]
+        return saved if saved is not None and os.path.exists(saved) else given
+    return given
 
 
 def check_seen_by_all(world: World, run_dir: str) -> None:

@@ -70,12 +70,11 @@ def train(config: DictConfig, world: World, notes: Sequence[str]) -> str:
     """The run, in each of its processes. What rank 0 reads or makes for all, it sends to the others."""
     run_dir = world.from_first(lambda: choose_run_dir(config))
     resumed = find_checkpoint(world, run_dir, config)
-    config.model.archive = archive_of(resumed, config.model.archive)
     hyperparameters = OmegaConf.to_container(config.loss)
     objective = get_objective(hyperparameters.pop("name"), **hyperparameters)
     print("\n".join([*notes, OmegaConf.to_yaml(config), f"loss: {objective.name} {objective.hyperparameters}"]))
     seed_everything(config)
-    inputs = read_inputs(config, world, objective)
+    inputs = read_inputs(config, world, objective, archive_of(resumed, config.model.archive))
 
     sinks: list[Sink] = []
     with ExitStack() as at_end:
@@ -87,7 +86,8 @@ def train(config: DictConfig, world: World, notes: Sequence[str]) -> str:
             world.from_first(lambda: check_same_data(resumed, trainer.data_identity(), trainer.reference_identity))
             trainer.resume(resumed)
             at_end.enter_context(started_run_dir(world, run_dir, config, resumed))  # not before it is certain that the run goes on
-            print(f"resumed from {resumed.folder}: {plural(trainer.example_counter, 'example')} were trained on")
+            left = "" if trainer.batches_given < len(trainer.batches) else "; none is left: a larger n_epochs or n_examples would go on"
+            print(f"resumed from {resumed.folder}: {plural(trainer.example_counter, 'example')} were trained on{left}")
         if world.is_first:
             sinks += open_sinks(run_dir, config, trainer.wandb_id)
         try:
@@ -108,23 +108,24 @@ class Inputs(NamedTuple):
     models: Models
 
 
-def read_inputs(config: DictConfig, world: World, objective: Objective) -> Inputs:
-    """Read by rank 0, checked, and sent to the others, but for weights: those stay on its disk."""
-    archive = None
+def read_inputs(config: DictConfig, world: World, objective: Objective, archive: Optional[str]) -> Inputs:
+    """Read by rank 0, checked, and sent to the others, but for weights: those stay on its disk. `archive`: what model.archive means."""
+    model = OmegaConf.merge(config.model, {"archive": archive})
+    weights = None
 
     def read() -> tuple:
-        nonlocal archive
+        nonlocal weights
         cache_dir = get_local_dir(config.local_dirs)
         paths = [node.get(key) for node in config.datasets.values() for key in ("path", "eval_path")]
         prepare_hub([config.model.name_or_path, config.model.tokenizer_name_or_path, *paths])
-        tokenizer = load_tokenizer(config.model, cache_dir)
-        model_config = load_model_config(config.model, tokenizer, cache_dir)
-        archive = check_model(config.model, model_config, tokenizer, config.max_length)
+        tokenizer = load_tokenizer(model, cache_dir)
+        model_config = load_model_config(model, tokenizer, cache_dir)
+        weights = check_model(model, model_config, tokenizer, config.max_length)
         data = {name: load_data(config, split, tokenizer, objective, cache_dir) for name, split in (("train", "train"), ("eval", "test"))}
         return cache_dir, tokenizer, model_config, data
 
     cache_dir, tokenizer, model_config, data = world.from_first(read)
-    models = Models(config.model, model_config, cache_dir, archive, objective.needs_reference)
+    models = Models(model, model_config, cache_dir, weights, objective.needs_reference)
     world.from_first(lambda: TRAINERS[config.trainer].check_model(models.empty()[0], config, world))
     return Inputs(tokenizer, data, models)
 
@@ -147,6 +148,7 @@ def build_trainer(config: DictConfig, world: World, run_dir: str, inputs: Inputs
         world=world,
         weights={"policy": models.policy, "reference": models.reference},
     )
+    print(f"{config.trainer}: {trainer.ranks()}")
     print(f"{plural(len(trainer.batches), 'step')}; {plural(trainer.batches.dropped, 'example')} left out at the end of each epoch")
     return trainer
 

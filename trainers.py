@@ -23,7 +23,7 @@ from checkpoints import add_export, remove_old, save_checkpoint
 from losses import LossOutput, get_objective, preference_loss, tdpo_loss
 from metrics import MetricSums, Sink, example_metrics
 from parallel import World, find_blocks, fingerprint, full_tensor, load_weights, shard_scorer, whole_state
-from resume import Resumed
+from resume import Resumed, archive_of
 from sampling import generate, interleaved, mixed_seed, own_distribution
 from scoring import PlainScorer, _get_batch_logps, _tdpo_get_batch_logps, cast_parameters, concatenated_inputs
 from signals import StopSignals
@@ -93,6 +93,7 @@ class BasicTrainer:
             enable = getattr(policy, "activation_checkpointing_enable", policy.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
         self.reference_identity = ""  # of its weights, on rank 0
+        self.archive = config.model.archive and os.path.realpath(config.model.archive)
         self.scorer = self.place(PlainScorer(policy, reference_model, self.objective), weights or {})
         self.policy, self.reference_model = self.scorer.policy, self.scorer.reference
 
@@ -405,10 +406,7 @@ class BasicTrainer:
             "ranks": self.ranks(),
             "wandb_id": next((sink.run_id for sink in self.sinks if hasattr(sink, "run_id")), self.wandb_id),
             "data": self.data_identity(),
-            "reference": {
-                "fingerprint": self.reference_identity,
-                "archive": self.config.model.archive and os.path.realpath(self.config.model.archive),
-            },
+            "reference": {"fingerprint": self.reference_identity, "archive": self.archive},
             "config": OmegaConf.to_container(self.config),
         }
 
@@ -426,6 +424,7 @@ class BasicTrainer:
         self.batches_given, self.wandb_id = progress["batches"], progress["wandb_id"]
         self.evaluated_at, self.eval_metrics = progress["evaluated_at"], progress["eval_metrics"]
         self.saved_at, self.checkpoint, self.resumed_from = progress["examples"], resumed.folder, resumed.folder
+        self.archive = archive_of(resumed, self.config.model.archive)
         same_ranks = progress["ranks"] == self.ranks()
         restore_tensors(self.world, resumed.folder, self.policy, self.optimizer, with_random=same_ranks)
         if not same_ranks:

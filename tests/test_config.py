@@ -131,7 +131,8 @@ REFUSED = {
     "exp_name=x parallel.replicas=2": "parallel.replicas=2 needs trainer=FSDPTrainer",
     "exp_name=x resume=auto": "resume=auto needs local_run_dir",
     "exp_name=x resume=must": "resume=must needs local_run_dir",
-    "exp_name=x resume=nowhere": "resume=nowhere: nowhere holds no checkpoint to resume from",
+    "exp_name=x resume=nowhere": "resume=nowhere: nowhere does not exist",
+    "exp_name=x resume=runs/x/step-64": "runs/x/step-64 does not exist (did you mean resume=runs/x?)",
     "exp_name=x trainer=FSDPTrainer model.block_name=GPT2Block": "model.block_name=GPT2Block: GPTNeoXForCausalLM has no such module; "
     "its layers are GPTNeoXLayer",
     "exp_name=x trainer=FSDPTrainer parallel.replicas=2": "parallel.replicas=2 does not divide 1 processes",

@@ -65,6 +65,7 @@ def test_a_signal_saves_the_step_under_way(where, signum, tmp_path, monkeypatch)
     options = [*PREFERENCE, "n_examples=48", "eval_every=24", "eval_batch_size=4", "n_eval_examples=8"]
     options += ["sample_during_eval=true", "n_eval_model_samples=8"]
     straight = run(*options, f"local_run_dir={tmp_path}/straight")
+    handler = signal.getsignal(signum)
     method = {"train": "train_step", "eval": "score", "sample": "generate"}[where]
     original = getattr(BasicTrainer, method)
 
@@ -79,7 +80,7 @@ def test_a_signal_saves_the_step_under_way(where, signum, tmp_path, monkeypatch)
     assert stopped.value.signum == signum
     monkeypatch.undo()
     assert os.readlink(tmp_path / "run" / "LATEST") == ("step-32" if where == "train" else "step-24")
-    assert signal.getsignal(signum) in (signal.SIG_DFL, signal.default_int_handler)
+    assert signal.getsignal(signum) == handler
     assert_same_run(run(*options, f"resume={tmp_path}/run"), straight)
 
 
@@ -317,20 +318,25 @@ def test_the_reference_is_the_one_it_started_with(ranks, tmp_path):
     (archives / "LATEST").symlink_to("step-2")
     run(*options, "n_examples=32", f"resume={run_dir}")
     assert all(torch.equal(tensor, weights_of(straight)[name]) for name, tensor in weights_of(run_dir).items())
+    other = [*options[:-2], f"model.archive={archives}/step-2/policy.pt", "n_epochs=null"]
+    with pytest.raises((UserError, SystemExit), match="the reference's weights are not those|2"):
+        run(*other, "n_examples=40", f"resume={run_dir}")
     shutil.rmtree(archives / "step-1")
     with pytest.raises((UserError, SystemExit), match="the reference's weights are not those|2"):
         run(*options, "n_examples=40", f"resume={run_dir}")
 
 
-def test_auto_starts_where_there_is_nothing_and_must_does_not(tmp_path):
+def test_auto_starts_where_there_is_nothing_and_must_does_not(tmp_path, capsys):
     here = f"local_run_dir={tmp_path}/run"
-    with pytest.raises(UserError, match="resume=must: .*/run holds no checkpoint to resume from"):
+    with pytest.raises(UserError, match="resume=must: .*/run does not exist"):
         go_on("resume=must", here)
     assert not (tmp_path / "run").exists()
     first = losses_of(go_on("resume=auto", here, "n_examples=16"))
     for folder in (tmp_path / "run").glob("step-*"):
         (folder / "manifest.json").unlink()  # it died before its first checkpoint was whole
+    assert "starts anew" not in capsys.readouterr().out
     assert losses_of(go_on("resume=auto", here, "n_examples=16")) == first
+    assert "warning: no sound checkpoint in" in capsys.readouterr().out
     assert len((tmp_path / "run" / "metrics.jsonl.old").read_text().splitlines()) == len(first)
     go_on("resume=must", here, "n_examples=24")
     with pytest.raises(UserError, match="already holds a run; choose another folder, or resume="):
