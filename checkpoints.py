@@ -104,7 +104,6 @@ def _bytes(tensors: Mapping[str, Any]) -> int:
 def _make_room(run_dir: str, target: str, temporary: str, needed: int) -> None:
     if os.path.exists(os.path.join(target, "manifest.json")):
         raise RunError(f"{target} exists already; a checkpoint is never overwritten")
-    set_aside(target)
     latest = os.path.join(run_dir, "LATEST")
     if os.path.exists(latest) and not os.path.islink(latest):
         raise RunError(f"{latest} is a folder, of a run of the published code: move it away, or use another local_run_dir")
@@ -112,6 +111,7 @@ def _make_room(run_dir: str, target: str, temporary: str, needed: int) -> None:
     if free < needed:
         raise RunError(f"{target} needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free: make room; the last checkpoint is untouched")
     try:
+        set_aside(target)  # what is no whole checkpoint
         if os.path.exists(temporary):  # of a run that died while it wrote
             shutil.rmtree(temporary)
         os.makedirs(os.path.join(temporary, "state"))
