@@ -1,11 +1,13 @@
 """Pairs to tokens to global batches: a split tokenized once, its published order, batches of it, and their collation."""
 
+import bisect
 import functools
 import hashlib
 import itertools
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple, Optional, Union
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, Optional, TypeVar, Union
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from tokenization import batch_element, encode, trim_after_eos, truncate, with_b
 from utils import IGNORED, UserError, plural
 
 Dataset = dict[str, dict]  # what a loader returns, see preference_datasets.py
+Item, Prepared = TypeVar("Item"), TypeVar("Prepared")
 
 
 class Example(NamedTuple):
@@ -84,13 +87,26 @@ class TokenizedSplit:
     def element(self, example: Example) -> dict:
         """The example in the published form (`tokenization.batch_element`), and `example_id`, '<dataset>:<prompt>.<pair>'."""
         entry = self.prompts[example.prompt]
-        indices = (0,) if self.sft_mode else entry["pairs"][example.pair]
+        indices = self._responses(entry, example)
         roles = ("chosen", "rejected")[: len(indices)]
         prompt_ids, response_ids = self._truncated(entry, indices)
         texts = {role: entry["texts"][i] for role, i in zip(roles, indices)}
         element = batch_element(entry["prompt"], texts, prompt_ids, dict(zip(roles, response_ids)))
         element["example_id"] = f"{entry['dataset']}:{example.prompt}.{example.pair}"
         return element
+
+    def tokens(self, example: Example) -> tuple[list[int], list[list[int]]]:
+        """The example's prompt and its responses, chosen first, after truncation."""
+        entry = self.prompts[example.prompt]
+        return self._truncated(entry, self._responses(entry, example))
+
+    def length(self, example: Example) -> int:
+        """Tokens of the example, its prompt counted once."""
+        prompt, responses = self.tokens(example)
+        return len(prompt) + sum(map(len, responses))
+
+    def _responses(self, entry: dict, example: Example) -> Sequence[int]:
+        return (0,) if self.sft_mode else entry["pairs"][example.pair]
 
     def _truncated(self, entry: dict, indices: Sequence[int]) -> tuple[list[int], list[list[int]]]:
         responses = [entry["response_ids"][i].tolist() for i in indices]
@@ -217,6 +233,55 @@ class BatchStream:
         """Examples left out at the end of each epoch that is trained to its end."""
         per_epoch = len(self.split) // self.batch_size
         return len(self.split) % self.batch_size if self.drop_last and len(self) >= per_epoch else 0
+
+
+def balanced_parts(lengths: Sequence[int], ranks: int, parts: int, tokens: Optional[int] = None) -> list[list[list[int]]]:
+    """How to cut a batch: rounds of microbatches, one a rank, which are lists of indices into `lengths`.
+
+    Examples of like length go together, and microbatches are of about equal cost: their number of examples times the longest. How a batch
+    is cut changes no gradient: that is the sum over its examples, divided by their number.
+
+    Args:
+        lengths: tokens of each example.
+        ranks: processes that take a microbatch each in every round.
+        parts: rounds, where `tokens` is None; fewer where there are not as many examples.
+        tokens: the largest cost of a microbatch, but for one of a single longer example.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+
+    def cut(budget: int) -> list[list[int]]:
+        cuts: list[list[int]] = [[]]
+        for i in order:
+            if cuts[-1] and (len(cuts[-1]) + 1) * lengths[cuts[-1][0]] > budget:
+                cuts.append([])
+            cuts[-1].append(i)
+        return cuts
+
+    def cost(part: list[int]) -> int:
+        return len(part) * lengths[part[0]]
+
+    wanted = ranks * (parts if tokens is None else -(-len(cut(tokens)) // ranks))
+    budgets = range(lengths[order[0]], len(lengths) * lengths[order[0]] + 1)
+    # The smallest budget that needs no more parts than wanted: all of them are then about as large as it.
+    cuts = cut(budgets[bisect.bisect_left(budgets, -wanted, key=lambda budget: -len(cut(budget)))])
+    while len(cuts) < wanted and len(largest := max(cuts, key=cost)) > 1:
+        cuts.remove(largest)
+        cuts += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
+    cuts.sort(key=cost, reverse=True)
+    cuts += [[]] * (-len(cuts) % ranks)
+    return [cuts[i : i + ranks] for i in range(0, len(cuts), ranks)]
+
+
+def ahead(prepare: Callable[[Item], Prepared], items: Iterable[Item]) -> Iterator[tuple[Item, Prepared]]:
+    """(item, prepare(item)) of each item; the next one is prepared by a thread while the caller works with this one."""
+    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as pool:
+        waiting = None
+        for item in items:
+            ready, waiting = waiting, (item, pool.submit(prepare, item))
+            if ready is not None:
+                yield ready[0], ready[1].result()
+        if waiting is not None:
+            yield waiting[0], waiting[1].result()
 
 
 def get_collate_fn(tokenizer) -> Callable[[list[dict]], dict[str, Union[list, torch.Tensor]]]:

@@ -115,6 +115,8 @@ class Config(Node):
     do_first_eval: StrictBool
     lr: PositiveFloat
     gradient_accumulation_steps: PositiveInt
+    tokens_per_microbatch: Optional[PositiveInt]
+    scoring: Literal["auto", "fast", "plain"]
     max_grad_norm: PositiveFloat
     max_length: PositiveInt
     max_prompt_length: PositiveInt

@@ -32,6 +32,9 @@ class ResponseScores:
         """r(y), shape (B,), nats."""
         return self.logps - self.reference_logps
 
+    def detach(self) -> "ResponseScores":
+        return ResponseScores(*(None if x is None else x.detach() for x in vars(self).values()))
+
 
 @dataclass(frozen=True)
 class LossOutput:

@@ -15,19 +15,10 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils import _pytree
 
-from losses import ResponseScores
-from utils import PeerError, UserError, some_of
+from utils import PeerError, UserError, full_tensor, some_of
 
 T = TypeVar("T")
-
-# FSDP finds the tensors of a module's output through it: without, the gradient would not know of the wrapper's own parameters.
-_pytree.register_pytree_node(
-    ResponseScores,
-    lambda scores: ([scores.logps, scores.num_tokens, scores.reference_logps, scores.kl], None),
-    lambda values, _: ResponseScores(*values),
-)
 
 
 def is_of_a_collective(error: Optional[BaseException]) -> bool:
@@ -200,11 +191,6 @@ def fingerprint(model: nn.Module, samples: int = 256) -> str:
         some = flat[:: max(1, flat.numel() // samples)].to(device="cpu", dtype=torch.float64)
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + some.numpy().tobytes())
     return digest.hexdigest()
-
-
-def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """A sharded tensor as a whole, on every rank."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def whole_state(world: World, model: nn.Module) -> dict[str, torch.Tensor]:

@@ -1,22 +1,47 @@
-"""From a model and a batch of tokens to ResponseScores: the only place that touches logits.
+"""From a model and a batch of tokens to ResponseScores and losses: with chunked_head.py the only place that touches logits.
 
-`PlainScorer` is the readable specification, as published: chosen and rejected padded into one batch, full logits of policy and
-reference. Shapes: B sequences, T tokens, V vocabulary entries, N response tokens of the batch.
+`Scorer` computes in one of two ways, equal to rounding. Of a collated batch *plain*, the readable specification, as published: chosen and
+rejected padded into one batch, full logits of policy and reference. Of PromptRows *fast*: each prompt once, the head on response positions
+alone, nothing of the vocabulary's size for longer than a chunk.
+Shapes: B sequences, T tokens, V vocabulary entries, N response tokens of the batch, H hidden.
 """
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Optional
+from dataclasses import replace
+from typing import NamedTuple, Optional, Union
 
 import torch
 from torch import nn
 
-from losses import Objective, ResponseScores
+import chunked_head
+import shared_prompt
+from chunked_head import Head, Reference, loss_of_rows, score_rows
+from losses import LossOutput, Objective, ResponseScores
+from shared_prompt import PromptRows, attention_masks, prompt_rows, sliding_window
 from utils import IGNORED, pad_to_length
 
 
-class PlainScorer(nn.Module):
-    """Policy and, where the objective needs one, the reference: a module that returns scores.
+class Scored(NamedTuple):
+    """What a Scorer returns."""
+
+    loss: torch.Tensor  # sum of the counted examples' losses, a scalar, nats; the only one through which gradients flow
+    output: LossOutput  # of all examples, detached
+    scores: dict[str, ResponseScores]  # by role, detached
+
+
+class Probe(NamedTuple):
+    """Random tokens, by which fast scoring of a model is tried."""
+
+    prompt: torch.Tensor  # (P,)
+    responses: torch.Tensor  # (R, n), of equal length, so that nothing is padded
+
+
+class Scorer(nn.Module):
+    """Policy and, where the objective needs one, the reference: a module that returns scores and the loss.
+
+    The loss is computed in here, because the fast way needs its derivatives while it still has the distributions.
 
     Args:
         policy: a causal language model of Transformers.
@@ -30,29 +55,133 @@ class PlainScorer(nn.Module):
         if reference is not None:
             reference.eval().requires_grad_(False)
 
-    def forward(self, batch: Mapping[str, torch.Tensor]) -> dict[str, ResponseScores]:
-        """Scores by role, each (B,). `batch` is what the collate function returns, `<role>_{input_ids,attention_mask,labels}`.
+    def forward(self, batch: Union[PromptRows, Mapping[str, torch.Tensor]], counted: Optional[int] = None) -> Scored:
+        """Scores and loss of a batch, all (B,) but for the loss.
 
-        Labels may stay on the CPU: where the response tokens lie is then known without waiting for the device.
+        Args:
+            batch: PromptRows, a row a pair (SFT: an example), or what the collate function returns,
+                `<role>_{input_ids,attention_mask,labels}`. Of the latter, labels may stay on the CPU: where the response tokens lie is then
+                known without waiting for the device.
+            counted: examples, from the first, whose losses are summed; None: all.
         """
-        stacked = _stack_roles(batch, self.objective.roles)
-        labels = stacked["concatenated_labels"]
-        logits = _logits(self.policy, stacked)
-        reference_logps = kl = None
-        if self.objective.needs_reference:
-            with torch.no_grad():
-                reference_logits = _logits(self.reference, stacked)
-            reference_logps = _get_batch_logps(reference_logits, labels)
-        if self.objective.needs_kl:
-            _, kl, logps = _tdpo_get_batch_logps(logits, reference_logits, labels)
-        else:
-            logps = _get_batch_logps(logits, labels)
-        num_tokens = (labels[:, 1:] != IGNORED).sum(-1).to(logps.device)
-        return {
-            # Copies: of a view, which might be changed in place, FSDP could not tell when its gradient arrives.
-            role: ResponseScores(*(None if x is None else x[part].clone() for x in (logps, num_tokens, reference_logps, kl)))
-            for role, part in _parts(batch, self.objective.roles)
-        }
+        if isinstance(batch, Probe):
+            return self._both_ways(batch)
+        return (self._fast if isinstance(batch, PromptRows) else self._plain)(batch, counted)
+
+    def _plain(self, batch: Mapping[str, torch.Tensor], counted: Optional[int]) -> Scored:
+        scores = plain_scores(self.policy, self.reference, self.objective, batch)
+        output = self.objective(scores)
+        loss = output.losses[:counted].sum()
+        return Scored(loss, replace(output, losses=output.losses.detach()), {role: score.detach() for role, score in scores.items()})
+
+    def _fast(self, rows: PromptRows, counted: Optional[int]) -> Scored:
+        masks = attention_masks(rows, self.policy.config)
+        states, head = _hidden_states(self.policy, rows, masks), Head.of(self.policy)
+        with _gathered(self.reference):
+            reference = None
+            if self.objective.needs_reference:
+                # FSDP's gathered parameters cannot be inference tensors.
+                with torch.no_grad() if hasattr(self.reference, "unshard") else torch.inference_mode():
+                    reference = Reference(_hidden_states(self.reference, rows, masks), Head.of(self.reference))
+            if torch.is_grad_enabled():
+                counted = len(rows.counts) if counted is None else counted
+                loss, table = loss_of_rows(states, head, reference, rows, self.objective, counted)
+            else:
+                loss, table = None, score_rows(states, head, reference, rows, self.objective)
+        scores = table.by_role(rows.num_tokens, self.objective)
+        output = self.objective(scores)
+        return Scored(output.losses[:counted].sum() if loss is None else loss, output, scores)
+
+    def _both_ways(self, probe: Probe) -> tuple[torch.Tensor, torch.Tensor, torch.dtype]:
+        """The policy's log-probability of each response token, fast and as the model itself computes it, (R, n) twice, nats; and the dtype
+        in which it computes."""
+        prompt, responses = probe
+        rows = prompt_rows([(prompt.tolist(), responses.tolist())]).to(responses.device)
+        states = _hidden_states(self.policy, rows, attention_masks(rows, self.policy.config))
+        fast = Head.of(self.policy).logits(states).view(*responses.shape, -1)
+        ids = torch.cat([prompt.expand(len(responses), -1), responses], dim=1)
+        n = responses.shape[1]
+        last = {"logits_to_keep": n + 1} if "logits_to_keep" in inspect.signature(self.policy.forward).parameters else {}
+        logits = self.policy(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **last).logits[:, -n - 1 : -1]
+        return _logps_of(fast, responses), _logps_of(logits.to(fast.dtype), responses), states.dtype
+
+
+def fast_scoring_problem(scorer: nn.Module, max_length: int) -> Optional[str]:
+    """Why the policy must be scored plain; None where fast scoring gives what the model itself does. Called by all ranks, without gradient.
+
+    A model may compute more than its config says: scale its logits, take no notice of a mask. So both ways are compared, on one pair of
+    random tokens, longer than the smallest window where max_length is: a shorter one could not show that a window is missing.
+
+    Args:
+        scorer: a Scorer on its device.
+        max_length: tokens of a prompt with a response.
+    """
+    config = scorer.policy.config
+    if problem := shared_prompt.problem_with(config) or chunked_head.problem_with(scorer.policy):
+        return problem
+    window, response = sliding_window(config), min(24, max_length // 2)
+    length = min(max_length, window + response) if window is not None and window < max_length else min(max_length, 64)
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = config.get_text_config().vocab_size
+    tokens = torch.randint(vocabulary, (length + response,), generator=generator).to(scorer.policy.device)
+    try:
+        fast, plain, dtype = scorer(Probe(tokens[: length - response], tokens[length - response :].view(2, response)))
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:  # whatever a model makes of a mask that it does not know
+        return f"it cannot compute rows of several responses: {' '.join(str(error).split())[:120]}"
+    # Log-probabilities of random tokens differ from each other by far more than by rounding; half precision rounds more.
+    difference, spread = (fast - plain).square().mean().sqrt().item(), plain.std().item()
+    rounding = 2**-10 if dtype == torch.float32 and torch.cuda.is_available() else torch.finfo(dtype).eps  # TF32 on a GPU
+    tolerance = max(1e-3, 16 * rounding) * spread + 1e-6
+    return None if difference <= tolerance else f"its log-probabilities would differ by {difference:.2g} nats a token"
+
+
+def plain_scores(
+    policy: nn.Module, reference: Optional[nn.Module], objective: Objective, batch: Mapping[str, torch.Tensor]
+) -> dict[str, ResponseScores]:
+    """Scores by role, each (B,), with gradient. `batch` as in `Scorer.forward`."""
+    stacked = _stack_roles(batch, objective.roles)
+    labels = stacked["concatenated_labels"]
+    logits = _logits(policy, stacked)
+    reference_logps = kl = None
+    if objective.needs_reference:
+        with torch.no_grad():
+            reference_logits = _logits(reference, stacked)
+        reference_logps = _get_batch_logps(reference_logits, labels)
+    if objective.needs_kl:
+        _, kl, logps = _tdpo_get_batch_logps(logits, reference_logits, labels)
+    else:
+        logps = _get_batch_logps(logits, labels)
+    num_tokens = (labels[:, 1:] != IGNORED).sum(-1).to(logps.device)
+    return {
+        role: ResponseScores(*(None if x is None else x[part] for x in (logps, num_tokens, reference_logps, kl)))
+        for role, part in _parts(batch, objective.roles)
+    }
+
+
+def _hidden_states(model: nn.Module, rows: PromptRows, masks) -> torch.Tensor:
+    """(N, H): the last layer's, after the final norm, at the positions that predict a response token."""
+    states = model.base_model(
+        input_ids=rows.input_ids, attention_mask=masks, position_ids=rows.position_ids, use_cache=False
+    ).last_hidden_state
+    return states.flatten(0, 1)[rows.states]
+
+
+@contextmanager
+def _gathered(model: Optional[nn.Module]) -> Iterator[None]:
+    """Within it a sharded model's own unit (embeddings, norm, head) is whole, for who calls a part of the model."""
+    if not hasattr(model, "unshard"):
+        yield
+        return
+    model.unshard()
+    try:
+        yield
+    finally:
+        model.reshard()
+
+
+def _logps_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """(..., V) to (...)."""
+    return logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
 def _parts(batch: Mapping[str, torch.Tensor], roles: tuple[str, ...]) -> Iterator[tuple[str, slice]]:

@@ -10,10 +10,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from parallel import World, full_tensor, load_weights
-from scoring import PlainScorer
+from parallel import World, load_weights
+from scoring import Scorer
 from trainers import BasicTrainer
-from utils import UserError
+from utils import UserError, full_tensor
 
 # The names that Transformers gives to ways of splitting a module, as PyTorch's.
 TENSOR_PARALLEL_STYLES = {
@@ -72,7 +72,7 @@ class TensorParallelTrainer(BasicTrainer):
     def check_model(cls, policy: nn.Module, config: DictConfig, world: World) -> None:
         tensor_parallel_plan(policy, world.size)
 
-    def place(self, scorer: PlainScorer, weights: Mapping[str, Callable[[], nn.Module]]) -> PlainScorer:
+    def place(self, scorer: Scorer, weights: Mapping[str, Callable[[], nn.Module]]) -> Scorer:
         mesh = self.world.mesh()
         partial = split_matrices(scorer.policy, mesh)
         load_weights(self.world, scorer.policy, weights["policy"])

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MappingProxyType
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional, Union
 
 import numpy as np
 import torch
@@ -18,17 +18,18 @@ import tqdm
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from batching import BatchStream, Example, TokenizedSplit, get_collate_fn
+from batching import BatchStream, Example, TokenizedSplit, ahead, balanced_parts, get_collate_fn
 from checkpoints import add_export, remove_old, save_checkpoint
-from losses import LossOutput, get_objective, preference_loss, tdpo_loss
+from losses import get_objective, preference_loss, tdpo_loss
 from metrics import MetricSums, Sink, example_metrics
-from parallel import World, find_blocks, fingerprint, full_tensor, load_weights, shard_scorer, whole_state
+from parallel import World, find_blocks, fingerprint, load_weights, shard_scorer, whole_state
 from resume import Resumed, archive_of
 from sampling import generate, interleaved, mixed_seed, own_distribution
-from scoring import PlainScorer, _get_batch_logps, _tdpo_get_batch_logps, cast_parameters, concatenated_inputs
+from scoring import Scored, Scorer, _get_batch_logps, _tdpo_get_batch_logps, cast_parameters, concatenated_inputs, fast_scoring_problem
+from shared_prompt import PromptRows, prompt_rows
 from signals import StopSignals
 from training_state import restore_tensors, training_tensors
-from utils import DTYPES, RunError, Stopped, UserError, plural, some_of
+from utils import DTYPES, RunError, Stopped, UserError, full_tensor, plural, some_of
 
 # preference_loss and the next ones are here for forks of the published code that import them from trainers.
 __all__ = [
@@ -43,6 +44,13 @@ __all__ = [
 
 EVAL_SEED = 0  # of the eval order, whatever the run's seed, so that runs of different seeds see the same eval pairs
 STEP_ZERO_TOLERANCE = 1e-3  # nats: far above rounding, far below what one step of training does
+
+
+class Microbatch(NamedTuple):
+    """Examples that are scored together; `batch` is what the scorer takes, on the device."""
+
+    examples: list[Example]
+    batch: Union[PromptRows, Mapping]
 
 
 class BasicTrainer:
@@ -94,8 +102,9 @@ class BasicTrainer:
             enable({"use_reentrant": False})
         self.reference_identity = ""  # of its weights, on rank 0
         self.archive = config.model.archive and os.path.realpath(config.model.archive)
-        self.scorer = self.place(PlainScorer(policy, reference_model, self.objective), weights or {})
+        self.scorer = self.place(Scorer(policy, reference_model, self.objective), weights or {})
         self.policy, self.reference_model = self.scorer.policy, self.scorer.reference
+        self.scores_fast = self.choose_scoring()
 
         self.batches = BatchStream(train_data, config.batch_size, seed, config.n_epochs, config.n_examples, config.drop_last)
         self.generation_config = own_distribution(tokenizer, config.max_length)
@@ -117,6 +126,23 @@ class BasicTrainer:
         np.random.seed(self.seed)
         random.seed(self.seed)
 
+    def choose_scoring(self) -> bool:
+        """Whether scoring is fast: `scoring` decides, auto by trying it on the model. The same on all ranks.
+
+        Raises:
+            UserError: scoring=fast, and the model cannot be scored so.
+        """
+        if self.config.scoring == "plain":
+            return False
+        with torch.no_grad(), self.computing():
+            problem = fast_scoring_problem(self.scorer, self.config.max_length)
+        problems = [x for x in self.world.gather(problem) if x]
+        if problems and self.config.scoring == "fast":
+            raise UserError(f"scoring=fast: {type(self.policy).__name__} cannot be scored so: {problems[0]}; use scoring=plain")
+        if problems:
+            print(f"scoring: plain, several times slower, because of {type(self.policy).__name__}: {problems[0]}")
+        return not problems
+
     # --- schedule ---
 
     def train(self) -> None:
@@ -127,11 +153,11 @@ class BasicTrainer:
         """
         with self.signals, self.progress_bar() as progress:
             try:
-                for batch in self.batches.after(self.batches_given):
+                for examples, microbatches in ahead(self.microbatches, self.batches.after(self.batches_given)):
                     self.between_steps()
-                    metrics = self.train_step(batch)
+                    metrics = self.train_step(examples, microbatches)
                     self.log_train(metrics, progress)
-                    progress.update(len(batch))
+                    progress.update(len(examples))
                 if self.evaluated_at != self.example_counter:
                     self.evaluate()
                 self.save(final=True)
@@ -170,8 +196,13 @@ class BasicTrainer:
 
     # --- one step ---
 
-    def train_step(self, examples: list[Example]) -> MetricSums:
-        """One optimizer step on one global batch: the gradient is the sum over its examples, divided by their number."""
+    def train_step(self, examples: list[Example], microbatches: list[Microbatch]) -> MetricSums:
+        """One optimizer step on one global batch: the gradient is the sum over its examples, divided by their number.
+
+        Args:
+            examples: the batch.
+            microbatches: this rank's parts of it.
+        """
         self.policy.train()
         started = time.perf_counter()
         sums = MetricSums()
@@ -180,15 +211,14 @@ class BasicTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         with self.computing():
-            microbatches = self.microbatches(examples)
             for i, microbatch in enumerate(microbatches):
                 self.before_backward(is_last=i == len(microbatches) - 1)
-                with self.explained_out_of_memory(microbatch, "train"):
-                    local_losses = self.score(microbatch, sums, "train").losses[: len(microbatch)]
-                    (local_losses.sum() / len(examples)).backward()
-                losses.append(local_losses.detach())
+                with self.explained_out_of_memory(microbatch.examples, "train"):
+                    scored = self.score(microbatch, sums, "train")
+                    (scored.loss / len(examples)).backward()
+                losses.append(scored.output.losses[: len(microbatch.examples)])
         grad_norm = self.clip_gradient()
-        if self.is_finite(sums.sum("loss/train"), grad_norm, sum(microbatches, []), losses):
+        if self.is_finite(sums.sum("loss/train"), grad_norm, [x for microbatch in microbatches for x in microbatch.examples], losses):
             self.optimizer.step()
             self.batch_counter += 1
         self.optimizer.zero_grad(set_to_none=True)
@@ -202,34 +232,40 @@ class BasicTrainer:
         """Of the next step: rises linearly over the first warmup_steps, as published. A step that was left out is none of the schedule."""
         return self.config.lr * min(1.0, (self.batch_counter + 1) / (self.config.warmup_steps + 1))
 
-    def microbatches(self, examples: list[Example]) -> list[list[Example]]:
-        """This rank's part of the batch, in gradient_accumulation_steps parts, whose sizes differ by one at most; as many on all ranks.
+    def microbatches(self, examples: list[Example]) -> list[Microbatch]:
+        """This rank's part of the batch, of about equal tokens each; as many on all ranks.
 
         A part may be empty where another rank's is not: its forward and backward are then needed all the same.
         """
         rank, ranks = self.data_rank
-        parts = [list(part) for part in np.array_split(np.arange(len(examples)), self.config.gradient_accumulation_steps * ranks)]
-        rounds = [parts[i : i + ranks] for i in range(0, len(parts), ranks)]
-        return [[examples[i] for i in parts[rank]] for parts in rounds if len(parts[0])]
+        lengths = [self.data["train"].length(example) for example in examples]
+        rounds = balanced_parts(lengths, ranks, self.config.gradient_accumulation_steps, self.config.tokens_per_microbatch)
+        return [self.microbatch([examples[i] for i in parts[rank]], "train") for parts in rounds]
+
+    def microbatch(self, examples: list[Example], split: str) -> Microbatch:
+        """Without examples the tokens of another one, which does not count: a sharded model needs every rank at every forward."""
+        data = self.data[split]
+        counted = examples or [Example(0, 0)]
+        if self.scores_fast:
+            rows = prompt_rows([data.tokens(example) for example in counted])
+            return Microbatch(examples, (rows.pin_memory() if self.device.type == "cuda" else rows).to(self.device))
+        # A proxy, because FSDP would move a dict's labels to the device too, and finding the response tokens would wait for it.
+        elements = [data.element(example) for example in counted]
+        return Microbatch(examples, MappingProxyType(self.to_device(self.collate(elements))))
 
     def share(self, items: list) -> list:
         """This rank's part of them."""
         rank, ranks = self.data_rank
         return items[rank::ranks]
 
-    def score(self, examples: list[Example], sums: MetricSums, split: str) -> LossOutput:
-        """Losses and metrics of some examples; `split` is train or eval.
-
-        Without examples those of another one, which do not count: a sharded model needs every rank at every forward.
-        """
-        data = self.data[split]
-        elements = [data.element(example) for example in examples or [Example(0, 0)]]
+    def score(self, microbatch: Microbatch, sums: MetricSums, split: str) -> Scored:
+        """Loss and scores, and the metrics of those examples that count; `split` is train or eval."""
         self.world.passes += 1
-        # A proxy, because FSDP would move a dict's labels to the device too, and finding the response tokens would wait for it.
-        scores = self.scorer(MappingProxyType(self.to_device(self.collate(elements))))
-        output = self.objective(scores)
-        sums.add({name: values[: len(examples)] for name, values in example_metrics(scores, output, split).items()})
-        return output
+        counted = len(microbatch.examples)
+        scored = self.scorer(microbatch.batch, counted)
+        metrics = example_metrics(scored.scores, scored.output, split)
+        sums.add({name: values[:counted] for name, values in metrics.items()})
+        return scored
 
     @contextmanager
     def explained_out_of_memory(self, examples: list[Example], split: str) -> Iterator[None]:
@@ -237,8 +273,8 @@ class BasicTrainer:
         try:
             yield
         except torch.OutOfMemoryError as error:
-            longest = max((len(self.data[split].element(example)["chosen_input_ids"]) for example in examples), default=0)
-            key = "larger gradient_accumulation_steps" if split == "train" else "smaller eval_batch_size"
+            longest = max((self.data[split].length(example) for example in examples), default=0)
+            key = "smaller tokens_per_microbatch" if split == "train" else "smaller eval_batch_size"
             more = ", parallel.reduce_once_a_step=false" if self.sharded else ""
             raise RunError(
                 f"step {self.batch_counter + 1}: out of memory on {self.device} with {len(examples)} {split} examples, the longest of "
@@ -287,12 +323,14 @@ class BasicTrainer:
         self.policy.eval()
         size = self.config.eval_batch_size
         sums = MetricSums()
+        ordered = sorted(self.eval_examples, key=self.data["eval"].length)  # so that little is padded
+        batches = [self.share(ordered[start : start + size]) for start in range(0, len(ordered), size)]
         with torch.no_grad(), self.computing():
-            for start in tqdm.trange(0, len(self.eval_examples), size, desc="Evaluating", leave=False, disable=self.hide_progress):
+            prepared = ahead(lambda examples: self.microbatch(examples, "eval"), batches)
+            for examples, microbatch in tqdm.tqdm(prepared, "Evaluating", len(batches), leave=False, disable=self.hide_progress):
                 self.check_stop()
-                examples = self.share(self.eval_examples[start : start + size])
                 with self.explained_out_of_memory(examples, "eval"):
-                    self.score(examples, sums, "eval")
+                    self.score(microbatch, sums, "eval")
             metrics = sums.means(self.reduce)
             rows = self.sample(self.eval_examples[: self.config.n_eval_model_samples]) if self.config.sample_during_eval else []
         self.eval_metrics, self.evaluated_at = metrics, self.example_counter
@@ -442,7 +480,7 @@ class BasicTrainer:
         """(i, n): this process works on part i of n of every batch."""
         return 0, 1
 
-    def place(self, scorer: PlainScorer, weights: Mapping[str, Callable[[], nn.Module]]) -> PlainScorer:
+    def place(self, scorer: Scorer, weights: Mapping[str, Callable[[], nn.Module]]) -> Scorer:
         """Policy and reference, where they will compute."""
         if scorer.reference is not None:
             self.reference_identity = fingerprint(scorer.reference)
@@ -491,7 +529,7 @@ class FSDPTrainer(BasicTrainer):
     def data_rank(self) -> tuple[int, int]:
         return self.world.rank, self.world.size
 
-    def place(self, scorer: PlainScorer, weights: Mapping[str, Callable[[], nn.Module]]) -> PlainScorer:
+    def place(self, scorer: Scorer, weights: Mapping[str, Callable[[], nn.Module]]) -> Scorer:
         model = self.config.model
         mesh = self.world.mesh(self.config.parallel.replicas)
         shard_scorer(scorer, mesh, model.block_name, self.compute_dtype, DTYPES[model.policy_dtype])

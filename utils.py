@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Optional, Union
 
 import torch
+from torch.distributed.tensor import DTensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 IGNORED = -100  # the label of a token that is no response token, as in torch.nn.CrossEntropyLoss
@@ -30,6 +31,11 @@ class Stopped(Exception):
     def __init__(self, signum: int):
         super().__init__(signum)
         self.signum = signum
+
+
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor as a whole, on every rank."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -9,10 +9,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from losses import get_objective
 from models import empty_model
-from parallel import World, full_tensor, load_weights, shard_scorer
-from scoring import PlainScorer
+from parallel import World, load_weights, shard_scorer
+from scoring import Scorer
 from tensor_parallel import split_matrices, tensor_parallel_plan
-from utils import IGNORED, UserError, disable_dropout
+from utils import IGNORED, UserError, disable_dropout, full_tensor
 
 
 def build(family: str, seed: int, **changes) -> torch.nn.Module:
@@ -37,9 +37,8 @@ def batch_of(pairs: int) -> dict[str, torch.Tensor]:
     return batch
 
 
-def gradients(scorer: PlainScorer, batch: dict[str, torch.Tensor], total: int) -> dict[str, torch.Tensor]:
-    losses = scorer.objective(scorer(batch)).losses
-    (losses.sum() / total).backward()
+def gradients(scorer: Scorer, batch: dict[str, torch.Tensor], total: int) -> dict[str, torch.Tensor]:
+    (scorer(batch).loss / total).backward()
     return {name: full_tensor(parameter.grad) for name, parameter in scorer.policy.named_parameters()}
 
 
@@ -47,8 +46,8 @@ def check(style: str, family: str, world: World, **changes) -> None:
     objective = get_objective("tdpo2", beta=0.5, alpha=0.5)
     policy, reference = (lambda seed=seed: build(family, seed, **changes) for seed in (0, 1))
     batch = batch_of(4)
-    expected = gradients(PlainScorer(policy(), reference(), objective), batch, 4)
-    scorer = PlainScorer(*(empty_model(policy().config, torch.float64) for _ in range(2)), objective)
+    expected = gradients(Scorer(policy(), reference(), objective), batch, 4)
+    scorer = Scorer(*(empty_model(policy().config, torch.float64) for _ in range(2)), objective)
     mesh = world.mesh(2 if style == "hybrid" else 1)
     if style == "tensor":
         partial = split_matrices(scorer.policy, mesh)

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHea
 from batching import get_collate_fn
 from losses import get_objective
 from models import Models, load_model_config, load_tokenizer
-from scoring import PlainScorer, _get_batch_logps, _tdpo_get_batch_logps, cast_parameters, concatenated_inputs, forward_kl
+from scoring import Scorer, _get_batch_logps, _tdpo_get_batch_logps, cast_parameters, concatenated_inputs, forward_kl
 from tokenization import tokenize_batch_element
 
 
@@ -47,7 +47,7 @@ def perturbed(model, scale: float = 0.1):
 def test_scores_of_a_model_are_the_oracles(model, batch):
     """Policy and reference in float64, each sequence alone and without padding, through loops."""
     policy, reference = copy.deepcopy(model).double(), perturbed(model).double()
-    scores = PlainScorer(policy, reference, get_objective("tdpo2", beta=0.1))(batch)
+    scores = Scorer(policy, reference, get_objective("tdpo2", beta=0.1))(batch).scores
     for role in ("chosen", "rejected"):
         for i in range(2):
             length = batch[f"{role}_attention_mask"][i].sum()
@@ -122,9 +122,9 @@ def test_gradients_of_a_cast_policy_reach_its_float32_weights(model, batch):
     policy, half = copy.deepcopy(model), load(torch.bfloat16)
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
     with cast_parameters(policy, torch.bfloat16):
-        loss = objective(PlainScorer(policy, None, objective)(batch)).losses.sum()
+        loss = Scorer(policy, None, objective)(batch).loss
         loss.backward()
-    expected = objective(PlainScorer(half, None, objective)(batch)).losses.sum()
+    expected = Scorer(half, None, objective)(batch).loss
     expected.backward()
     assert torch.equal(loss, expected)
     halves = dict(half.named_parameters())
@@ -137,9 +137,9 @@ def test_gradients_of_a_cast_policy_reach_its_float32_weights(model, batch):
 def test_policy_equals_a_bfloat16_reference_exactly(model, batch):
     objective = get_objective("tdpo2", beta=0.1)
     policy, reference = copy.deepcopy(model), load(torch.bfloat16)
-    scorer = PlainScorer(policy, reference, objective)
+    scorer = Scorer(policy, reference, objective)
     with cast_parameters(policy, torch.bfloat16), torch.no_grad():
-        scores = scorer(batch)
+        scores = scorer(batch).scores
     for score in scores.values():
         assert not score.kl.any() and not score.log_ratio.any()
 
@@ -165,12 +165,12 @@ def test_every_family_trains_and_samples_in_another_dtype(family):
     labels = torch.tensor([[-100, -100, 5, 6, 7, 8, 0], [-100, -100, 10, 11, 0, -100, -100]])
     batch = {"chosen_input_ids": tokens, "chosen_attention_mask": mask, "chosen_labels": labels}
     objective = get_objective("sft")
-    scorer = PlainScorer(policy, None, objective)
-    exact = objective(scorer(batch)).losses.detach()
+    scorer = Scorer(policy, None, objective)
+    exact = scorer(batch).output.losses
     with cast_parameters(policy, torch.bfloat16):
-        losses = objective(scorer(batch)).losses
-        losses.sum().backward()
-    torch.testing.assert_close(losses, exact, rtol=0.02, atol=0.02)  # bfloat16 has 8 bits
+        scored = scorer(batch)
+        scored.loss.backward()
+    torch.testing.assert_close(scored.output.losses, exact, rtol=0.02, atol=0.02)  # bfloat16 has 8 bits
     assert all(p.grad is None or p.grad.dtype == torch.float32 for p in policy.parameters())
     assert sum(p.grad is not None and bool(p.grad.any()) for p in policy.parameters()) > 5
     with torch.no_grad(), cast_parameters(policy, torch.bfloat16):
@@ -190,7 +190,7 @@ def test_policy_and_reference_of_every_family_agree_exactly_in_bfloat16(family):
     assert {p.dtype for p in reference.parameters()} == {torch.bfloat16}
     pairs = [("this drama", " was good .", " was very dull ."), ("the western", " felt weak", " was not bad at the end .")]
     batch = get_collate_fn(tokenizer)([tokenize_batch_element(*pair, "keep_end", tokenizer, 32, 16) for pair in pairs])
-    scorer = PlainScorer(policy, reference, get_objective("tdpo2", beta=0.1))
+    scorer = Scorer(policy, reference, get_objective("tdpo2", beta=0.1))
     with torch.no_grad(), cast_parameters(policy, torch.bfloat16):
-        for score in scorer(batch).values():
+        for score in scorer(batch).scores.values():
             assert not score.kl.any() and not score.log_ratio.any()

@@ -6,7 +6,8 @@ from conftest import ROOT
 
 # From the bottom up: a file imports files of rows above its own only.
 ORDER = [
-    {"utils", "losses", "reviews", "signals"},
+    {"utils", "losses", "shared_prompt", "reviews", "signals"},
+    {"chunked_head"},
     {"scoring", "rows", "tokenization", "parallel", "sampling"},
     {"chat", "batching", "config_schema", "checkpoints", "launch", "watch"},
     {"metrics", "models", "preference_datasets", "resume", "training_state"},

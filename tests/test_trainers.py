@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from conftest import DATA, MINI, PREFERENCE, logs_of, run, weights_of
 from transformers import AutoModelForCausalLM
 
 from losses import get_objective
-from scoring import PlainScorer
+from scoring import Scorer
 from trainers import BasicTrainer
 from utils import RunError
 
@@ -76,10 +77,10 @@ def test_every_eval_example_counts_once(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(MINI / "model")
     model = AutoModelForCausalLM.from_pretrained(MINI / "model", dtype=torch.float32)
     model.load_state_dict(torch.load(MINI / "sft_policy.pt", weights_only=True)["state"])
-    scorer = PlainScorer(model, model, get_objective("dpo", beta=0.1))
+    scorer = Scorer(model, model, get_objective("dpo", beta=0.1))
     batches = get_batch_iterator(options, tokenizer, "test", 1, max_length=64, max_prompt_length=32, n_epochs=1, shuffle=False, silent=True)
     with torch.no_grad():
-        logps = [scorer(batch)["chosen"].logps.item() for batch in batches]
+        logps = [scorer(batch).scores["chosen"].logps.item() for batch in batches]
     assert len(logps) == 32 and first["logps_eval/chosen"] == pytest.approx(sum(logps) / 32, rel=1e-5)
 
 
@@ -148,14 +149,14 @@ def test_a_reference_of_another_dtype_is_noticed(tmp_path, capsys):
 
 def test_activation_checkpointing_changes_no_number(tmp_path, monkeypatch):
     """Also where the policy computes in another dtype than its weights have: backward runs the blocks again."""
-    forward, enabled = PlainScorer.forward, set()
+    forward, enabled = Scorer.forward, set()
 
-    def recorded(self, batch):
+    def recorded(self, batch, *arguments):
         name = "is_activation_checkpointing" if hasattr(self.policy, "is_activation_checkpointing") else "is_gradient_checkpointing"
         enabled.add(getattr(self.policy, name))
-        return forward(self, batch)
+        return forward(self, batch, *arguments)
 
-    monkeypatch.setattr(PlainScorer, "forward", recorded)
+    monkeypatch.setattr(Scorer, "forward", recorded)
     for mp in ("null", "bfloat16"):
         options = [*PREFERENCE, "n_examples=16", f"model.fsdp_policy_mp={mp}"]
         runs = [run(*options, f"activation_checkpointing={x}", f"local_run_dir={tmp_path}/{mp}{x}") for x in ("false", "true")]
@@ -214,13 +215,13 @@ def poison(monkeypatch, at_step: int, where: str):
     score, clip = BasicTrainer.score, BasicTrainer.clip_gradient
     steps = {"clip": 0}
 
-    def poisoned_score(self, examples, sums, split):
-        output = score(self, examples, sums, split)
+    def poisoned_score(self, microbatch, sums, split):
+        scored = score(self, microbatch, sums, split)
         if split == "train" and where == "loss" and self.batch_counter + self.skipped_steps == at_step:
-            bad = type(output)(output.losses * torch.tensor([float("nan")] + [1.0] * (len(examples) - 1)), output.rewards, output.logits)
-            sums.add({"loss/train": bad.losses.detach()})
-            return bad
-        return output
+            losses = scored.output.losses * torch.tensor([float("nan")] + [1.0] * (len(microbatch.examples) - 1))
+            sums.add({"loss/train": losses})
+            return scored._replace(loss=scored.loss * float("nan"), output=replace(scored.output, losses=losses))
+        return scored
 
     def poisoned_clip(self):
         norm = clip(self)
@@ -262,8 +263,8 @@ def test_out_of_memory_names_the_keys_to_change(place, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(*{"forward": (PlainScorer, "forward"), "backward": (torch.Tensor, "backward")}[place], fail)
-    with pytest.raises(RunError, match=r"with 8 train examples, the longest of \d+ tokens\ntry a larger gradient_accumulation_steps"):
+    monkeypatch.setattr(*{"forward": (Scorer, "forward"), "backward": (torch.Tensor, "backward")}[place], fail)
+    with pytest.raises(RunError, match=r"with 8 train examples, the longest of \d+ tokens\ntry a smaller tokens_per_microbatch"):
         run(*PREFERENCE, "do_first_eval=false", "n_examples=8", f"local_run_dir={tmp_path}/run")
 
 
