@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Optional, TypeVar, Union
 
+import datasets
 import numpy as np
 import torch
-import tqdm
 from torch.nn.utils.rnn import pad_sequence
 
-from tokenization import batch_element, encode, trim_after_eos, truncate, with_bos, with_eos
+from token_cache import digest_of, flat
+from tokenization import batch_element, truncate, truncated_lengths
 from utils import IGNORED, UserError, plural
 
-Dataset = dict[str, dict]  # what a loader returns, see preference_datasets.py
 Item, Prepared = TypeVar("Item"), TypeVar("Prepared")
 
 
@@ -32,136 +32,113 @@ class TokenizedSplit:
     """A split of one or several datasets, tokenized once.
 
     Args:
-        datasets: by name, their contract and options.
+        tables: of token_cache.py, one a dataset.
         tokenizer: of Transformers.
         max_length, max_prompt_length: tokens, see `tokenization.truncate`.
         sft_mode: one example a prompt, its sft_target, under the role chosen.
-        add_bos: begin every prompt with the tokenizer's beginning-of-sequence token.
-        silent: no progress bar.
+        add_bos: prompts begin with the tokenizer's beginning-of-sequence token.
     """
 
     def __init__(
-        self,
-        datasets: Mapping[str, tuple[Dataset, Mapping]],
-        tokenizer,
-        max_length: int,
-        max_prompt_length: int,
-        sft_mode: bool,
-        add_bos: bool = False,
-        silent: bool = False,
+        self, tables: Sequence[datasets.Dataset], tokenizer, max_length: int, max_prompt_length: int, sft_mode: bool, add_bos: bool = False
     ):
         self.max_length, self.max_prompt_length, self.sft_mode = max_length, max_prompt_length, sft_mode
         self.bos_token_id = tokenizer.bos_token_id if add_bos else None
         known = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id, None}
         self.unknown_token_id = None if tokenizer.unk_token_id in known else tokenizer.unk_token_id
-        self.prompts: list[dict] = []
-        for name, (data, options) in datasets.items():
-            total = sum(1 + len(_texts(entry, sft_mode)) for entry in data.values())
-            with tqdm.tqdm(total=total, desc=f"Tokenizing {name}", unit=" texts", disable=True if silent else None) as progress:
-                self.prompts += _tokenize(name, data, options, tokenizer, add_bos, sft_mode, progress)
-        self.examples_per_prompt = [1 if sft_mode else len(entry["pairs"]) for entry in self.prompts]
+        self.prompts = datasets.concatenate_datasets(list(tables))  # a row a prompt
+        self._ids = self.prompts.select_columns(["prompt_ids", "response_ids", "pairs", "truncation_mode"])
+        pairs = flat(self.prompts, "pairs", 0)
+        self.examples_per_prompt = np.ones_like(pairs) if sft_mode else pairs
+        self._first = np.cumsum(self.examples_per_prompt) - self.examples_per_prompt  # example of each prompt's first pair
+        self._lengths = self._truncated_lengths()
 
     def __len__(self) -> int:
         """Number of examples: pairs, or prompts for SFT."""
-        return sum(self.examples_per_prompt)
+        return int(self.examples_per_prompt.sum())
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of all tokens and pairs, and of the lengths to which they are cut."""
-        digest = hashlib.sha256(f"{self.max_length} {self.max_prompt_length} {self.sft_mode} {self.bos_token_id}".encode())
-        for entry in self.prompts:
-            digest.update(f"{entry['pairs']} {entry['truncation_mode']} {len(entry['prompt_ids'])}".encode())
-            for ids in (entry["prompt_ids"], *entry["response_ids"]):
-                digest.update(len(ids).to_bytes(4, "little") + ids.tobytes())
-        return digest.hexdigest()
+        cut = f"{self.max_length} {self.max_prompt_length} {self.sft_mode} {self.bos_token_id}"
+        return hashlib.sha256(f"{cut} {digest_of(self.prompts)}".encode()).hexdigest()
+
+    @property
+    def files(self) -> list[str]:
+        """That are mapped into memory; none where all of it is in memory."""
+        return [file["filename"] for file in self.prompts.cache_files]
+
+    def in_memory(self) -> "TokenizedSplit":
+        """The same for who does not see the files."""
+        copy = object.__new__(TokenizedSplit)
+        vars(copy).update(vars(self))
+        copy.prompts, copy._ids = (datasets.Dataset(datasets.table.InMemoryTable(x.data.table)) for x in (self.prompts, self._ids))
+        return copy
 
     def epochs(self, seed: int, shuffle: bool = True) -> Iterator[list[Example]]:
         """The examples of each epoch, for ever, in the order of the published TDPO code (its DPO ancestor draws seeds below 2**32)."""
         order = list(range(len(self.prompts)))
+        pairs = self.examples_per_prompt.tolist()
         seeds = np.random.RandomState(seed)
         while True:
             if shuffle:
                 random.Random(int(seeds.randint(0, 2**31))).shuffle(order)
-            yield [Example(prompt, pair) for prompt in order for pair in range(self.examples_per_prompt[prompt])]
+            yield [Example(prompt, pair) for prompt in order for pair in range(pairs[prompt])]
+
+    def index(self, example: Example) -> int:
+        """Its number among the split's examples, whatever the order of an epoch."""
+        return int(self._first[example.prompt]) + example.pair
 
     def element(self, example: Example) -> dict:
         """The example in the published form (`tokenization.batch_element`), and `example_id`, '<dataset>:<prompt>.<pair>'."""
         entry = self.prompts[example.prompt]
-        indices = self._responses(entry, example)
-        roles = ("chosen", "rejected")[: len(indices)]
-        prompt_ids, response_ids = self._truncated(entry, indices)
-        texts = {role: entry["texts"][i] for role, i in zip(roles, indices)}
+        prompt_ids, response_ids = self.tokens(example)
+        roles = ("chosen", "rejected")[: len(response_ids)]
+        texts = {role: entry["texts"][i] for role, i in zip(roles, self._responses(entry, example))}
         element = batch_element(entry["prompt"], texts, prompt_ids, dict(zip(roles, response_ids)))
         element["example_id"] = f"{entry['dataset']}:{example.prompt}.{example.pair}"
         return element
 
     def tokens(self, example: Example) -> tuple[list[int], list[list[int]]]:
         """The example's prompt and its responses, chosen first, after truncation."""
-        entry = self.prompts[example.prompt]
-        return self._truncated(entry, self._responses(entry, example))
+        entry = self._ids[example.prompt]
+        responses = [entry["response_ids"][i] for i in self._responses(entry, example)]
+        lengths = self.max_length, self.max_prompt_length
+        return truncate(entry["prompt_ids"], responses, entry["truncation_mode"], *lengths, self.bos_token_id)
 
-    def length(self, example: Example) -> int:
-        """Tokens of the example, its prompt counted once."""
-        prompt, responses = self.tokens(example)
-        return len(prompt) + sum(map(len, responses))
-
-    def _responses(self, entry: dict, example: Example) -> Sequence[int]:
+    def _responses(self, entry: Mapping, example: Example) -> Sequence[int]:
         return (0,) if self.sft_mode else entry["pairs"][example.pair]
 
-    def _truncated(self, entry: dict, indices: Sequence[int]) -> tuple[list[int], list[list[int]]]:
-        responses = [entry["response_ids"][i].tolist() for i in indices]
-        return truncate(
-            entry["prompt_ids"].tolist(), responses, entry["truncation_mode"], self.max_length, self.max_prompt_length, self.bos_token_id
-        )
+    def lengths(self, examples: Sequence[Example]) -> list[int]:
+        """Tokens of each example, its prompt counted once."""
+        totals = self._lengths.sum(-1)
+        return [int(totals[self.index(example)]) for example in examples]
+
+    def _truncated_lengths(self) -> np.ndarray:
+        """(examples, 1 + responses): tokens of prompt and responses after truncation, of all examples at once."""
+        prompts = np.repeat(flat(self.prompts, "prompt_ids", 0), self.examples_per_prompt)
+        counts = flat(self.prompts, "response_ids", 0)
+        starts = np.repeat(np.cumsum(counts) - counts, self.examples_per_prompt)[:, None]
+        chosen = np.zeros_like(starts) if self.sft_mode else flat(self.prompts, "pairs", 2).reshape(-1, 2)
+        responses = flat(self.prompts, "response_ids", 1)[starts + chosen]
+        self._whole_lengths = np.concatenate([prompts[:, None], responses], axis=1)
+        return truncated_lengths(self._whole_lengths, self.max_length, self.max_prompt_length)
 
     def describe(self) -> str:
         """'1,536 pairs of 1,500 prompts, 345,678 tokens; 12 prompts and 3 responses truncated; 2 occur more than once'."""
-        tokens = unknown = cut_prompts = cut_responses = 0
-        seen = set()
-        for entry in self.prompts:
-            for indices in [(0,)] if self.sft_mode else entry["pairs"]:
-                prompt_ids, responses = self._truncated(entry, indices)
-                tokens += sum(len(prompt_ids) + len(ids) for ids in responses)
-                unknown += sum(prompt_ids.count(self.unknown_token_id) + ids.count(self.unknown_token_id) for ids in responses)
-                cut_prompts += len(prompt_ids) < len(entry["prompt_ids"])
-                cut_responses += sum(len(ids) < len(entry["response_ids"][i]) for ids, i in zip(responses, indices))
-                seen.add(hash((entry["prompt"], *(entry["texts"][i] for i in indices))))
+        cut = self._lengths < self._whole_lengths
+        tokens = int((self._lengths[:, :1] + self._lengths[:, 1:]).sum())
         parts = [f"{plural(len(self), 'example' if self.sft_mode else 'pair')} of {plural(len(self.prompts), 'prompt')}, {tokens:,} tokens"]
-        if cut_prompts or cut_responses:
-            parts.append(f"{plural(cut_prompts, 'prompt')} and {plural(cut_responses, 'response')} truncated")
-        if len(seen) < len(self):
-            parts.append(f"{len(self) - len(seen):,} occur more than once")
-        if unknown:
-            parts.append(f"{unknown:,} tokens are unknown to the tokenizer")
+        if cut.any():
+            parts.append(f"{plural(int(cut[:, 0].sum()), 'prompt')} and {plural(int(cut[:, 1:].sum()), 'response')} truncated")
+        if (repeated := len(self) - len(np.unique(flat(self.prompts, "hashes", 1)))) > 0:
+            parts.append(f"{repeated:,} occur more than once")
+        if self.unknown_token_id is not None:
+            unknown = sum(
+                int((flat(self.prompts, *place) == self.unknown_token_id).sum()) for place in (("prompt_ids", 1), ("response_ids", 2))
+            )
+            parts += [f"{unknown:,} tokens are unknown to the tokenizer"] if unknown else []
         return "; ".join(parts)
-
-
-def _texts(entry: dict, sft_mode: bool) -> list[str]:
-    return [entry["sft_target"]] if sft_mode else entry["responses"]
-
-
-def _tokenize(name: str, data: Dataset, options: Mapping, tokenizer, add_bos: bool, sft_mode: bool, progress) -> Iterator[dict]:
-    """What TokenizedSplit keeps of each prompt: its texts and their tokens."""
-    escape = options.get("escape_special_tokens", False)
-    prompts = list(data)
-    texts = [[trim_after_eos(text, tokenizer) for text in _texts(entry, sft_mode)] for entry in data.values()]
-    all_prompt_ids = encode(prompts, tokenizer, escape, progress)
-    flat_ids = iter(encode([text for some in texts for text in some], tokenizer, escape, progress))
-    for prompt, prompt_ids, some in zip(prompts, all_prompt_ids, texts):
-        if add_bos:
-            prompt_ids = with_bos(prompt_ids, tokenizer)
-        if not prompt_ids:
-            raise UserError(f"{name}: prompt {prompt!r} has no tokens: the first response token would have nothing to be predicted from")
-        yield {
-            "dataset": name,
-            "prompt": prompt,
-            "texts": some,
-            # Arrays, because a list of Python ints takes nine times the memory.
-            "prompt_ids": np.asarray(prompt_ids, dtype=np.int32),
-            "response_ids": [np.asarray(with_eos(next(flat_ids), tokenizer), dtype=np.int32) for _ in some],
-            "pairs": data[prompt]["pairs"],
-            "truncation_mode": options["truncation_mode"],
-        }
 
 
 class BatchStream:

@@ -5,6 +5,7 @@ A loader returns the published contract, a dict from prompt to
 and may add `scores`, one a response. Prompt and response are concatenated as they are: a response brings its own leading space.
 """
 
+import functools
 import hashlib
 import os
 from collections import defaultdict
@@ -19,6 +20,7 @@ import chat
 import reviews
 from batching import BatchStream, TokenizedSplit, get_collate_fn
 from rows import Row, RowReport, has_split, read_rows
+from token_cache import TEXTS_A_CORE, TokenCache, cache_key, count_texts, tokenize
 from tokenization import special_token_strings, tokenize_batch_element
 from utils import UserError, nearest, plural
 
@@ -251,15 +253,22 @@ def get_dataset(
     Raises:
         UserError: no such dataset, path or split, or rows that must not be there.
     """
-    options = default_options(name) if options is None else options
+    data, lines = _load(name, split, default_options(name) if options is None else options, cache_dir, tokenizer)
+    if not silent:
+        print("\n".join(lines))
+    return data
+
+
+def _load(name: str, split: str, options: Mapping, cache_dir: Optional[str], tokenizer) -> tuple[Dataset, list[str]]:
+    """The dataset, and what to print about its rows."""
     escaped = options.get("escape_special_tokens", False)
     special_tokens = special_token_strings(tokenizer) if tokenizer is not None and not escaped else ()
     report = RowReport(name, split, options["invalid_rows"], special_tokens)
     data = LOADERS[options["loader"]](Source(split, options, report, cache_dir, tokenizer))
-    report.finish(silent)
+    lines = report.finish()
     if not data:
         raise UserError(f"{name}: the {split} split has no rows")
-    return data
+    return data, lines
 
 
 def load_split(
@@ -273,9 +282,24 @@ def load_split(
     silent: bool = False,
     cache_dir: Optional[str] = None,
 ) -> TokenizedSplit:
-    """Load and tokenize a split of the datasets of `options` (name -> options, the config's `datasets`); errors as `get_dataset`."""
-    loaded = {name: (get_dataset(name, split, silent, cache_dir, node, tokenizer), node) for name, node in options.items()}
-    return TokenizedSplit(loaded, tokenizer, max_length, max_prompt_length, sft_mode, add_bos, silent)
+    """A split of the datasets of `options` (name -> options, the config's `datasets`), tokenized; errors as `get_dataset`.
+
+    Where `cache_dir` is given, the tokens of large datasets are kept under it, and found there by the next run with the same rows, options
+    and tokenizer, which then neither reads nor tokenizes.
+    """
+    tables = []
+    for name, node in options.items():
+        cache = TokenCache(cache_dir, cache_key(name, node, split, tokenizer, add_bos, sft_mode, cache_dir)) if cache_dir else None
+        cached = cache.load() if cache else None
+        if cached is None:
+            data, lines = _load(name, split, node, cache_dir, tokenizer)
+            make = functools.partial(tokenize, name, data, node, tokenizer, add_bos, sft_mode, silent)
+            worth_it = cache is not None and count_texts(data, sft_mode) >= TEXTS_A_CORE
+            cached = cache.build(make, lines) if worth_it else make(), lines
+        if not silent:
+            print("\n".join(cached[1]))
+        tables.append(cached[0])
+    return TokenizedSplit(tables, tokenizer, max_length, max_prompt_length, sft_mode, add_bos)
 
 
 def get_batch_iterator(

@@ -5,6 +5,7 @@ Every defect of a source is collected and reported at once, with file and row nu
 
 import glob
 import gzip
+import hashlib
 import json
 import os
 import re
@@ -66,6 +67,22 @@ def has_split(path: str, split: str, subset: Optional[str], cache_dir: Optional[
     if os.path.isfile(os.path.join(path, "dataset_dict.json")):
         return os.path.isdir(os.path.join(path, split))
     return os.path.isdir(path) and bool(_files_of_split(path, split))
+
+
+def identity_of(path: str, subset: Optional[str], cache_dir: Optional[str]) -> list:
+    """Tells the content behind a path from another one, without reading its rows: hashes of its files, or of a hub dataset's splits."""
+    if not looks_local(path):
+        return [
+            (split, datasets.load_dataset(path, subset, split=split, cache_dir=cache_dir)._fingerprint)
+            for split in _hub_splits(path, subset)
+        ]
+    files = [path] if os.path.isfile(path) else sorted(glob.glob(os.path.join(glob.escape(path), "**"), recursive=True))
+    hashes = []
+    for file in files:
+        if os.path.isfile(file) and file.endswith((*LOCAL_SUFFIXES, ".arrow", ".json")):
+            with open(file, "rb") as handle:
+                hashes.append((os.path.relpath(file, path), hashlib.file_digest(handle, "sha256").hexdigest()))
+    return hashes
 
 
 def _files_of_split(folder: str, split: str) -> list[str]:
@@ -236,20 +253,19 @@ class RowReport:
         escape = f"; datasets.{self.name}.escape_special_tokens=true makes special tokens plain text" if special else ""
         return f"datasets.{self.name}.invalid_rows=skip drops such rows{escape}"
 
-    def finish(self, silent: bool = False) -> None:
-        """Print the counts, or raise UserError with every row that must not be there."""
+    def finish(self) -> list[str]:
+        """The counts, to be printed; raises UserError with every row that must not be there."""
         if self._defects and self.invalid_rows != "skip":
             raise UserError(f"{self.source}: rows that cannot be used{self._describe(self._defects)}\n  {self.remedy()}")
         if self.read == 0:
             raise UserError(f"{self.source}: no rows")
         if self.kept == 0:
             raise UserError(f"{self.source}: none of {plural(self.read, 'row')} can be used{self._describe(self._defects)}")
-        if silent:
-            return
-        print("; ".join([f"{self.source}: {plural(self.read, 'row')} read, {self.kept:,} kept", *self.notes]))
+        lines = ["; ".join([f"{self.source}: {plural(self.read, 'row')} read, {self.kept:,} kept", *self.notes])]
         for verb, defects in (("dropped", self._defects), ("kept as published, though they have", self._kept_defects)):
             if defects:
-                print(f"  {verb}{self._describe(defects)}")
+                lines.append(f"  {verb}{self._describe(defects)}")
+        return lines
 
     @staticmethod
     def _describe(defects: Mapping[str, list[Row]]) -> str:

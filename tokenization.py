@@ -3,11 +3,9 @@
 from collections.abc import Sequence
 from typing import Optional
 
-import tqdm
+import numpy as np
 
 from utils import IGNORED
-
-CHUNK = 1024  # texts a call; the fast tokenizers work on the texts of a call in parallel
 
 
 def special_token_strings(tokenizer) -> list[str]:
@@ -16,26 +14,19 @@ def special_token_strings(tokenizer) -> list[str]:
     return sorted(set(added) | set(tokenizer.all_special_tokens), key=len, reverse=True)
 
 
-def encode(texts: Sequence[str], tokenizer, escape_special_tokens: bool = False, progress: Optional[tqdm.tqdm] = None) -> list[list[int]]:
+def encode(texts: Sequence[str], tokenizer, escape_special_tokens: bool = False) -> list[list[int]]:
     """Token ids of each text, without special tokens around it.
 
     Args:
         escape_special_tokens: a special token's string inside a text becomes plain text.
-        progress: a bar that counts texts.
     """
-    ids: list[list[int]] = []
-    for start in range(0, len(texts), CHUNK):
-        chunk = list(texts[start : start + CHUNK])
-        ids += tokenizer(
-            chunk,
-            add_special_tokens=False,
-            return_attention_mask=False,
-            split_special_tokens=escape_special_tokens,
-            verbose=False,  # texts longer than the model takes are truncated later, and counted
-        )["input_ids"]
-        if progress is not None:
-            progress.update(len(chunk))
-    return ids
+    return tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        return_attention_mask=False,
+        split_special_tokens=escape_special_tokens,
+        verbose=False,  # texts longer than the model takes are truncated later, and counted
+    )["input_ids"]
 
 
 def with_eos(ids: list[int], tokenizer) -> list[int]:
@@ -69,17 +60,24 @@ def truncate(
         truncation_mode: keep_start or keep_end of the prompt.
         bos_token_id: kept at the start of a prompt that begins with it.
     """
-    longest = max(len(response) for response in responses)
-    if len(prompt) + longest > max_length and len(prompt) > max_prompt_length:
+    ((length, *cut),) = truncated_lengths(np.array([[len(prompt), *map(len, responses)]]), max_length, max_prompt_length).tolist()
+    if length < len(prompt):
         if truncation_mode == "keep_start":
-            prompt = prompt[:max_prompt_length]
+            prompt = prompt[:length]
         elif bos_token_id is not None and prompt[0] == bos_token_id:
-            prompt = [bos_token_id] + prompt[len(prompt) - max_prompt_length + 1 :]
+            prompt = [bos_token_id] + prompt[len(prompt) - length + 1 :]
         else:
-            prompt = prompt[-max_prompt_length:]
-    if len(prompt) + longest > max_length:
-        responses = [response[: max_length - max_prompt_length] for response in responses]
-    return prompt, list(responses)
+            prompt = prompt[-length:]
+    return prompt, [response[:n] for response, n in zip(responses, cut)]
+
+
+def truncated_lengths(lengths: np.ndarray, max_length: int, max_prompt_length: int) -> np.ndarray:
+    """What `truncate` leaves of examples of these lengths: (examples, 1 + responses) tokens of prompt and responses, and so returned."""
+    prompts, responses = lengths[:, :1], lengths[:, 1:]
+    longest = responses.max(-1, keepdims=True)
+    prompts = np.where(prompts + longest > max_length, np.minimum(prompts, max_prompt_length), prompts)
+    cut = np.where(prompts + longest > max_length, np.minimum(responses, max_length - max_prompt_length), responses)
+    return np.concatenate([prompts, cut], axis=1)
 
 
 def batch_element(prompt: str, responses: dict[str, str], prompt_ids: list[int], response_ids: dict[str, list[int]]) -> dict:

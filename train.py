@@ -111,10 +111,10 @@ class Inputs(NamedTuple):
 def read_inputs(config: DictConfig, world: World, objective: Objective, archive: Optional[str]) -> Inputs:
     """Read by rank 0, checked, and sent to the others, but for weights: those stay on its disk. `archive`: what model.archive means."""
     model = OmegaConf.merge(config.model, {"archive": archive})
-    weights = None
+    weights = data = None
 
     def read() -> tuple:
-        nonlocal weights
+        nonlocal weights, data
         cache_dir = get_local_dir(config.local_dirs)
         paths = [node.get(key) for node in config.datasets.values() for key in ("path", "eval_path")]
         prepare_hub([config.model.name_or_path, config.model.tokenizer_name_or_path, *paths])
@@ -122,9 +122,12 @@ def read_inputs(config: DictConfig, world: World, objective: Objective, archive:
         model_config = load_model_config(model, tokenizer, cache_dir)
         weights = check_model(model, model_config, tokenizer, config.max_length)
         data = {name: load_data(config, split, tokenizer, objective, cache_dir) for name, split in (("train", "train"), ("eval", "test"))}
-        return cache_dir, tokenizer, model_config, data
+        return cache_dir, tokenizer, model_config, [file for split in data.values() for file in split.files]
 
-    cache_dir, tokenizer, model_config, data = world.from_first(read)
+    cache_dir, tokenizer, model_config, files = world.from_first(read)
+    # Ranks map the same files into memory, or, where one of them is on a machine that does not see these, are sent the tokens.
+    seen = all(world.gather(all(map(os.path.exists, files))))
+    data = world.from_first(lambda: data if seen else {name: split.in_memory() for name, split in data.items()})
     models = Models(model, model_config, cache_dir, weights, objective.needs_reference)
     world.from_first(lambda: TRAINERS[config.trainer].check_model(models.empty()[0], config, world))
     return Inputs(tokenizer, data, models)

@@ -238,7 +238,7 @@ class BasicTrainer:
         A part may be empty where another rank's is not: its forward and backward are then needed all the same.
         """
         rank, ranks = self.data_rank
-        lengths = [self.data["train"].length(example) for example in examples]
+        lengths = self.data["train"].lengths(examples)
         rounds = balanced_parts(lengths, ranks, self.config.gradient_accumulation_steps, self.config.tokens_per_microbatch)
         return [self.microbatch([examples[i] for i in parts[rank]], "train") for parts in rounds]
 
@@ -273,7 +273,7 @@ class BasicTrainer:
         try:
             yield
         except torch.OutOfMemoryError as error:
-            longest = max((self.data[split].length(example) for example in examples), default=0)
+            longest = max(self.data[split].lengths(examples), default=0)
             key = "smaller tokens_per_microbatch" if split == "train" else "smaller eval_batch_size"
             more = ", parallel.reduce_once_a_step=false" if self.sharded else ""
             raise RunError(
@@ -323,7 +323,8 @@ class BasicTrainer:
         self.policy.eval()
         size = self.config.eval_batch_size
         sums = MetricSums()
-        ordered = sorted(self.eval_examples, key=self.data["eval"].length)  # so that little is padded
+        data = self.data["eval"]
+        ordered = sorted(self.eval_examples, key=lambda example: data.lengths([example]))  # so that little is padded
         batches = [self.share(ordered[start : start + size]) for start in range(0, len(ordered), size)]
         with torch.no_grad(), self.computing():
             prepared = ahead(lambda examples: self.microbatch(examples, "eval"), batches)

@@ -20,6 +20,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: E402
 
 import train  # noqa: E402
+from batching import TokenizedSplit  # noqa: E402
+from token_cache import tokenize  # noqa: E402
 
 torch.set_num_threads(2)
 
@@ -41,6 +43,12 @@ FAMILIES = {
     "qwen3": {**SIZES, "num_key_value_heads": 1, "head_dim": 8},
     "gemma2": {**SIZES, "hidden_size": 24, "num_key_value_heads": 1, "head_dim": 8, "sliding_window": 4},
 }
+
+
+def tokenized(data: dict, tokenizer, max_length: int = 64, max_prompt_length: int = 32, sft_mode: bool = False, add_bos: bool = False):
+    """A split of datasets given as {name: (contract, options)}."""
+    tables = [tokenize(name, contract, options, tokenizer, add_bos, sft_mode, silent=True) for name, (contract, options) in data.items()]
+    return TokenizedSplit(tables, tokenizer, max_length, max_prompt_length, sft_mode, add_bos)
 
 
 def compose(*overrides: str):

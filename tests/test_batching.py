@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import MINI, compose
+from conftest import MINI, compose, tokenized
 
 import train
 from batching import BatchStream, TokenizedSplit, get_collate_fn
@@ -69,15 +69,15 @@ def contract(n_prompts: int, pairs: int = 1) -> dict:
 
 def make_split(tokenizer, n_prompts=10, pairs=1, sft_mode=False, **options) -> TokenizedSplit:
     data = (contract(n_prompts, pairs), default_options("jsonl"))
-    return TokenizedSplit({"jsonl": data}, tokenizer, 64, 32, sft_mode=sft_mode, silent=True, **options)
+    return tokenized({"jsonl": data}, tokenizer, sft_mode=sft_mode, **options)
 
 
 def test_beginning_of_sequence_is_added_once(chat_tokenizer):
     split = make_split(chat_tokenizer, add_bos=True)
-    assert all(entry["prompt_ids"].tolist().count(130) == 1 and entry["prompt_ids"][0] == 130 for entry in split.prompts)
+    assert all(entry["prompt_ids"].count(130) == 1 and entry["prompt_ids"][0] == 130 for entry in split.prompts)
     data = {"<|bos|>p": {"responses": [" a", " b"], "pairs": [(0, 1)], "sft_target": " a"}}
-    split = TokenizedSplit({"jsonl": (data, default_options("jsonl"))}, chat_tokenizer, 64, 32, sft_mode=False, add_bos=True, silent=True)
-    assert split.prompts[0]["prompt_ids"].tolist().count(130) == 1
+    split = tokenized({"jsonl": (data, default_options("jsonl"))}, chat_tokenizer, add_bos=True)
+    assert split.prompts[0]["prompt_ids"].count(130) == 1
 
 
 def test_training_passes_the_models_add_bos(mini_tokenizer):
@@ -144,7 +144,7 @@ def test_sft_has_one_example_a_prompt(mini_tokenizer):
 def test_counts_are_described(mini_tokenizer):
     data = contract(2)
     data["wind " * 60] = {"responses": [" b " * 60, " c"], "pairs": [(0, 1)], "sft_target": " c"}
-    split = TokenizedSplit({"jsonl": (data, default_options("jsonl"))}, mini_tokenizer, 64, 32, sft_mode=False, silent=True)
+    split = tokenized({"jsonl": (data, default_options("jsonl"))}, mini_tokenizer)
     element = split.element([x for x in next(split.epochs(0)) if x.prompt == 2][0])
     assert len(element["chosen_input_ids"]) == 64 and len(element["prompt_input_ids"]) == 32
     assert "3 pairs of 3 prompts" in split.describe() and "1 prompt and 1 response truncated" in split.describe()
@@ -154,7 +154,7 @@ def test_unknown_words_are_counted():
     """Hundreds of them: the tokenizer is that of another task."""
     tokenizer = embedded_tokenizer()
     data = {"this drama": {"responses": [" was splendiferous", " was good"], "pairs": [(0, 1)], "sft_target": " was good"}}
-    split = TokenizedSplit({"jsonl": (data, default_options("jsonl"))}, tokenizer, 64, 32, sft_mode=False, silent=True)
+    split = tokenized({"jsonl": (data, default_options("jsonl"))}, tokenizer)
     assert split.describe().endswith("1 tokens are unknown to the tokenizer")
 
 

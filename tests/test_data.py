@@ -8,9 +8,8 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import CHAT_TEMPLATE, MINI
+from conftest import CHAT_TEMPLATE, MINI, tokenized
 
-from batching import TokenizedSplit
 from models import embedded_tokenizer
 from preference_datasets import default_options, get_dataset, strip_html_tags
 from rows import read_rows
@@ -191,7 +190,7 @@ def test_chat_rows_are_rendered_by_the_template(form, tmp_path, chat_tokenizer):
             "sft_target": "yes<|end|>\n",
         }
     }
-    split = TokenizedSplit({"jsonl": (data, default_options("jsonl"))}, chat_tokenizer, 64, 32, sft_mode=False, silent=True)
+    split = tokenized({"jsonl": (data, default_options("jsonl"))}, chat_tokenizer)
     element = split.element(next(split.epochs(0))[0])
     response = [i for i, label in zip(element["chosen_input_ids"], element["chosen_labels"]) if label != -100]
     # One end of sequence, the template's own, and nothing after it.
@@ -303,8 +302,8 @@ def test_special_tokens_can_be_escaped(tmp_path, mini_tokenizer):
     path = write_lines(tmp_path / "a.jsonl", [pair(prompt="a<|endoftext|>b")])
     options = {**default_options("jsonl"), "path": path, "eval_path": path, "escape_special_tokens": True}
     data = get_dataset("jsonl", "train", silent=True, options=options, tokenizer=mini_tokenizer)
-    split = TokenizedSplit({"jsonl": (data, options)}, mini_tokenizer, 64, 32, sft_mode=False, silent=True)
-    ids = split.prompts[0]["prompt_ids"].tolist()
+    split = tokenized({"jsonl": (data, options)}, mini_tokenizer)
+    ids = split.prompts[0]["prompt_ids"]
     assert mini_tokenizer.eos_token_id not in ids and mini_tokenizer.decode(ids) == "a<|endoftext|>b"
 
 

@@ -9,6 +9,7 @@ ORDER = [
     {"utils", "losses", "shared_prompt", "reviews", "signals"},
     {"chunked_head"},
     {"scoring", "rows", "tokenization", "parallel", "sampling"},
+    {"token_cache"},
     {"chat", "batching", "config_schema", "checkpoints", "launch", "watch"},
     {"metrics", "models", "preference_datasets", "resume", "training_state"},
     {"trainers", "memory"},

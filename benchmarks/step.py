@@ -1,0 +1,361 @@
+"""One optimizer step (forward, backward, optimizer): time and peak memory of the published computation, of plain and of fast scoring, and
+of TRL's DPOTrainer where it is installed.
+
+    python benchmarks/step.py                                     # tdpo2 on a CPU or a GPU, a small GPT-NeoX
+    python benchmarks/step.py --loss dpo --ways fast trl          # against TRL
+    python benchmarks/step.py --loss tdpo2 dpo --ways fast        # what SeqKL costs
+    python benchmarks/step.py --model pythia28 --dtype bfloat16 --pairs 64 --device cuda
+
+All ways take the same pairs, random tokens of the lengths in hh_lengths.txt, with the same weights, one after another in each round, so
+that the machine's drift meets all alike; the learning rate is 0, so that all must print the same loss. The reference is the policy with
+noise. Printed are medians over the rounds, and medians of each round's ratios to the first way. Memory is the peak above what the process
+holds before the step, models and optimizer included: on a CPU of resident memory (Linux), on a GPU of what PyTorch allocated.
+
+Model-FLOP utilisation, on a GPU: (6 N t + 2 N t_reference) / seconds / measured rate of a large matrix product, N parameters but for input
+embeddings, t unique tokens (a prompt once, no padding), whatever a way computes beside them.
+"""
+
+import argparse
+import contextlib
+import copy
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+import transformers  # noqa: E402
+
+from batching import balanced_parts  # noqa: E402
+from losses import get_objective, tdpo_loss  # noqa: E402
+from scoring import Scorer, cast_parameters, concatenated_inputs  # noqa: E402
+from shared_prompt import prompt_rows  # noqa: E402
+from utils import DTYPES, IGNORED, disable_dropout  # noqa: E402
+
+MODELS = {
+    "small": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024},
+    "pythia28": {"hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 10240},
+}
+LOSSES = {"tdpo2": {"beta": 0.1, "alpha": 0.5}, "dpo": {"beta": 0.1}, "sft": {}}
+Pair = tuple[list[int], list[list[int]]]  # prompt, (chosen, rejected)
+
+
+def hh_pairs(n: int, vocabulary: int) -> list[Pair]:
+    """Random tokens of the lengths of n HH pairs."""
+    lines = (Path(__file__).parent / "hh_lengths.txt").read_text().splitlines()
+    lengths = [tuple(map(int, part.split("-"))) for line in lines if line[0] != "#" for part in line.split()]
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(length: int) -> list[int]:
+        return torch.randint(4, vocabulary, (length,), generator=generator).tolist()
+
+    return [(tokens(a), [tokens(b), tokens(c)]) for a, b, c in (lengths[i % len(lengths)] for i in range(n))]
+
+
+def collated(pairs: list[Pair], width: int) -> dict[str, torch.Tensor]:
+    """Chosen and rejected padded to `width`, as collate_fn returns them."""
+    batch = {}
+    for i, role in enumerate(("chosen", "rejected")):
+        shape = len(pairs), width
+        ids, mask, labels = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORED)
+        for row, (prompt, responses) in enumerate(pairs):
+            end = len(prompt) + len(responses[i])
+            ids[row, :end], mask[row, :end] = torch.tensor(prompt + responses[i]), 1
+            labels[row, len(prompt) : end] = torch.tensor(responses[i])
+        batch |= {f"{role}_input_ids": ids, f"{role}_attention_mask": mask, f"{role}_labels": labels}
+    return batch
+
+
+def width_of(pairs: list[Pair]) -> int:
+    return max(len(prompt) + max(map(len, responses)) for prompt, responses in pairs)
+
+
+class Setting(NamedTuple):
+    """What a way is given."""
+
+    scorer: Scorer
+    loss: str
+    pairs: list[Pair]
+    microbatch: int  # pairs
+    device: torch.device
+
+
+def published(setting: Setting) -> list[Callable[[], torch.Tensor]]:
+    """The arithmetic of the published trainer: float32 logits of all positions, softmax and log-softmax of them, masks by multiplication,
+    padded to the global batch."""
+    policy, reference = setting.scorer.policy, setting.scorer.reference
+
+    def loss(pairs: list[Pair]) -> torch.Tensor:
+        batch = {k: v.to(setting.device) for k, v in concatenated_inputs(collated(pairs, width_of(setting.pairs))).items()}
+        inputs = {"input_ids": batch["concatenated_input_ids"], "attention_mask": batch["concatenated_attention_mask"], "use_cache": False}
+        logits = policy(**inputs).logits.to(torch.float32)[:, :-1]
+        labels = batch["concatenated_labels"][:, 1:].clone()
+        mask = labels != IGNORED
+        labels[~mask] = 0
+        if setting.loss == "sft":
+            return -(logits[: len(pairs)].log_softmax(-1).gather(2, labels[: len(pairs), :, None])[..., 0] * mask[: len(pairs)]).sum()
+        with torch.no_grad():
+            reference_logits = reference(**inputs).logits.to(torch.float32)[:, :-1]
+        n = len(pairs)
+        if setting.loss == "dpo":
+            logps = (logits.log_softmax(-1).gather(2, labels[..., None])[..., 0] * mask).sum(-1)
+            reference_logps = (reference_logits.log_softmax(-1).gather(2, labels[..., None])[..., 0] * mask).sum(-1)
+            return -F.logsigmoid(0.1 * (logps[:n] - logps[n:] - (reference_logps[:n] - reference_logps[n:]))).sum()
+        logps = logits.log_softmax(-1)
+        reference_probabilities = reference_logits.softmax(-1)
+        reference_logps = reference_probabilities.log()
+        kl = (reference_probabilities * (reference_logps - logps)).sum(-1)
+        margin = (logps.gather(2, labels[..., None]) - reference_logps.gather(2, labels[..., None]))[..., 0]
+        margins, kls = (margin * mask).sum(-1), (kl * mask).sum(-1)
+        return tdpo_loss(margins[:n], margins[n:], kls[:n], kls[n:], beta=0.1, alpha=0.5)[0].sum()
+
+    return [lambda part=part: loss(part) for part in in_order(setting)]
+
+
+def in_order(setting: Setting) -> list[list[Pair]]:
+    return [setting.pairs[i : i + setting.microbatch] for i in range(0, len(setting.pairs), setting.microbatch)]
+
+
+def plain(setting: Setting, to_global: bool) -> list[Callable[[], torch.Tensor]]:
+    """Plain scoring of microbatches in the given order, padded to the longest of the batch or of each."""
+
+    def loss(pairs: list[Pair]) -> torch.Tensor:
+        batch = collated(pairs, width_of(setting.pairs if to_global else pairs))
+        return setting.scorer({k: v if k.endswith("_labels") else v.to(setting.device) for k, v in batch.items()}).loss
+
+    return [lambda part=part: loss(part) for part in in_order(setting)]
+
+
+def fast(setting: Setting) -> list[Callable[[], torch.Tensor]]:
+    """Fast scoring of as many microbatches, of about equal tokens."""
+    roles = len(setting.scorer.objective.roles)
+    pairs = [(prompt, responses[:roles]) for prompt, responses in setting.pairs]
+    lengths = [len(prompt) + sum(map(len, responses)) for prompt, responses in pairs]
+    rounds = balanced_parts(lengths, 1, -(-len(pairs) // setting.microbatch))
+
+    def loss(indices: list[int]) -> torch.Tensor:
+        return setting.scorer(prompt_rows([pairs[i] for i in indices]).to(setting.device)).loss
+
+    return [lambda part=part: loss(part) for (part,) in rounds]
+
+
+WAYS = {
+    "published": published,
+    "plain, global padding": lambda setting: plain(setting, to_global=True),
+    "plain": lambda setting: plain(setting, to_global=False),
+    "fast": fast,
+}
+
+
+class OwnStep:
+    """One optimizer step as the trainer takes it."""
+
+    def __init__(self, way: str, setting: Setting, optimizer: torch.optim.Optimizer, dtype: torch.dtype):
+        self.losses, self.setting, self.optimizer, self.dtype = WAYS[way](setting), setting, optimizer, dtype
+
+    def __call__(self) -> float:
+        total = 0.0
+        policy = self.setting.scorer.policy
+        with cast_parameters(policy, self.dtype) if self.dtype != torch.float32 else contextlib.nullcontext():
+            for loss in self.losses:
+                value = loss() / len(self.setting.pairs)
+                value.backward()
+                total = total + value.detach()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 10.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(total)
+
+
+class TrlStep:
+    """One step of TRL's DPOTrainer, on the same pairs; on a GPU also padding-free and with Liger's kernels."""
+
+    def __init__(self, setting: Setting, model: torch.nn.Module, reference: torch.nn.Module, dtype: torch.dtype, **modes):
+        import datasets
+        import tokenizers
+        import trl
+
+        vocabulary = {f"t{i}": i for i in range(model.config.vocab_size)}
+        inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="t2"))
+        inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="t0", pad_token="t1", unk_token="t2")
+
+        def text(tokens: list[int]) -> str:
+            return "".join(f" t{i}" for i in tokens)
+
+        rows = [
+            {"prompt": text(prompt), "chosen": text(chosen[:-1]), "rejected": text(rejected[:-1])}  # TRL adds end-of-sequence
+            for prompt, (chosen, rejected) in setting.pairs
+        ]
+        arguments = trl.DPOConfig(
+            output_dir="/tmp/trl-benchmark",
+            per_device_train_batch_size=setting.microbatch,
+            gradient_accumulation_steps=len(rows) // setting.microbatch,
+            max_length=None,
+            beta=0.1,
+            optim="rmsprop",
+            learning_rate=0.0,
+            max_grad_norm=10.0,
+            bf16=dtype == torch.bfloat16,
+            use_cpu=setting.device.type == "cpu",
+            gradient_checkpointing=False,
+            report_to=[],
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            max_steps=1,
+            **modes,
+        )
+        self.trainer = trl.DPOTrainer(
+            model, reference, args=arguments, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer
+        )
+        self.started = 0.0
+        self.trainer.add_callback(_StepClock(self))
+
+    def __call__(self) -> float:
+        return self.trainer.train().training_loss
+
+
+class _StepClock(transformers.TrainerCallback):
+    """Takes the time from the beginning of a step, after TRL's preparations, to its end."""
+
+    def __init__(self, step: TrlStep):
+        self.step = step
+
+    def on_step_begin(self, *_, **__):
+        self.step.started = time.perf_counter()
+
+    def on_step_end(self, *_, **__):
+        self.step.seconds = time.perf_counter() - self.step.started
+
+
+class Memory:
+    """Peak bytes within a block above what was held at its beginning."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def __enter__(self) -> "Memory":
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+            self.before = self.resident("VmRSS")
+        return self
+
+    def __exit__(self, *_) -> None:
+        peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else self.resident("VmHWM")
+        self.peak = peak - self.before
+
+    @staticmethod
+    def resident(field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, n: int = 8192) -> float:
+    """FLOP/s of a large product."""
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(20):
+        a @ b
+    torch.cuda.synchronize()
+    return 20 * 2 * n**3 / (time.perf_counter() - started)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="small")
+    parser.add_argument("--loss", nargs="+", choices=LOSSES, default=["tdpo2"])
+    parser.add_argument("--ways", nargs="+", choices=[*WAYS, "trl"], default=list(WAYS))
+    parser.add_argument("--vocabulary", type=int, default=50_304)
+    parser.add_argument("--pairs", type=int, default=32)
+    parser.add_argument("--microbatch", type=int, default=8, help="pairs; for fast, pairs on average")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="in which policy and reference compute")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    device, dtype = torch.device(arguments.device), DTYPES[arguments.dtype]
+    transformers.logging.set_verbosity_error()
+    torch.manual_seed(0)
+    config = transformers.GPTNeoXConfig(vocab_size=arguments.vocabulary, max_position_embeddings=2048, **MODELS[arguments.model])
+    policy = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device)
+    disable_dropout(policy)
+    reference = copy.deepcopy(policy)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    reference = reference.to(dtype).requires_grad_(False).eval()
+    optimizer = torch.optim.RMSprop(policy.parameters(), lr=0.0)
+    pairs = hh_pairs(arguments.pairs, arguments.vocabulary)
+    steps: dict[str, Callable[[], float]] = {}
+    for loss in arguments.loss:
+        objective = get_objective(loss, **LOSSES[loss])
+        scorer = Scorer(policy, reference if objective.needs_reference else None, objective)
+        setting = Setting(scorer, loss, pairs, arguments.microbatch, device)
+        for way in arguments.ways:
+            if way != "trl":
+                steps[f"{loss}: {way}"] = OwnStep(way, setting, optimizer, dtype)
+            elif loss == "dpo":
+                modes = (
+                    {"": {}}
+                    if device.type == "cpu"
+                    else {"": {}, ", padding-free": {"padding_free": True}, ", Liger": {"use_liger_kernel": True}}
+                )
+                for name, mode in modes.items():
+                    steps[f"dpo: TRL{name}"] = TrlStep(setting, copy.deepcopy(policy), reference, dtype, **mode)
+
+    rate = matmul_rate(device, dtype) if device.type == "cuda" else None
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    peaks: dict[str, list[int]] = {name: [] for name in steps}
+    losses: dict[str, set[str]] = {name: set() for name in steps}
+    for round in range(arguments.rounds + 1):  # the first one makes optimizer states and warms up
+        for name, step in steps.items():
+            with Memory(device) as memory:
+                started = time.perf_counter()
+                value = step()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                elapsed = getattr(step, "seconds", time.perf_counter() - started)
+            losses[name].add(f"{value:.5f}")
+            if round > 0:
+                seconds[name].append(elapsed)
+                peaks[name].append(memory.peak)
+            print(f"round {round} {name}: {elapsed:.2f} s, {memory.peak / 2**30:.2f} GiB, loss {value:.6f}", file=sys.stderr)
+
+    unique = sum(len(prompt) + sum(map(len, responses)) for prompt, responses in pairs)
+    print(f"{arguments.model}, {arguments.dtype}, {device.type}, {arguments.pairs} pairs of {unique:,} unique tokens, microbatches of")
+    print(f"{arguments.microbatch} pairs, {arguments.rounds} rounds; torch {torch.__version__}, transformers {transformers.__version__}\n")
+    mfu = "" if rate is None else " model-FLOP utilisation |"
+    print(f"| | s a step | times faster | pairs/s | unique tokens/s | peak GiB | of the first's | loss |{mfu}")
+    print("|---|" + "---:|" * (8 if rate else 7))
+    first = next(iter(steps))
+    blocks = sum(p.numel() for p in policy.parameters()) - policy.get_input_embeddings().weight.numel()
+    for name in steps:
+        median, peak = statistics.median(seconds[name]), statistics.median(peaks[name])
+        ratio = statistics.median(a / b for a, b in zip(seconds[first], seconds[name]))
+        cells = [f"{median:.2f}", f"{ratio:.2f}", f"{len(pairs) / median:.2f}", f"{unique / median:,.0f}", f"{peak / 2**30:.2f}"]
+        cells += [f"{peak / statistics.median(peaks[first]):.3f}", ", ".join(sorted(losses[name]))]
+        if rate is not None:
+            flop = (6 + (0 if name.startswith("sft") else 2)) * blocks * unique
+            cells.append(f"{flop / median / rate:.1%}")
+        print(f"| {name} | {' | '.join(cells)} |")
+    if rate is not None:
+        print(f"\nmatrix product: {rate / 1e12:.0f} TFLOP/s")
+
+
+if __name__ == "__main__":
+    main()

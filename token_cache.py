@@ -1,0 +1,214 @@
+"""Texts to tokens once: by all cores, into an Arrow table that is memory-mapped, and found again by the next run.
+
+A row of the table is a prompt: {dataset, prompt, texts, prompt_ids, response_ids, pairs, hashes, truncation_mode}. `pairs` are (chosen,
+rejected) indices into texts and response_ids (SFT: one text, no pair); `hashes` tell examples apart. Tokens are whole: each run truncates
+them for itself.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from typing import Optional
+
+import datasets
+import numpy as np
+
+from rows import identity_of
+from tokenization import encode, trim_after_eos, with_bos, with_eos
+from utils import UserError
+
+Dataset = dict[str, dict]  # what a loader returns, see preference_datasets.py
+
+TEXTS_A_CORE = 10_000  # for fewer, starting another process takes longer than it saves; for fewer in all, so does a cache
+CODE = ("preference_datasets.py", "rows.py", "chat.py", "tokenization.py", "reviews.py", "token_cache.py")  # what tokens depend on
+IDS = datasets.List(datasets.Value("int32"))
+FEATURES = datasets.Features(
+    {
+        "dataset": datasets.Value("string"),
+        "prompt": datasets.Value("string"),
+        "texts": datasets.List(datasets.Value("string")),
+        "prompt_ids": IDS,
+        "response_ids": datasets.List(IDS),
+        "pairs": datasets.List(IDS),
+        "hashes": datasets.List(datasets.Value("int64")),
+        "truncation_mode": datasets.Value("string"),
+    }
+)
+
+
+def _texts(entry: dict, sft_mode: bool) -> list[str]:
+    return [entry["sft_target"]] if sft_mode else entry["responses"]
+
+
+def count_texts(data: Dataset, sft_mode: bool) -> int:
+    """Prompts and responses."""
+    return sum(1 + len(_texts(entry, sft_mode)) for entry in data.values())
+
+
+def tokenize(
+    name: str, data: Dataset, options: Mapping, tokenizer, add_bos: bool, sft_mode: bool, silent: bool = False, file: Optional[str] = None
+) -> datasets.Dataset:
+    """The table of a dataset, in memory or, where `file` is given, in it.
+
+    Args:
+        name: of the dataset.
+        data, options: its contract and options.
+        tokenizer: of Transformers.
+        add_bos: begin every prompt with beginning-of-sequence.
+        sft_mode: one text a prompt, its sft_target, and no pairs.
+        silent: no progress bar.
+
+    Raises:
+        UserError: a prompt has no tokens.
+    """
+    texts = [_texts(entry, sft_mode) for entry in data.values()]
+    pairs = [[] if sft_mode else [list(pair) for pair in entry["pairs"]] for entry in data.values()]
+    columns = {"prompt": list(data), "texts": [[trim_after_eos(text, tokenizer) for text in some] for some in texts], "pairs": pairs}
+    features = datasets.Features({column: FEATURES[column] for column in columns})
+    processes = min(len(os.sched_getaffinity(0)), count_texts(data, sft_mode) // TEXTS_A_CORE)
+    settings = {
+        "name": name,
+        "tokenizer": tokenizer,
+        "escape": options.get("escape_special_tokens", False),
+        "add_bos": add_bos,
+        "truncation_mode": options["truncation_mode"],
+    }
+    with _progress_bars(shown=not silent):
+        return datasets.Dataset.from_dict(columns, features=features).map(
+            _tokenize_rows,
+            batched=True,
+            fn_kwargs=settings,
+            features=FEATURES,
+            num_proc=processes if processes > 1 else None,
+            desc=f"Tokenizing {name}",
+            keep_in_memory=file is None,
+            cache_file_name=file,
+            new_fingerprint="tokens",  # else the tokenizer would be hashed
+        )
+
+
+def _tokenize_rows(columns: Mapping[str, list], name: str, tokenizer, escape: bool, add_bos: bool, truncation_mode: str) -> dict[str, list]:
+    prompts, texts = columns["prompt"], columns["texts"]
+    prompt_ids = encode(prompts, tokenizer, escape)
+    if add_bos:
+        prompt_ids = [with_bos(ids, tokenizer) for ids in prompt_ids]
+    for prompt, ids in zip(prompts, prompt_ids):
+        if not ids:
+            raise UserError(f"{name}: prompt {prompt!r} has no tokens: the first response token would have nothing to be predicted from")
+    flat = iter(encode([text for some in texts for text in some], tokenizer, escape))
+    return {
+        "dataset": [name] * len(prompts),
+        "prompt": prompts,
+        "texts": texts,
+        "prompt_ids": prompt_ids,
+        "response_ids": [[with_eos(next(flat), tokenizer) for _ in some] for some in texts],
+        "pairs": columns["pairs"],
+        "hashes": [
+            [_hash([prompt, *(some[i] for i in pair)]) for pair in pairs or [(0,)]]
+            for prompt, some, pairs in zip(prompts, texts, columns["pairs"])
+        ],
+        "truncation_mode": [truncation_mode] * len(prompts),
+    }
+
+
+def _hash(texts: Sequence[str]) -> int:
+    digest = hashlib.blake2b(json.dumps(texts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+@contextmanager
+def _progress_bars(shown: bool):
+    """Of `datasets`, as the other ones: on a terminal alone."""
+    disabled = datasets.utils.are_progress_bars_disabled()
+    (datasets.enable_progress_bars if shown and sys.stderr.isatty() else datasets.disable_progress_bars)()
+    try:
+        yield
+    finally:
+        (datasets.disable_progress_bars if disabled else datasets.enable_progress_bars)()
+
+
+class TokenCache:
+    """The folder of one dataset's split under one tokenizer: its table, and what was printed while its rows were read.
+
+    Args:
+        cache_dir: the user's folder for such things.
+        key: what the tokens depend on, as JSON can say it.
+    """
+
+    def __init__(self, cache_dir: str, key: Mapping):
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
+        self.folder = os.path.join(cache_dir, "tokens", digest[:32])
+
+    def load(self) -> Optional[tuple[datasets.Dataset, list[str]]]:
+        """The table, memory-mapped, and the lines; None where there are none, or none that can be read."""
+        try:
+            with open(os.path.join(self.folder, "lines.json")) as file:
+                lines = json.load(file)
+            return datasets.load_from_disk(os.path.join(self.folder, "table")), lines
+        except (OSError, ValueError):
+            return None
+
+    def build(self, make, lines: Sequence[str]) -> datasets.Dataset:
+        """The table that make(file) makes; kept, unless the disk does not take it, which is said."""
+        try:
+            parent = os.path.dirname(self.folder)
+            os.makedirs(parent, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=parent, prefix="new-", ignore_cleanup_errors=True) as new:
+                table = make(os.path.join(new, "rows.arrow"))
+                with _progress_bars(shown=False):
+                    table.save_to_disk(os.path.join(new, "whole", "table"))
+                with open(os.path.join(new, "whole", "lines.json"), "w") as file:
+                    json.dump(list(lines), file)
+                shutil.rmtree(self.folder, ignore_errors=True)  # what cannot be read
+                os.rename(os.path.join(new, "whole"), self.folder)  # whole or not there
+        except OSError as error:
+            print(f"tokens are not kept for the next run: {error}")
+            return make(None)
+        return self.load()[0]
+
+
+def cache_key(name: str, options: Mapping, split: str, tokenizer, add_bos: bool, sft_mode: bool, cache_dir: Optional[str]) -> dict:
+    """Everything that a split's tokens depend on; data by their content, wherever they lie."""
+    folder = os.path.dirname(os.path.abspath(__file__))
+    code = hashlib.sha256()
+    for file in CODE:
+        with open(os.path.join(folder, file), "rb") as handle:
+            code.update(handle.read())
+    sources = {k: identity_of(options[k], options.get("subset"), cache_dir) for k in ("path", "eval_path") if options.get(k)}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return {
+        "code": code.hexdigest(),
+        "versions": [datasets.__version__, np.__version__],
+        "name": name,
+        "options": {key: value for key, value in options.items() if key not in sources},
+        "sources": sources,
+        "split": split,
+        "tokenizer": backend.to_str() if backend is not None else [sorted(tokenizer.get_vocab().items()), repr(tokenizer)],
+        "special": [tokenizer.special_tokens_map, tokenizer.chat_template],
+        "add_bos": add_bos,
+        "sft_mode": sft_mode,
+    }
+
+
+def flat(table: datasets.Dataset, column: str, depth: int) -> np.ndarray:
+    """The values of a column of lists, `depth` lists deep, one after another; where these are lists still, their lengths."""
+    arrays = list(table.data.column(column).chunks)
+    for _ in range(depth):
+        arrays = [array.flatten() for array in arrays]
+    arrays = [array.value_lengths() if hasattr(array, "value_lengths") else array for array in arrays]
+    return np.concatenate([array.to_numpy(zero_copy_only=False) for array in arrays])
+
+
+def digest_of(table: datasets.Dataset) -> str:
+    """A hash of all tokens and pairs, whatever the chunks in which a table holds them."""
+    digest = hashlib.sha256()
+    for column, deep in (("prompt_ids", 1), ("response_ids", 2), ("pairs", 2)):
+        for depth in range(deep + 1):
+            digest.update(flat(table, column, depth).astype(np.int32).tobytes())
+    digest.update(repr(sorted(table.unique("truncation_mode"))).encode())
+    return digest.hexdigest()
