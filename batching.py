@@ -114,6 +114,10 @@ class TokenizedSplit:
         totals = self._lengths.sum(-1)
         return [int(totals[self.index(example)]) for example in examples]
 
+    def response_tokens(self) -> np.ndarray:
+        """(examples,): tokens of each example's responses together, by `index`."""
+        return self._lengths[:, 1:].sum(-1)
+
     def _truncated_lengths(self) -> np.ndarray:
         """(examples, 1 + responses): tokens of prompt and responses after truncation, of all examples at once."""
         prompts = np.repeat(flat(self.prompts, "prompt_ids", 0), self.examples_per_prompt)

@@ -12,6 +12,7 @@ logits are computed twice, and nothing of size (positions, vocabulary) outlives 
 Shapes: N response tokens, C positions of a chunk, V vocabulary entries, H hidden, B rows, R responses a row.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Optional
@@ -19,6 +20,7 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from losses import Objective, ResponseScores
 from shared_prompt import PromptRows
@@ -35,13 +37,14 @@ class Head:
     weight: torch.Tensor  # (V, H)
     bias: Optional[torch.Tensor]  # (V,)
     softcap: Optional[float] = None  # nats; None: logits as they are
+    compiled: bool = False  # what is done to its logits
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Head":
+    def of(cls, model: nn.Module, compiled: bool = False) -> "Head":
         """Of a causal language model of Transformers, whose `problem_with` is None."""
         layer = model.get_output_embeddings()
         weight, bias = (None if x is None else full_tensor(x) for x in (layer.weight, layer.bias))  # tensor parallelism splits them
-        return cls(weight, bias, getattr(model.config.get_text_config(), "final_logit_softcapping", None))
+        return cls(weight, bias, getattr(model.config.get_text_config(), "final_logit_softcapping", None), compiled)
 
     def logits(self, states: torch.Tensor, out: Optional[torch.Tensor] = None) -> torch.Tensor:
         """(C, H) to (C, V), in float32 at least; into `out`, where given."""
@@ -53,6 +56,28 @@ class Head:
             dtype = torch.promote_types(logits.dtype, torch.float32)
             out = logits.to(dtype) if out is None else out.copy_(logits)
         return out if self.softcap is None else out.div_(self.softcap).tanh_().mul_(self.softcap)
+
+
+class HeadOnly(nn.Module):
+    """What stays of a model whose hidden states are known: its head, whole on every rank."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        head = Head.of(model)
+        self.config = model.config
+        self.register_buffer("weight", head.weight.detach().clone())
+        self.register_buffer("bias", None if head.bias is None else head.bias.detach().clone())
+
+    @classmethod
+    def instead_of(cls, model: nn.Module) -> "HeadOnly":
+        """Frees the model's memory, also where others hold on to it: FSDP knows of all it has ever sharded."""
+        head = cls(model)
+        for tensor in [*model.parameters(), *model.buffers()]:
+            (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage().resize_(0)
+        return head
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self
 
 
 def problem_with(model: nn.Module) -> Optional[str]:
@@ -116,7 +141,7 @@ def loss_of_rows(
     Returns:
         a scalar in nats that can be differentiated once, and the scores.
     """
-    total, logps, reference_logps, kl = _LossOfRows.apply(states, head.weight, head.bias, head.softcap, reference, rows, objective, counted)
+    total, logps, reference_logps, kl = _LossOfRows.apply(states, head.weight, head.bias, head, reference, rows, objective, counted)
     return total, RowScores(logps, reference_logps, kl)
 
 
@@ -124,9 +149,8 @@ class _LossOfRows(torch.autograd.Function):
     """Value and gradients together, see above; backward only multiplies by what comes from above, a scalar."""
 
     @staticmethod
-    def forward(ctx, states, weight, bias, softcap, reference, rows, objective, counted):
+    def forward(ctx, states, weight, bias, head, reference, rows, objective, counted):
         ctx.set_materialize_grads(False)
-        head = Head(weight, bias, softcap)
         work = _Workspace(head, states, reference, objective.needs_kl)
         scores = RowScores.zeros(rows, objective, work.dtype)
         gradients = _Gradients(head, states, ctx.needs_input_grad, work.dtype)
@@ -186,6 +210,7 @@ def _groups(counts: Sequence[int], size: int) -> Iterator[tuple[slice, list[slic
 class _Distributions:
     """Of the C positions of a chunk. The (C, V) tensors are a workspace's: the next chunk overwrites them."""
 
+    compiled: bool
     labels: torch.Tensor  # (C,)
     values: tuple  # log p_y, log q_y, KL: (C,) each or None
     logps: torch.Tensor  # (C, V), log p
@@ -200,13 +225,7 @@ class _Distributions:
 
     def logit_gradient(self, g: torch.Tensor, h: Optional[torch.Tensor]) -> torch.Tensor:
         """(C, V), in place of log p; g and h are (C,)."""
-        g = g[:, None]
-        gradient = self.logps.exp_()
-        if h is None:
-            gradient.mul_(-g)
-        else:
-            gradient.mul_(h[:, None] - g).addcmul_(self.reference, h[:, None], value=-1)
-        gradient[torch.arange(len(g), device=g.device), self.labels] += g[:, 0]
+        gradient = _kernel(_logit_gradient, self.compiled)(self.logps, self.reference, self.labels, g, h)
         return gradient if self.slope is None else gradient.mul_(self.slope)
 
 
@@ -224,18 +243,17 @@ class _Workspace:
         labels = rows.labels[chunk]
         reference_logps = kl = q = slope = None
         buffers = [buffer[: len(labels)] for buffer in self.buffers]
+        compiled = self.head.compiled
+        label_logps = _kernel(_label_logps, compiled)
         if self.reference is not None:  # first, because without KL the policy's log-probabilities take its place
-            log_q = _log_softmax_(self.reference.head.logits(self.reference.states[chunk], out=buffers[-1]))
-            reference_logps = _of_label(log_q, labels)
+            log_q, reference_logps = label_logps(self.reference.head.logits(self.reference.states[chunk], out=buffers[-1]), labels)
         logits = self.head.logits(self.states[chunk], out=buffers[0])
         if self.head.softcap is not None:
             slope = 1 - (logits / self.head.softcap) ** 2
-        log_p = _log_softmax_(logits)
+        log_p, logps = label_logps(logits, labels)
         if self.needs_kl:
-            q = torch.exp(log_q, out=buffers[1])
-            # Where q is 0 the product may be 0 * inf; its limit is 0. A NaN of a model shows in its logps.
-            kl = log_q.sub_(log_p).mul_(q).nansum(-1)
-        return _Distributions(labels, (_of_label(log_p, labels), reference_logps, kl), log_p, q, slope)
+            q, kl = _kernel(_forward_kl, compiled)(log_q, log_p, buffers[1])
+        return _Distributions(compiled, labels, (logps, reference_logps, kl), log_p, q, slope)
 
 
 class _Gradients:
@@ -262,11 +280,35 @@ class _Gradients:
             self.weight += logits.t() @ self.inputs[chunk]
 
 
-def _log_softmax_(logits: torch.Tensor) -> torch.Tensor:
-    """In place on a CPU, where new memory is dear."""
-    return torch.log_softmax(logits, -1, out=logits if logits.device.type == "cpu" else None)
+# What is done to logits. All three work in place, because on a CPU new memory is dear; compiled, each is one pass.
 
 
-def _of_label(values: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """(C, V) to (C,)."""
-    return values.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+def _label_logps(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities (C, V), on a CPU in place, and those of the labels (C,)."""
+    logps = torch.log_softmax(logits, -1, out=logits if logits.device.type == "cpu" else None)
+    return logps, logps.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+
+def _forward_kl(log_q: torch.Tensor, log_p: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """q (C, V), into that tensor, and the divergence (C,), in place of log q."""
+    torch.exp(log_q, out=q)
+    # Where q is 0 the product may be 0 * inf; its limit is 0. A NaN of a model shows in its logps.
+    return q, log_q.sub_(log_p).mul_(q).nansum(-1)
+
+
+def _logit_gradient(
+    log_p: torch.Tensor, q: Optional[torch.Tensor], labels: torch.Tensor, g: torch.Tensor, h: Optional[torch.Tensor]
+) -> torch.Tensor:
+    """g (1[v = y] - p_v) + h (p_v - q_v), (C, V), in place of log p."""
+    gradient = log_p.exp_()
+    if h is None:
+        gradient.mul_(-g[:, None])
+    else:
+        gradient.mul_((h - g)[:, None]).addcmul_(q, h[:, None], value=-1)
+    gradient[torch.arange(len(g), device=g.device), labels] += g
+    return gradient
+
+
+@functools.cache
+def _kernel(function, compiled: bool):
+    return torch.compile(function, dynamic=True) if compiled else function

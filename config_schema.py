@@ -52,6 +52,7 @@ class Model(Node):
     tokenizer_name_or_path: Optional[str]
     archive: Optional[str]
     block_name: Optional[str]
+    attn_implementation: Optional[Literal["sdpa", "eager", "flex_attention"]]
     add_bos: StrictBool
     policy_dtype: Dtype
     fsdp_policy_mp: Optional[Dtype]
@@ -117,6 +118,8 @@ class Config(Node):
     gradient_accumulation_steps: PositiveInt
     tokens_per_microbatch: Optional[PositiveInt]
     scoring: Literal["auto", "fast", "plain"]
+    compile: StrictBool
+    reference_cache: StrictBool
     max_grad_norm: PositiveFloat
     max_length: PositiveInt
     max_prompt_length: PositiveInt

@@ -78,10 +78,14 @@ def load_model_config(model: DictConfig, tokenizer, cache_dir: Optional[str]):
     """
     try:
         if model.from_config is None:
-            return transformers.AutoConfig.from_pretrained(model.name_or_path, cache_dir=cache_dir, trust_remote_code=False)
-        fields = OmegaConf.to_container(model.from_config)
-        ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-        return transformers.AutoConfig.for_model(fields.pop("model_type"), vocab_size=len(tokenizer), **ids, **fields)
+            config = transformers.AutoConfig.from_pretrained(model.name_or_path, cache_dir=cache_dir, trust_remote_code=False)
+        else:
+            fields = OmegaConf.to_container(model.from_config)
+            ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+            config = transformers.AutoConfig.for_model(fields.pop("model_type"), vocab_size=len(tokenizer), **ids, **fields)
+        if model.attn_implementation is not None:
+            config._attn_implementation = model.attn_implementation
+        return config
     except Exception as error:  # a Transformers config checks its fields in its own ways
         raise UserError(f"model {model.name_or_path or 'from_config'} cannot be loaded: {_reason(error)}") from None
 

@@ -22,8 +22,9 @@ LOGS = ("metrics.jsonl", "samples.jsonl")
 # content (model.archive, datasets.*.path) is compared by that content.
 FREE = (
     "exp_name debug fsdp_port wandb local_dirs local_run_dir resume keep_checkpoints trainer nproc_per_node parallel "
-    "gradient_accumulation_steps tokens_per_microbatch scoring eval_batch_size activation_checkpointing deterministic "
-    "n_epochs n_examples save_every max_skipped_steps minimum_log_interval_secs model.archive model.block_name"
+    "gradient_accumulation_steps tokens_per_microbatch scoring compile reference_cache eval_batch_size activation_checkpointing "
+    "deterministic n_epochs n_examples save_every max_skipped_steps minimum_log_interval_secs "
+    "model.archive model.block_name model.attn_implementation"
 ).split()
 # These change what comes, not what was: said, not refused.
 WARNED = "lr warmup_steps max_grad_norm eval_every n_eval_examples n_eval_model_samples sample_during_eval do_first_eval".split()

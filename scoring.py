@@ -38,6 +38,12 @@ class Probe(NamedTuple):
     responses: torch.Tensor  # (R, n), of equal length, so that nothing is padded
 
 
+class ReferenceOnly(NamedTuple):
+    """Asks a Scorer for the reference's hidden states alone, (N, H)."""
+
+    rows: PromptRows
+
+
 class Scorer(nn.Module):
     """Policy and, where the objective needs one, the reference: a module that returns scores and the loss.
 
@@ -47,11 +53,12 @@ class Scorer(nn.Module):
         policy: a causal language model of Transformers.
         reference: the same, frozen here; None where `objective.needs_reference` is false.
         objective: says which roles, and whether SeqKL, are needed.
+        compiled: compile what fast scoring does to logits.
     """
 
-    def __init__(self, policy: nn.Module, reference: Optional[nn.Module], objective: Objective):
+    def __init__(self, policy: nn.Module, reference: Optional[nn.Module], objective: Objective, compiled: bool = False):
         super().__init__()
-        self.policy, self.reference, self.objective = policy, reference, objective
+        self.policy, self.reference, self.objective, self.compiled = policy, reference, objective, compiled
         if reference is not None:
             reference.eval().requires_grad_(False)
 
@@ -66,6 +73,9 @@ class Scorer(nn.Module):
         """
         if isinstance(batch, Probe):
             return self._both_ways(batch)
+        if isinstance(batch, ReferenceOnly):
+            with _gathered(self.reference):
+                return self._reference(batch.rows, attention_masks(batch.rows, self.policy.config)).states
         return (self._fast if isinstance(batch, PromptRows) else self._plain)(batch, counted)
 
     def _plain(self, batch: Mapping[str, torch.Tensor], counted: Optional[int]) -> Scored:
@@ -76,13 +86,9 @@ class Scorer(nn.Module):
 
     def _fast(self, rows: PromptRows, counted: Optional[int]) -> Scored:
         masks = attention_masks(rows, self.policy.config)
-        states, head = _hidden_states(self.policy, rows, masks), Head.of(self.policy)
+        states, head = _hidden_states(self.policy, rows, masks), Head.of(self.policy, self.compiled)
         with _gathered(self.reference):
-            reference = None
-            if self.objective.needs_reference:
-                # FSDP's gathered parameters cannot be inference tensors.
-                with torch.no_grad() if hasattr(self.reference, "unshard") else torch.inference_mode():
-                    reference = Reference(_hidden_states(self.reference, rows, masks), Head.of(self.reference))
+            reference = self._reference(rows, masks) if self.objective.needs_reference else None
             if torch.is_grad_enabled():
                 counted = len(rows.counts) if counted is None else counted
                 loss, table = loss_of_rows(states, head, reference, rows, self.objective, counted)
@@ -91,6 +97,12 @@ class Scorer(nn.Module):
         scores = table.by_role(rows.num_tokens, self.objective)
         output = self.objective(scores)
         return Scored(output.losses[:counted].sum() if loss is None else loss, output, scores)
+
+    def _reference(self, rows: PromptRows, masks) -> Reference:
+        # FSDP's gathered parameters cannot be inference tensors.
+        with torch.no_grad() if hasattr(self.reference, "unshard") else torch.inference_mode():
+            known = rows.reference_states
+            return Reference(_hidden_states(self.reference, rows, masks) if known is None else known, Head.of(self.reference))
 
     def _both_ways(self, probe: Probe) -> tuple[torch.Tensor, torch.Tensor, torch.dtype]:
         """The policy's log-probability of each response token, fast and as the model itself computes it, (R, n) twice, nats; and the dtype

@@ -29,6 +29,7 @@ class PromptRows:
     responses: torch.Tensor  # (N,): b * R + r
     num_tokens: torch.Tensor  # (B, R): response tokens
     counts: tuple[int, ...]  # response tokens of each row, for who must know them without waiting for the device
+    reference_states: Optional[torch.Tensor] = None  # (N, H): the reference's hidden states at `states`, where they are known already
 
     def to(self, device: torch.device) -> "PromptRows":
         """On a device; without waiting for it where the tensors are in pinned memory."""
@@ -38,8 +39,11 @@ class PromptRows:
         return self._map(torch.Tensor.pin_memory)
 
     def _map(self, function) -> "PromptRows":
-        tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "counts"}
-        return replace(self, **{name: function(tensor) for name, tensor in tensors.items()})
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: function(value) for name, value in values.items() if isinstance(value, torch.Tensor)})
+
+    def with_reference(self, states: torch.Tensor) -> "PromptRows":
+        return replace(self, reference_states=states)
 
     def visible(self, window: Optional[int] = None) -> torch.Tensor:
         """(B, T, T), bool: what each position attends to. Itself, what comes before it in its own response, and the prompt.

@@ -118,6 +118,8 @@ def read_inputs(config: DictConfig, world: World, objective: Objective, archive:
         cache_dir = get_local_dir(config.local_dirs)
         paths = [node.get(key) for node in config.datasets.values() for key in ("path", "eval_path")]
         prepare_hub([config.model.name_or_path, config.model.tokenizer_name_or_path, *paths])
+        if model.attn_implementation == "flex_attention" and world.device.type == "cpu":
+            raise UserError("model.attn_implementation=flex_attention: PyTorch has no backward pass of it for CPUs; use sdpa")
         tokenizer = load_tokenizer(model, cache_dir)
         model_config = load_model_config(model, tokenizer, cache_dir)
         weights = check_model(model, model_config, tokenizer, config.max_length)

@@ -4,6 +4,7 @@
 differs between one device and several is in a few methods at the end, which FSDPTrainer overrides: no loop is written twice.
 """
 
+import inspect
 import os
 import random
 import time
@@ -20,16 +21,26 @@ from torch import nn
 
 from batching import BatchStream, Example, TokenizedSplit, ahead, balanced_parts, get_collate_fn
 from checkpoints import add_export, remove_old, save_checkpoint
+from chunked_head import HeadOnly
 from losses import get_objective, preference_loss, tdpo_loss
 from metrics import MetricSums, Sink, example_metrics
 from parallel import World, find_blocks, fingerprint, load_weights, shard_scorer, whole_state
+from reference_cache import ReferenceCache
 from resume import Resumed, archive_of
 from sampling import generate, interleaved, mixed_seed, own_distribution
-from scoring import Scored, Scorer, _get_batch_logps, _tdpo_get_batch_logps, cast_parameters, concatenated_inputs, fast_scoring_problem
+from scoring import (
+    Scored,
+    Scorer,
+    _get_batch_logps,
+    _tdpo_get_batch_logps,
+    cast_parameters,
+    concatenated_inputs,
+    fast_scoring_problem,
+)
 from shared_prompt import PromptRows, prompt_rows
 from signals import StopSignals
 from training_state import restore_tensors, training_tensors
-from utils import DTYPES, RunError, Stopped, UserError, full_tensor, plural, some_of
+from utils import DTYPES, RunError, Stopped, UserError, full_tensor, get_local_dir, plural, some_of
 
 # preference_loss and the next ones are here for forks of the published code that import them from trainers.
 __all__ = [
@@ -102,14 +113,21 @@ class BasicTrainer:
             enable({"use_reentrant": False})
         self.reference_identity = ""  # of its weights, on rank 0
         self.archive = config.model.archive and os.path.realpath(config.model.archive)
-        self.scorer = self.place(Scorer(policy, reference_model, self.objective), weights or {})
+        if config.compile:
+            for block in [
+                block for model in (policy, reference_model) if model is not None for block in find_blocks(model, config.model.block_name)
+            ]:
+                block.compile(dynamic=True)
+        self.scorer = self.place(Scorer(policy, reference_model, self.objective, config.compile), weights or {})
         self.policy, self.reference_model = self.scorer.policy, self.scorer.reference
         self.scores_fast = self.choose_scoring()
+        self.reference_caches: dict[str, ReferenceCache] = {}  # by split
 
         self.batches = BatchStream(train_data, config.batch_size, seed, config.n_epochs, config.n_examples, config.drop_last)
-        self.generation_config = own_distribution(tokenizer, config.max_length)
         eval_order = next(eval_data.epochs(EVAL_SEED))
         self.eval_examples = eval_order[: config.n_eval_examples]
+        self.placeholders = {"train": next(iter(self.batches))[0], "eval": self.eval_examples[0]}
+        self.generation_config = own_distribution(tokenizer, config.max_length)
         with self.world.agreed():
             self.optimizer = self.make_optimizer()
         self.example_counter = self.batch_counter = self.skipped_steps = 0
@@ -153,6 +171,8 @@ class BasicTrainer:
         """
         with self.signals, self.progress_bar() as progress:
             try:
+                if self.config.reference_cache and self.reference_model is not None:
+                    self.cache_reference()
                 for examples, microbatches in ahead(self.microbatches, self.batches.after(self.batches_given)):
                     self.between_steps()
                     metrics = self.train_step(examples, microbatches)
@@ -245,9 +265,11 @@ class BasicTrainer:
     def microbatch(self, examples: list[Example], split: str) -> Microbatch:
         """Without examples the tokens of another one, which does not count: a sharded model needs every rank at every forward."""
         data = self.data[split]
-        counted = examples or [Example(0, 0)]
+        counted = examples or [self.placeholders[split]]
         if self.scores_fast:
             rows = prompt_rows([data.tokens(example) for example in counted])
+            if split in self.reference_caches:
+                rows = self.reference_caches[split].add_to(rows, counted)
             return Microbatch(examples, (rows.pin_memory() if self.device.type == "cuda" else rows).to(self.device))
         # A proxy, because FSDP would move a dict's labels to the device too, and finding the response tokens would wait for it.
         elements = [data.element(example) for example in counted]
@@ -257,6 +279,9 @@ class BasicTrainer:
         """This rank's part of them."""
         rank, ranks = self.data_rank
         return items[rank::ranks]
+
+    def eval_batch(self, examples: list[Example]) -> Microbatch:
+        return self.microbatch(examples, "eval")
 
     def score(self, microbatch: Microbatch, sums: MetricSums, split: str) -> Scored:
         """Loss and scores, and the metrics of those examples that count; `split` is train or eval."""
@@ -321,13 +346,10 @@ class BasicTrainer:
     def evaluate(self) -> None:
         """Score the eval examples, each once, and sample for some of them where the config asks for it."""
         self.policy.eval()
-        size = self.config.eval_batch_size
         sums = MetricSums()
-        data = self.data["eval"]
-        ordered = sorted(self.eval_examples, key=lambda example: data.lengths([example]))  # so that little is padded
-        batches = [self.share(ordered[start : start + size]) for start in range(0, len(ordered), size)]
+        batches = self.eval_batches()
         with torch.no_grad(), self.computing():
-            prepared = ahead(lambda examples: self.microbatch(examples, "eval"), batches)
+            prepared = ahead(self.eval_batch, batches)
             for examples, microbatch in tqdm.tqdm(prepared, "Evaluating", len(batches), leave=False, disable=self.hide_progress):
                 self.check_stop()
                 with self.explained_out_of_memory(examples, "eval"):
@@ -339,6 +361,50 @@ class BasicTrainer:
             sink.log(metrics, "eval", self.example_counter)
             if rows:
                 sink.samples(rows, self.example_counter)
+
+    def eval_batches(self) -> list[list[Example]]:
+        """This rank's parts of eval_batch_size examples each; those of like length together, so that little is padded."""
+        data, size = self.data["eval"], self.config.eval_batch_size
+        ordered = sorted(self.eval_examples, key=lambda example: data.lengths([example]))
+        return [self.share(ordered[start : start + size]) for start in range(0, len(ordered), size)]
+
+    def cache_reference(self) -> None:
+        """Put the reference's hidden states on disk, unless they are there; then keep of the reference its head alone.
+
+        They are computed in the microbatches of the first epoch and of an eval, so that with the same seed and cut of the batch these are
+        the live reference's, bit by bit.
+
+        Raises:
+            UserError: scoring is plain, or the disk has not the space.
+        """
+        if not self.scores_fast:
+            raise UserError("reference_cache=true needs fast scoring, which this model or scoring=plain rules out: reference_cache=false")
+        config = self.config
+        whole = config.n_examples is None or config.n_examples >= len(self.data["train"])
+        stream = BatchStream(self.data["train"], config.batch_size, self.seed, 1, drop_last=False) if whole else self.batches
+        dtype = self.compute_dtype or DTYPES[config.model.policy_dtype]
+        dtype = DTYPES[config.model.reference_dtype] if config.model.reference_dtype else dtype
+        model = self.reference_model.config.get_text_config()
+        identity = self.world.from_first(lambda: {"weights": self.reference_identity, "attention": model._attn_implementation})
+        examples = {"train": [example for batch in stream for example in batch], "eval": self.eval_examples}
+        folder = get_local_dir(config.local_dirs)
+        caches = {
+            split: ReferenceCache(folder, self.data[split], some, model.hidden_size, dtype, identity) for split, some in examples.items()
+        }
+        microbatches = {
+            "train": (microbatch for batch in stream for microbatch in self.microbatches(batch)),
+            "eval": map(self.eval_batch, self.eval_batches()),
+        }
+        for split, cache in caches.items():
+            there = self.world.from_first(cache.is_there)
+            print(f"reference cache, {split}: {cache.plan()}" + ("; found" if there else ""))
+            if not there:
+                cache.fill(microbatches[split], self.scorer, self.world, self.check_stop, self.hide_progress)
+            with self.world.agreed():
+                cache.open(cache.file)
+        print("reference cache: from now on only the reference's head is in memory, and samples are the policy's alone")
+        self.reference_caches, self.reference_model = caches, None
+        self.scorer.reference = HeadOnly.instead_of(self.scorer.reference)
 
     def sample(self, examples: list[Example]) -> list[dict]:
         """One continuation of each prompt by the policy, and by the reference where there is one: {prompt, policy, reference}.
@@ -507,8 +573,11 @@ class BasicTrainer:
         return [list(self.policy.parameters())]
 
     def make_optimizer(self) -> torch.optim.Optimizer:
+        optimizer = getattr(torch.optim, self.config.optimizer)
+        fused = self.device.type == "cuda" and "fused" in inspect.signature(optimizer).parameters
         try:
-            return getattr(torch.optim, self.config.optimizer)([{"params": group} for group in self.parameter_groups()], lr=self.config.lr)
+            groups = [{"params": group} for group in self.parameter_groups()]
+            return optimizer(groups, lr=self.config.lr, **({"fused": True} if fused else {}))
         except (TypeError, ValueError) as error:
             raise UserError(f"optimizer={self.config.optimizer} does not take this model: {error}") from None
 

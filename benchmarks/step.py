@@ -18,6 +18,7 @@ embeddings, t unique tokens (a prompt once, no padding), whatever a way computes
 import argparse
 import contextlib
 import copy
+import ctypes
 import gc
 import statistics
 import sys
@@ -48,7 +49,7 @@ Pair = tuple[list[int], list[list[int]]]  # prompt, (chosen, rejected)
 
 
 def hh_pairs(n: int, vocabulary: int) -> list[Pair]:
-    """Random tokens of the lengths of n HH pairs."""
+    """Random tokens of the lengths of n HH pairs; responses end with token 0, end-of-sequence."""
     lines = (Path(__file__).parent / "hh_lengths.txt").read_text().splitlines()
     lengths = [tuple(map(int, part.split("-"))) for line in lines if line[0] != "#" for part in line.split()]
     generator = torch.Generator().manual_seed(0)
@@ -56,7 +57,7 @@ def hh_pairs(n: int, vocabulary: int) -> list[Pair]:
     def tokens(length: int) -> list[int]:
         return torch.randint(4, vocabulary, (length,), generator=generator).tolist()
 
-    return [(tokens(a), [tokens(b), tokens(c)]) for a, b, c in (lengths[i % len(lengths)] for i in range(n))]
+    return [(tokens(a), [tokens(b - 1) + [0], tokens(c - 1) + [0]]) for a, b, c in (lengths[i % len(lengths)] for i in range(n))]
 
 
 def collated(pairs: list[Pair], width: int) -> dict[str, torch.Tensor]:
@@ -249,6 +250,7 @@ class Memory:
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
         else:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)  # what others freed is no part of it
             Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
             self.before = self.resident("VmRSS")
         return self

@@ -12,7 +12,8 @@ ORDER = [
     {"token_cache"},
     {"chat", "batching", "config_schema", "checkpoints", "launch", "watch"},
     {"metrics", "models", "preference_datasets", "resume", "training_state"},
-    {"trainers", "memory"},
+    {"reference_cache", "memory"},
+    {"trainers"},
     {"tensor_parallel"},
     {"train", "plot"},
 ]

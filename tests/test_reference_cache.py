@@ -1,0 +1,151 @@
+"""Training on the reference's states from disk is training with the reference."""
+
+import json
+import os
+import re
+import signal
+from collections import namedtuple
+
+import pytest
+import torch
+from conftest import MINI, PREFERENCE, logs_of, run, weights_of
+from test_golden_runs import assert_same_logs, overrides
+
+import reference_cache
+from scoring import ReferenceOnly, Scorer
+from trainers import BasicTrainer
+from utils import RunError, Stopped, UserError
+
+
+@pytest.fixture
+def options(tmp_path):
+    return [*PREFERENCE, f"local_dirs=[{tmp_path}/cache]"]
+
+
+def files(tmp_path) -> set[str]:
+    return {file.name for file in (tmp_path / "cache").glob("*/reference/*")}
+
+
+@pytest.mark.parametrize("mp", ["null", "bfloat16"])
+@pytest.mark.parametrize("loss", ["tdpo2", "dpo"])
+def test_it_is_the_live_reference_bit_by_bit(loss, mp, options, tmp_path):
+    """For the microbatches in which it was computed: those of the first epoch, and of an eval."""
+    options += [f"loss={loss}", f"model.fsdp_policy_mp={mp}", "gradient_accumulation_steps=4", "eval_every=48", "n_epochs=1"]
+    live = run(*options, f"local_run_dir={tmp_path}/live")
+    cached = run(*options, "reference_cache=true", f"local_run_dir={tmp_path}/cached")
+    first, second = ([{**log, "examples_per_second": 0} for log in logs_of(run_dir)] for run_dir in (live, cached))
+    assert first == second
+    assert all(torch.equal(tensor, weights_of(cached)[name]) for name, tensor in weights_of(live).items())
+
+
+@pytest.mark.parametrize("name", ["tdpo2", "dpo", "ipo"])
+def test_the_recorded_runs_with_it(name, tmp_path):
+    """Cut in another way than it was computed."""
+    golden = json.loads((MINI / f"{name}.json").read_text())
+    arguments = [*overrides(golden, MINI, MINI / "model", MINI / "data"), f"local_dirs=[{tmp_path}/cache]", "reference_cache=true"]
+    run(*arguments, f"local_run_dir={tmp_path}/first", "tokens_per_microbatch=1")
+    assert_same_logs(golden, run(*arguments, f"local_run_dir={tmp_path}/second"))
+    assert len(files(tmp_path)) == 2
+
+
+def test_a_second_run_finds_it_and_later_epochs_use_it(options, tmp_path, capsys, monkeypatch):
+    options += ["reference_cache=true", "n_epochs=2", "eval_every=96"]
+    first = run(*options, f"local_run_dir={tmp_path}/first")
+    printed = capsys.readouterr().out
+    (positions,) = re.findall(r"reference cache, train: 96 examples, ([\d,]+) positions x 32 numbers x 4 bytes = 0.001 GB", printed)
+    sizes = {file.stat().st_size for file in (tmp_path / "cache").glob("*/reference/*")}
+    assert int(positions.replace(",", "")) * 32 * 4 in sizes and "found" not in printed
+    forward = Scorer.forward
+
+    def refusing(self, batch, counted=None):
+        assert not isinstance(batch, ReferenceOnly), "computed again"
+        return forward(self, batch, counted)
+
+    monkeypatch.setattr(Scorer, "forward", refusing)
+    second = run(*options, f"local_run_dir={tmp_path}/second")
+    assert capsys.readouterr().out.count("; found") == 2
+    assert logs_of(first)[-1] == logs_of(second)[-1]
+    live = run(*options, "reference_cache=false", f"local_run_dir={tmp_path}/live")
+    for log, expected in zip(logs_of(second), logs_of(live)):
+        for key in expected.keys() - {"split", "examples_per_second"}:
+            assert log[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-5)
+
+
+def test_other_weights_or_data_are_not_it(options, tmp_path):
+    options += ["reference_cache=true", "n_epochs=1"]
+    run(*options, f"local_run_dir={tmp_path}/a")
+    assert len(files(tmp_path)) == 2
+    run(*options, "loss=dpo", "seed=1", f"local_run_dir={tmp_path}/b")  # another loss, another order
+    assert len(files(tmp_path)) == 2
+    run(*options, f"model.archive={tmp_path}/a/LATEST/policy.pt", f"local_run_dir={tmp_path}/c")
+    assert len(files(tmp_path)) == 4
+    run(*options, "max_length=60", f"local_run_dir={tmp_path}/d")
+    assert len(files(tmp_path)) == 6
+
+
+def test_a_file_of_another_size_is_made_again(options, tmp_path, capsys):
+    options += ["reference_cache=true", "n_examples=8"]
+    expected = run(*options, f"local_run_dir={tmp_path}/a")
+    for file in (tmp_path / "cache").glob("*/reference/*"):
+        os.truncate(file, 100)
+    again = run(*options, f"local_run_dir={tmp_path}/b")
+    assert "found" not in capsys.readouterr().out and logs_of(again)[0] == logs_of(expected)[0]
+
+
+def test_only_the_head_stays(options, tmp_path, monkeypatch):
+    trainers = []
+    cache_reference = BasicTrainer.cache_reference
+
+    def noted(self):
+        reference = self.reference_model
+        cache_reference(self)
+        trainers.append((self, reference))
+
+    monkeypatch.setattr(BasicTrainer, "cache_reference", noted)
+    sampled = ["sample_during_eval=true", "n_eval_model_samples=2", "n_examples=8"]
+    run_dir = run(*options, *sampled, "reference_cache=true", f"local_run_dir={tmp_path}/run")
+    ((trainer, reference),) = trainers
+    assert all(tensor.untyped_storage().nbytes() == 0 for tensor in reference.parameters())
+    assert sum(tensor.numel() for tensor in trainer.scorer.reference.state_dict().values()) == 300 * 32
+    assert not list(trainer.scorer.reference.parameters())
+    rows = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
+    assert rows and all(set(row) == {"counters/examples", "prompt", "policy"} for row in rows)
+
+
+def test_a_disk_that_is_too_small(options, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(reference_cache.shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 10**5, 10**5))
+    with pytest.raises(
+        UserError, match=r"needs 0.001 GB in .*; 0.000 GB are free\nset local_dirs to a larger disk, or reference_cache=false"
+    ):
+        run(*options, "reference_cache=true", f"local_run_dir={tmp_path}/run")
+    assert not files(tmp_path)
+
+
+@pytest.mark.parametrize("how", ["signal", "error"])
+def test_what_was_not_finished_is_not_there(how, options, tmp_path, monkeypatch):
+    forward, calls = Scorer.forward, []
+
+    def interrupted(self, batch, counted=None):
+        if isinstance(batch, ReferenceOnly):
+            calls.append(batch)
+            if len(calls) == 3:
+                if how == "error":
+                    raise RunError("out of memory")
+                os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, batch, counted)
+
+    monkeypatch.setattr(Scorer, "forward", interrupted)
+    with pytest.raises(Stopped if how == "signal" else RunError):
+        run(*options, "reference_cache=true", f"local_run_dir={tmp_path}/run")
+    assert not files(tmp_path)
+
+
+def test_it_needs_fast_scoring(options, tmp_path):
+    with pytest.raises(UserError, match="reference_cache=true needs fast scoring"):
+        run(*options, "scoring=plain", "reference_cache=true", f"local_run_dir={tmp_path}/run")
+
+
+def test_sft_has_no_reference(options, tmp_path):
+    run(*options, "loss=sft", "n_examples=8", "reference_cache=true", f"local_run_dir={tmp_path}/run")
+    assert not files(tmp_path)
