@@ -242,10 +242,11 @@ def balanced_parts(lengths: Sequence[int], ranks: int, parts: int, tokens: Optio
         return len(part) * lengths[part[0]]
 
     wanted = ranks * (parts if tokens is None else -(-len(cut(tokens)) // ranks))
-    budgets = range(lengths[order[0]], len(lengths) * lengths[order[0]] + 1)
+    budgets = range(1, (tokens or len(lengths) * lengths[order[0]]) + 1)
     # The smallest budget that needs no more parts than wanted: all of them are then about as large as it.
     cuts = cut(budgets[bisect.bisect_left(budgets, -wanted, key=lambda budget: -len(cut(budget)))])
-    while len(cuts) < wanted and len(largest := max(cuts, key=cost)) > 1:
+    while len(cuts) < min(wanted, len(lengths)):
+        largest = max((part for part in cuts if len(part) > 1), key=cost)
         cuts.remove(largest)
         cuts += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
     cuts.sort(key=cost, reverse=True)

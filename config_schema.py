@@ -237,7 +237,7 @@ def _joint_problems(config: DictConfig) -> list[str]:
         problems.append(f"parallel.replicas={config.parallel.replicas} needs trainer=FSDPTrainer")
     if config.exp_name.strip(".") == "" or ".." in config.exp_name:
         problems.append(f"exp_name={config.exp_name!r}: '..' is no part of a name")
-    if config.batch_size % config.gradient_accumulation_steps:
+    if config.tokens_per_microbatch is None and config.batch_size % config.gradient_accumulation_steps:
         problems.append(
             f"batch_size={config.batch_size} does not divide by gradient_accumulation_steps={config.gradient_accumulation_steps}"
         )

@@ -76,13 +76,24 @@ def identity_of(path: str, subset: Optional[str], cache_dir: Optional[str]) -> l
             (split, datasets.load_dataset(path, subset, split=split, cache_dir=cache_dir)._fingerprint)
             for split in _hub_splits(path, subset)
         ]
-    files = [path] if os.path.isfile(path) else sorted(glob.glob(os.path.join(glob.escape(path), "**"), recursive=True))
+    escaped = glob.escape(path)
+    if os.path.isfile(path):
+        files = [path]
+    elif _is_saved(path):
+        files = glob.glob(os.path.join(escaped, "**"), recursive=True)
+    else:
+        files = [file for place in (escaped, os.path.join(escaped, "data")) for file in glob.glob(os.path.join(place, "*"))]
     hashes = []
-    for file in files:
-        if os.path.isfile(file) and file.endswith((*LOCAL_SUFFIXES, ".arrow", ".json")):
+    for file in sorted(files):
+        if os.path.isfile(file) and (_is_saved(path) or file.endswith(LOCAL_SUFFIXES)):
             with open(file, "rb") as handle:
                 hashes.append((os.path.relpath(file, path), hashlib.file_digest(handle, "sha256").hexdigest()))
     return hashes
+
+
+def _is_saved(path: str) -> bool:
+    """Whether `save_to_disk` of datasets wrote this folder."""
+    return any(os.path.isfile(os.path.join(path, file)) for file in ("dataset_dict.json", "state.json"))
 
 
 def _files_of_split(folder: str, split: str) -> list[str]:

@@ -1,6 +1,7 @@
 """Tokens, truncation, order of the examples, batches."""
 
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from conftest import MINI, compose, tokenized
 
 import train
-from batching import BatchStream, TokenizedSplit, get_collate_fn
+from batching import BatchStream, TokenizedSplit, ahead, balanced_parts, get_collate_fn
 from losses import get_objective
 from models import embedded_tokenizer
 from preference_datasets import default_options, tokenize_batch_element
@@ -166,3 +167,67 @@ def test_the_order_is_the_published_one(mini_tokenizer):
     for epoch, seed in zip(split.epochs(3), seeds[:3]):
         random.Random(int(seed)).shuffle(expected)
         assert [example.prompt for example in epoch] == expected
+
+
+# --- microbatches ---
+
+
+def lengths(n: int) -> list[int]:
+    """Long-tailed, as dialogues are."""
+    return np.random.RandomState(n).geometric(0.01, n).clip(4, 600).tolist()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+@pytest.mark.parametrize("parts", [1, 2, 4])
+@pytest.mark.parametrize("n", [64, 61])
+def test_parts_of_about_equal_tokens(n, parts, ranks):
+    """Every example once; as many microbatches on each rank; no cut of the sorted examples has a smaller largest part."""
+    sizes = lengths(n)
+    rounds = balanced_parts(sizes, ranks, parts)
+    assert len(rounds) == parts and all(len(some) == ranks for some in rounds)
+    assert sorted(i for some in rounds for part in some for i in part) == list(range(n))
+    descending = sorted(sizes, reverse=True)
+    least = [0.0] + [float("inf")] * n  # of the first i of them, cut into any number of parts up to the round's
+    for _ in range(parts * ranks):
+        least = [0.0] + [min(max(least[j], (i - j) * descending[j]) for j in range(i)) for i in range(1, n + 1)]
+    assert max(len(part) * max(sizes[i] for i in part) for some in rounds for part in some) == least[n]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+@pytest.mark.parametrize("tokens", [1, 300, 2000, 10**6])
+def test_parts_of_at_most_so_many_tokens(tokens, ranks):
+    sizes = lengths(64)
+    rounds = balanced_parts(sizes, ranks, parts=3, tokens=tokens)  # parts play no role
+    assert all(len(some) == ranks for some in rounds)
+    assert sorted(i for some in rounds for part in some for i in part) == list(range(64))
+    for part in (part for some in rounds for part in some):
+        assert len(part) <= 1 or len(part) * max(sizes[i] for i in part) <= tokens
+    if tokens == 10**6:
+        assert len(rounds) == 1
+    if tokens == 1:
+        assert len(rounds) == 64 // ranks
+
+
+def test_fewer_examples_than_parts():
+    """A rank without an example takes part; a round without any is left out."""
+    assert balanced_parts([5, 9, 7], ranks=2, parts=4) == [[[1], [2]], [[0], []]]
+    assert balanced_parts([5], ranks=2, parts=1) == [[[0], []]]
+
+
+def test_the_next_item_is_prepared_while_this_one_is_used():
+    started, used = [], threading.Event()
+
+    def prepare(item):
+        started.append(item)
+        if item == 2:
+            assert used.wait(10)  # the caller has item 1 meanwhile
+        return item * 10
+
+    results = []
+    for item, prepared in ahead(prepare, iter([1, 2, 3])):
+        results.append((item, prepared))
+        used.set()
+    assert results == [(1, 10), (2, 20), (3, 30)] and started == [1, 2, 3]
+    assert list(ahead(prepare, [])) == []
+    with pytest.raises(ZeroDivisionError):  # where it would be used
+        list(ahead(lambda item: 1 / item, [1, 0]))

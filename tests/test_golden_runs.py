@@ -60,6 +60,21 @@ def test_mini(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_mini_plain(name, tmp_path):
+    """Scored as published; test_mini scores fast."""
+    golden = json.loads((MINI / f"{name}.json").read_text())
+    run_dir = run(*overrides(golden, MINI, MINI / "model", MINI / "data"), "scoring=plain", f"local_run_dir={tmp_path}/run")
+    assert_same_logs(golden, run_dir)
+
+
+@pytest.mark.parametrize("tokens", [1, 200, 10_000])
+def test_mini_with_so_many_tokens_a_microbatch(tokens, tmp_path):
+    golden = json.loads((MINI / "tdpo2.json").read_text())
+    cut = [f"tokens_per_microbatch={tokens}", "scoring=fast", f"local_run_dir={tmp_path}/run"]
+    assert_same_logs(golden, run(*overrides(golden, MINI, MINI / "model", MINI / "data"), *cut))
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_mini_with_another_cut_of_the_batch(name, tmp_path):
     """The trajectory does not depend on how a batch is cut into microbatches, nor the eval on its batch size."""
     golden = json.loads((MINI / f"{name}.json").read_text())
@@ -91,6 +106,14 @@ def test_hh_rows(name, tmp_path):
     golden = json.loads((GOLDEN / f"{name}.json").read_text())
     data = SHARED / "data" / "hh-rlhf"
     assert_same_logs(golden, run(*overrides(golden, GOLDEN, GOLDEN / "tiny-neox", data), f"local_run_dir={tmp_path}/run"))
+
+
+@needs_shared
+@pytest.mark.parametrize("extra", ["tokens_per_microbatch=1000", "reference_cache=true"])
+def test_hh_rows_in_other_ways(extra, tmp_path):
+    golden = json.loads((GOLDEN / "tdpo2.json").read_text())
+    arguments = overrides(golden, GOLDEN, GOLDEN / "tiny-neox", SHARED / "data" / "hh-rlhf")
+    assert_same_logs(golden, run(*arguments, extra, f"local_dirs=[{tmp_path}]", f"local_run_dir={tmp_path}/run"))
 
 
 @needs_shared
