@@ -1,12 +1,14 @@
 """Memory of one device in training, computed before a machine is rented for it. `python memory.py` prints the tables of docs/scaling.md.
 
-The counts of copies below were read off scoring.py and PyTorch's FSDP2; tests/test_memory.py holds them against measured peaks.
+The counts of copies below were read off scoring.py, chunked_head.py and PyTorch's FSDP2; tests/test_memory.py holds them against measured
+peaks.
 """
 
 from dataclasses import dataclass
 
 import transformers
 
+from chunked_head import CHUNK
 from models import empty_model
 from parallel import find_blocks
 
@@ -62,16 +64,18 @@ def device_memory(
     optimizer_states: int = 1,
     activation_checkpointing: bool = True,
     accumulates_whole: bool = False,
+    plain: bool = False,
 ) -> dict[str, int]:
     """Peak bytes of one device at the end of the forward pass or within the backward pass, by what they are for.
 
     Args:
-        tokens: of a microbatch on this device, all responses with their prompts and padding.
+        tokens: of a microbatch on this device, padding included: a prompt once with its responses; plain, once with each of them.
         response_tokens: of them, those that are predicted and trained on.
         shards: devices over which a model is sharded (all / parallel.replicas).
         needs_reference, needs_kl: of the loss.
         weight_bytes, compute_bytes: of model.policy_dtype and model.fsdp_policy_mp; the reference has the latter.
         optimizer_states: numbers a parameter: 1 for RMSprop, 2 for AdamW.
+        plain: scoring=plain.
         accumulates_whole: parallel.reduce_once_a_step with gradient_accumulation_steps > 1: whole gradients on every device.
 
     Returns:
@@ -90,7 +94,10 @@ def device_memory(
     within_block = (12 * shape.hidden + (4 if shape.gated else 2) * shape.inner) * tokens * compute_bytes
     inputs = shape.hidden * tokens * compute_bytes
     memory["activations"] = within_block + shape.blocks * inputs if activation_checkpointing else shape.blocks * within_block
-    memory["logits"] = _logits(shape.vocabulary, tokens, response_tokens, needs_reference, needs_kl, compute_bytes)
+    if plain:
+        memory["logits"] = _plain_logits(shape.vocabulary, tokens, response_tokens, needs_reference, needs_kl, compute_bytes)
+    else:
+        memory["logits"] = head_memory(shape.vocabulary, shape.hidden, response_tokens, needs_reference, needs_kl, compute_bytes)
     return {name: int(value) for name, value in memory.items()}
 
 
@@ -103,7 +110,27 @@ def _gathered(shape: ModelShape, shards: int, weight_bytes: int, compute_bytes: 
     return compute_bytes * (shape.rest + 2 * shape.block + largest) + weight_bytes * largest
 
 
-def _logits(vocabulary: int, tokens: int, response_tokens: int, needs_reference: bool, needs_kl: bool, compute_bytes: int) -> float:
+def head_memory(
+    vocabulary: int,
+    hidden: int,
+    response_tokens: int,
+    needs_reference: bool,
+    needs_kl: bool,
+    compute_bytes: int,
+    weight_bytes: int = 4,
+    chunk: int = CHUNK["cuda"],
+) -> float:
+    """Fast scoring, in bytes: a chunk's log-probabilities of policy and reference and the latter's probabilities (without SeqKL, one of
+    these after another), one more where log-softmax is not in place or a copy is in half precision; the gradient of the head's weight, and
+    of half precision a chunk's part of it; hidden states at response positions, of policy and reference, and their gradient."""
+    positions = min(chunk, response_tokens)
+    tables = 4 * (3 if needs_kl else 1) + (0 if chunk == CHUNK["cpu"] else 4)
+    head = vocabulary * hidden * (weight_bytes + (compute_bytes if compute_bytes < 4 else 0))
+    states = hidden * response_tokens * compute_bytes * (3 if needs_reference else 2)
+    return positions * vocabulary * tables + head + states
+
+
+def _plain_logits(vocabulary: int, tokens: int, response_tokens: int, needs_reference: bool, needs_kl: bool, compute_bytes: int) -> float:
     """`plain` scoring: policy's and reference's logits at all positions in float32; at response positions, their log-probabilities and
     what the loss makes of them."""
     everywhere = 2 if needs_reference else 1
@@ -141,8 +168,8 @@ MODELS = {
     ),
 }
 GPUS = (1, 2, 4, 8, 16, 32, 64)
-# One pair a microbatch and device, its two rows filled to max_length=512, half of it responses.
-PAIR = {"tokens": 1_024, "response_tokens": 512}
+# One pair a microbatch and device, filled to max_length=512: a prompt of 256 tokens and two responses of as many.
+PAIR = {"tokens": 768, "response_tokens": 512}
 
 
 def tables() -> str:

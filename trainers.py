@@ -10,8 +10,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from types import MappingProxyType
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -19,9 +18,10 @@ import tqdm
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from batching import BatchStream, Example, TokenizedSplit, ahead, balanced_parts, get_collate_fn
+from batching import BatchStream, Example, TokenizedSplit, ahead, get_collate_fn
 from checkpoints import add_export, remove_old, save_checkpoint
 from chunked_head import HeadOnly
+from feeding import Feeder, Microbatch
 from losses import get_objective, preference_loss, tdpo_loss
 from metrics import MetricSums, Sink, example_metrics
 from parallel import World, find_blocks, fingerprint, load_weights, shard_scorer, whole_state
@@ -37,7 +37,6 @@ from scoring import (
     concatenated_inputs,
     fast_scoring_problem,
 )
-from shared_prompt import PromptRows, prompt_rows
 from signals import StopSignals
 from training_state import restore_tensors, training_tensors
 from utils import DTYPES, RunError, Stopped, UserError, full_tensor, get_local_dir, plural, some_of
@@ -55,13 +54,6 @@ __all__ = [
 
 EVAL_SEED = 0  # of the eval order, whatever the run's seed, so that runs of different seeds see the same eval pairs
 STEP_ZERO_TOLERANCE = 1e-3  # nats: far above rounding, far below what one step of training does
-
-
-class Microbatch(NamedTuple):
-    """Examples that are scored together; `batch` is what the scorer takes, on the device."""
-
-    examples: list[Example]
-    batch: Union[PromptRows, Mapping]
 
 
 class BasicTrainer:
@@ -101,7 +93,6 @@ class BasicTrainer:
         self.config, self.seed, self.run_dir = config, seed, run_dir
         self.data = {"train": train_data, "eval": eval_data}
         self.tokenizer, self.sinks = tokenizer, sinks
-        self.collate = get_collate_fn(tokenizer)
         self.device = self.world.device
         loss = OmegaConf.to_container(config.loss)
         self.objective = get_objective(loss.pop("name"), **loss)
@@ -120,13 +111,14 @@ class BasicTrainer:
                 block.compile(dynamic=True)
         self.scorer = self.place(Scorer(policy, reference_model, self.objective, config.compile), weights or {})
         self.policy, self.reference_model = self.scorer.policy, self.scorer.reference
-        self.scores_fast = self.choose_scoring()
-        self.reference_caches: dict[str, ReferenceCache] = {}  # by split
 
         self.batches = BatchStream(train_data, config.batch_size, seed, config.n_epochs, config.n_examples, config.drop_last)
         eval_order = next(eval_data.epochs(EVAL_SEED))
         self.eval_examples = eval_order[: config.n_eval_examples]
-        self.placeholders = {"train": next(iter(self.batches))[0], "eval": self.eval_examples[0]}
+        placeholders = {"train": next(iter(self.batches))[0], "eval": self.eval_examples[0]}
+        cut = config.gradient_accumulation_steps, config.tokens_per_microbatch
+        self.feeder = Feeder(self.data, get_collate_fn(tokenizer), self.device, self.data_rank, *cut, placeholders)
+        self.feeder.fast = self.choose_scoring()
         self.generation_config = own_distribution(tokenizer, config.max_length)
         with self.world.agreed():
             self.optimizer = self.make_optimizer()
@@ -173,7 +165,7 @@ class BasicTrainer:
             try:
                 if self.config.reference_cache and self.reference_model is not None:
                     self.cache_reference()
-                for examples, microbatches in ahead(self.microbatches, self.batches.after(self.batches_given)):
+                for examples, microbatches in ahead(self.feeder.train, self.batches.after(self.batches_given)):
                     self.between_steps()
                     metrics = self.train_step(examples, microbatches)
                     self.log_train(metrics, progress)
@@ -252,37 +244,6 @@ class BasicTrainer:
         """Of the next step: rises linearly over the first warmup_steps, as published. A step that was left out is none of the schedule."""
         return self.config.lr * min(1.0, (self.batch_counter + 1) / (self.config.warmup_steps + 1))
 
-    def microbatches(self, examples: list[Example]) -> list[Microbatch]:
-        """This rank's part of the batch, of about equal tokens each; as many on all ranks.
-
-        A part may be empty where another rank's is not: its forward and backward are then needed all the same.
-        """
-        rank, ranks = self.data_rank
-        lengths = self.data["train"].lengths(examples)
-        rounds = balanced_parts(lengths, ranks, self.config.gradient_accumulation_steps, self.config.tokens_per_microbatch)
-        return [self.microbatch([examples[i] for i in parts[rank]], "train") for parts in rounds]
-
-    def microbatch(self, examples: list[Example], split: str) -> Microbatch:
-        """Without examples the tokens of another one, which does not count: a sharded model needs every rank at every forward."""
-        data = self.data[split]
-        counted = examples or [self.placeholders[split]]
-        if self.scores_fast:
-            rows = prompt_rows([data.tokens(example) for example in counted])
-            if split in self.reference_caches:
-                rows = self.reference_caches[split].add_to(rows, counted)
-            return Microbatch(examples, (rows.pin_memory() if self.device.type == "cuda" else rows).to(self.device))
-        # A proxy, because FSDP would move a dict's labels to the device too, and finding the response tokens would wait for it.
-        elements = [data.element(example) for example in counted]
-        return Microbatch(examples, MappingProxyType(self.to_device(self.collate(elements))))
-
-    def share(self, items: list) -> list:
-        """This rank's part of them."""
-        rank, ranks = self.data_rank
-        return items[rank::ranks]
-
-    def eval_batch(self, examples: list[Example]) -> Microbatch:
-        return self.microbatch(examples, "eval")
-
     def score(self, microbatch: Microbatch, sums: MetricSums, split: str) -> Scored:
         """Loss and scores, and the metrics of those examples that count; `split` is train or eval."""
         self.world.passes += 1
@@ -305,10 +266,6 @@ class BasicTrainer:
                 f"step {self.batch_counter + 1}: out of memory on {self.device} with {len(examples)} {split} examples, the longest of "
                 f"{longest} tokens\ntry a {key}, a smaller max_length, model.fsdp_policy_mp=bfloat16{more} or activation_checkpointing=true"
             ) from error
-
-    def to_device(self, batch: dict) -> dict:
-        """Token ids and masks go to the device; labels stay, so that finding the response tokens does not wait for it."""
-        return {k: v.to(self.device, non_blocking=True) if k.endswith(("_input_ids", "_mask")) else v for k, v in batch.items()}
 
     def is_finite(self, loss: torch.Tensor, grad_norm: torch.Tensor, examples: list[Example], losses: list[torch.Tensor]) -> bool:
         """Whether to take the step: the same answer on all ranks. The one place in a step that waits for the device.
@@ -349,7 +306,7 @@ class BasicTrainer:
         sums = MetricSums()
         batches = self.eval_batches()
         with torch.no_grad(), self.computing():
-            prepared = ahead(self.eval_batch, batches)
+            prepared = ahead(self.feeder.eval, batches)
             for examples, microbatch in tqdm.tqdm(prepared, "Evaluating", len(batches), leave=False, disable=self.hide_progress):
                 self.check_stop()
                 with self.explained_out_of_memory(examples, "eval"):
@@ -366,7 +323,7 @@ class BasicTrainer:
         """This rank's parts of eval_batch_size examples each; those of like length together, so that little is padded."""
         data, size = self.data["eval"], self.config.eval_batch_size
         ordered = sorted(self.eval_examples, key=lambda example: data.lengths([example]))
-        return [self.share(ordered[start : start + size]) for start in range(0, len(ordered), size)]
+        return [self.feeder.share(ordered[start : start + size]) for start in range(0, len(ordered), size)]
 
     def cache_reference(self) -> None:
         """Put the reference's hidden states on disk, unless they are there; then keep of the reference its head alone.
@@ -377,7 +334,7 @@ class BasicTrainer:
         Raises:
             UserError: scoring is plain, or the disk has not the space.
         """
-        if not self.scores_fast:
+        if not self.feeder.fast:
             raise UserError("reference_cache=true needs fast scoring, which this model or scoring=plain rules out: reference_cache=false")
         config = self.config
         whole = config.n_examples is None or config.n_examples >= len(self.data["train"])
@@ -392,8 +349,8 @@ class BasicTrainer:
             split: ReferenceCache(folder, self.data[split], some, model.hidden_size, dtype, identity) for split, some in examples.items()
         }
         microbatches = {
-            "train": (microbatch for batch in stream for microbatch in self.microbatches(batch)),
-            "eval": map(self.eval_batch, self.eval_batches()),
+            "train": (microbatch for batch in stream for microbatch in self.feeder.train(batch)),
+            "eval": map(self.feeder.eval, self.eval_batches()),
         }
         for split, cache in caches.items():
             there = self.world.from_first(cache.is_there)
@@ -403,7 +360,7 @@ class BasicTrainer:
             with self.world.agreed():
                 cache.open(cache.file)
         print("reference cache: from now on only the reference's head is in memory, and samples are the policy's alone")
-        self.reference_caches, self.reference_model = caches, None
+        self.feeder.reference_caches, self.reference_model = caches, None
         self.scorer.reference = HeadOnly.instead_of(self.scorer.reference)
 
     def sample(self, examples: list[Example]) -> list[dict]:
@@ -424,9 +381,9 @@ class BasicTrainer:
             for start in starts:
                 self.check_stop()
                 some = examples[start : start + self.config.eval_batch_size]
-                own = self.share(some)
+                own = self.feeder.share(some)
                 elements = [self.data["eval"].element(example) for example in own or some[:1]]
-                batch = self.to_device(self.collate(elements))
+                batch = self.feeder.collated(elements)
                 texts = {name: self.generate(model, batch) for name, model in models.items()}
                 rows.append(
                     [{"prompt": e["prompt"], **{name: texts[name][i] for name in models}} for i, e in enumerate(elements[: len(own)])]

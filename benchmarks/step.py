@@ -183,10 +183,11 @@ class TrlStep:
         import tokenizers
         import trl
 
-        vocabulary = {f"t{i}": i for i in range(model.config.vocab_size)}
-        inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="t2"))
+        special = ["<end>", "<pad>", "<unk>"]
+        vocabulary = {name: i for i, name in enumerate([*special, *(f"t{i}" for i in range(3, model.config.vocab_size))])}
+        inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
         inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="t0", pad_token="t1", unk_token="t2")
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>", pad_token="<pad>", unk_token="<unk>")
 
         def text(tokens: list[int]) -> str:
             return "".join(f" t{i}" for i in tokens)

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import chunked_head
 from chunked_head import Head, Reference, loss_of_rows, score_rows
 from losses import OBJECTIVES, get_objective
+from memory import head_memory
 from metrics import example_metrics
 from scoring import Scorer, fast_scoring_problem
 from shared_prompt import attention_masks, prompt_rows
@@ -319,3 +320,5 @@ def test_memory_does_not_grow_with_positions_times_vocabulary(name):
         return live.peak
 
     assert 0 < peak(8 * 1024) < 1.5 * peak(1024)
+    computed = head_memory(4096, 8, 1024, objective.needs_reference, objective.needs_kl, 4, chunk=chunked_head.CHUNK["cpu"])
+    assert peak(1024) == pytest.approx(computed, rel=0.1)

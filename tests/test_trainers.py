@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import DATA, MINI, PREFERENCE, logs_of, run, weights_of
+from conftest import DATA, MINI, PREFERENCE, QUIET, logs_of, run, weights_of
 from transformers import AutoModelForCausalLM
 
 from losses import get_objective
@@ -163,6 +163,22 @@ def test_activation_checkpointing_changes_no_number(tmp_path, monkeypatch):
         plain, again = (weights_of(run_dir) for run_dir in runs)
         assert all(torch.equal(plain[name], again[name]) for name in plain)
     assert enabled == {False, True}
+
+
+def test_compiled_blocks_and_chunks_compute_the_same(tmp_path):
+    """Of more layers than PyTorch compiles one function anew for: a graph a layer would fall back to none."""
+    options = [*QUIET, "model.from_config.num_hidden_layers=10", "loss=tdpo2", "loss.beta=0.5", "n_examples=16", "batch_size=8"]
+    options += ["n_eval_examples=8", "eval_every=16", "gradient_accumulation_steps=2"]
+    logs = []
+    for compiled in ("false", "true"):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        logs.append(logs_of(run(*options, f"compile={compiled}", f"local_run_dir={tmp_path}/{compiled}")))
+    for log, expected in zip(logs[1], logs[0], strict=True):
+        for key in expected.keys() - {"split", "examples_per_second"}:
+            assert log[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-5), key
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert 5 <= graphs <= 12 and not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_deterministic_is_what_pytorch_calls_so(tmp_path):

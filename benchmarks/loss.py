@@ -1,0 +1,104 @@
+"""The chunked head and loss alone: time over that of its matrix products, and peak memory, by vocabulary and number of positions.
+
+    python benchmarks/loss.py
+    python benchmarks/loss.py --hidden 4096 --dtype bfloat16 --device cuda
+
+tdpo2 with its gradients of hidden states and of the head's weight, of pairs with 128 + 128 response tokens. The floor is four products of
+(positions, hidden) by (hidden, vocabulary) size, logits of policy and reference and the two gradients, timed in chunks of the same size
+into memory that is there. Memory is the peak above what inputs, weights and their gradients hold (see step.py).
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+
+from benchmarks.step import Memory  # noqa: E402
+from chunked_head import CHUNK, Head, Reference, loss_of_rows  # noqa: E402
+from losses import get_objective  # noqa: E402
+from shared_prompt import prompt_rows  # noqa: E402
+from utils import DTYPES  # noqa: E402
+
+SIDE = 128  # response tokens of chosen, and of rejected
+
+
+def seconds(function, device: torch.device, rounds: int) -> float:
+    times = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def floor(positions: int, hidden: int, vocabulary: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Seconds of the four products."""
+    size = min(CHUNK[device.type], positions)
+    states, weight = (torch.randn(n, hidden, device=device, dtype=dtype) for n in (size, vocabulary))
+    logits = torch.empty(size, vocabulary, device=device, dtype=dtype)
+    gradients = torch.empty_like(states), torch.zeros_like(weight)
+
+    def products() -> None:
+        for _ in range(2):
+            torch.mm(states, weight.t(), out=logits)
+        torch.mm(logits, weight, out=gradients[0])
+        gradients[1].addmm_(logits.t(), states)
+
+    products()
+    return seconds(products, device, 3) * positions / size
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--vocabularies", type=int, nargs="+", default=[32_000, 50_304, 128_256, 152_064])
+    parser.add_argument("--positions", type=int, nargs="+", default=[1_024, 8_192, 65_536])
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--rounds", type=int, default=1)
+    arguments = parser.parse_args()
+    device, dtype = torch.device(arguments.device), DTYPES[arguments.dtype]
+    chunks = f"chunks of {CHUNK[device.type]} positions"
+    print(f"hidden {arguments.hidden}, {arguments.dtype}, {device.type}, {chunks}; torch {torch.__version__}\n")
+    print("| vocabulary | positions | s | the products alone, s | times the products | peak MB | both models' float32 logits, MB |")
+    print("|" + "---:|" * 7)
+    for vocabulary in arguments.vocabularies:
+        for positions in arguments.positions:
+            print(row(arguments, vocabulary, positions, device, dtype), flush=True)
+
+
+def row(arguments: argparse.Namespace, vocabulary: int, positions: int, device: torch.device, dtype: torch.dtype) -> str:
+    """Of the table."""
+    torch.manual_seed(0)
+    states = torch.randn(positions, arguments.hidden, device=device, dtype=dtype, requires_grad=True)
+    weights = [(0.02 * torch.randn(vocabulary, arguments.hidden, device=device)).to(dtype) for _ in range(2)]
+    weights[0].requires_grad_()
+    rows = prompt_rows([([1], [[2] * SIDE, [3] * SIDE])] * (positions // (2 * SIDE))).to(device)
+    reference = Reference(states.detach() + 0.1, Head(weights[1], None, compiled=arguments.compile))
+    states.grad, weights[0].grad = torch.zeros_like(states), torch.zeros_like(weights[0])
+    objective = get_objective("tdpo2", beta=0.1, alpha=0.5)
+
+    def run() -> None:
+        head = Head(weights[0], None, compiled=arguments.compile)
+        loss_of_rows(states, head, reference, rows, objective, len(rows.counts))[0].backward()
+
+    if positions == arguments.positions[0]:
+        run()  # warm-up
+    with Memory(device) as memory:
+        elapsed = seconds(run, device, arguments.rounds)
+    least = floor(positions, arguments.hidden, vocabulary, device, dtype)
+    whole = 2 * 4 * positions * vocabulary
+    cells = f"{elapsed:.2f} | {least:.2f} | {elapsed / least:.2f} | {memory.peak / 1e6:,.0f} | {whole / 1e6:,.0f}"
+    return f"| {vocabulary:,} | {positions:,} | {cells} |"
+
+
+if __name__ == "__main__":
+    main()
