@@ -284,8 +284,9 @@ class _Gradients:
 
 
 def _label_logps(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities (C, V), on a CPU in place, and those of the labels (C,)."""
-    logps = torch.log_softmax(logits, -1, out=logits if logits.device.type == "cpu" else None)
+    """Log-probabilities (C, V), in place, and those of the labels (C,)."""
+    # Not promised to work in place elsewhere; a copy onto itself is none.
+    logps = logits.copy_(torch.log_softmax(logits, -1, out=logits if logits.device.type == "cpu" else None))
     return logps, logps.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 

@@ -247,6 +247,8 @@ def _joint_problems(config: DictConfig) -> list[str]:
         )
     if config.n_epochs is None and config.n_examples is None:
         problems.append("n_epochs and n_examples are both null: give one of them")
+    if config.reference_cache and config.scoring == "plain":
+        problems.append("reference_cache=true needs fast scoring: scoring=auto, or reference_cache=false")
     if config.model.name_or_path is None and config.model.from_config is None:
         problems.append("model.name_or_path is null: name a model on the hub or a local folder")
     if config.model.name_or_path is not None and config.model.from_config is not None:
@@ -278,6 +280,8 @@ def _warnings(config: DictConfig, overrides: list[str]) -> list[str]:
     name, _ = losses.resolve(config.loss.name, {key: value for key, value in config.loss.items() if key != "name"})
     if name == "tdpo1" and any(re.match(r"\+*loss\.alpha=", override) for override in overrides):
         notes.append("warning: TDPO1 has no alpha; loss.alpha is ignored")
+    if config.reference_cache and not losses.OBJECTIVES[name].needs_reference:
+        notes.append(f"warning: {name} has no reference; reference_cache is ignored")
     if losses.OBJECTIVES[name].needs_reference and config.model.archive is None:
         notes.append(f"warning: {name} without model.archive: policy and reference start from the model as it is, without SFT")
     return notes

@@ -122,7 +122,8 @@ def head_memory(
 ) -> float:
     """Fast scoring, in bytes: a chunk's log-probabilities of policy and reference and the latter's probabilities (without SeqKL, one of
     these after another), one more where log-softmax is not in place or a copy is in half precision; the gradient of the head's weight, and
-    of half precision a chunk's part of it; hidden states at response positions, of policy and reference, and their gradient."""
+    of half precision a chunk's part of it; hidden states at response positions, of policy and reference, and their gradient. Logits with a
+    soft cap take one table more."""
     positions = min(chunk, response_tokens)
     tables = 4 * (3 if needs_kl else 1) + (0 if chunk == CHUNK["cpu"] else 4)
     head = vocabulary * hidden * (weight_bytes + (compute_bytes if compute_bytes < 4 else 0))

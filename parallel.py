@@ -6,6 +6,7 @@ PyTorch's own engine throughout: torch.distributed, `fully_shard` (FSDP2) and DT
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, Optional, TypeVar
 
@@ -141,7 +142,8 @@ def shard_scorer(
             fully_shard(module, mesh=mesh)
     mixed = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=gradient_dtype)
     for module in [*find_blocks(scorer.policy, block_name), scorer]:
-        fully_shard(module, mesh=mesh, mp_policy=mixed)
+        # The scorer's inputs are tokens, and perhaps the reference's states, which keep their own dtype.
+        fully_shard(module, mesh=mesh, mp_policy=replace(mixed, cast_forward_inputs=module is not scorer))
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # else gloo is asked for a scaled sum, which it lacks
 

@@ -3,16 +3,19 @@
 A state takes hidden_size numbers, the logits that the head makes of it vocab_size: so states are kept, and the head stays in memory.
 """
 
+import glob
 import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Optional
+from typing import BinaryIO, Optional
 
 import numpy as np
 import torch
 import tqdm
+import transformers
 
 from batching import Example, TokenizedSplit
 from parallel import World
@@ -21,6 +24,14 @@ from shared_prompt import PromptRows
 from utils import UserError, plural
 
 FORMAT = 1  # of the file, and of how rows are computed
+PASSING = ("_name_or_path", "transformers_version", "dtype", "architectures")  # of a model's config, that decide no state
+
+
+def identity_of(config: transformers.PreTrainedConfig) -> str:
+    """What beside weights decides hidden states: heads, rotations, windows and the like."""
+    values = {key: value for key, value in config.to_dict().items() if key not in PASSING}
+    attention = config.get_text_config()._attn_implementation
+    return hashlib.sha256(json.dumps([values, attention, transformers.__version__], sort_keys=True, default=str).encode()).hexdigest()
 
 
 class ReferenceCache:
@@ -29,7 +40,7 @@ class ReferenceCache:
     Args:
         cache_dir: the user's folder for such things.
         split: where the examples come from.
-        examples: those that will be asked for, each once.
+        examples: those that will be asked for.
         hidden: numbers a state.
         dtype: in which the reference computes.
         identity: of the reference's weights, and of what else decides its states.
@@ -39,7 +50,7 @@ class ReferenceCache:
         self, cache_dir: str, split: TokenizedSplit, examples: Sequence[Example], hidden: int, dtype: torch.dtype, identity: Mapping
     ):
         self.split, self.hidden, self.dtype = split, hidden, dtype
-        indices = np.array(sorted(map(split.index, examples)))
+        indices = np.unique(list(map(split.index, examples)))
         counts = split.response_tokens()[indices]
         self.stop = np.zeros(len(split), np.int64)
         self.stop[indices] = np.cumsum(counts)
@@ -61,36 +72,6 @@ class ReferenceCache:
             f"{self.bytes / 1e9:.3f} GB in {self.file}; {free / 1e9:.1f} GB are free"
         )
 
-    def create(self) -> None:
-        """An empty file beside the place of the whole one, with all its space.
-
-        Raises:
-            UserError: the disk has not that much.
-        """
-        free = shutil.disk_usage(_existing_parent(self.file)).free
-        if free < self.bytes:
-            raise UserError(
-                f"reference_cache=true needs {self.bytes / 1e9:.3f} GB in {os.path.dirname(self.file)}; {free / 1e9:.3f} GB are free\n"
-                "set local_dirs to a larger disk, or reference_cache=false"
-            )
-        try:
-            os.makedirs(os.path.dirname(self.file), exist_ok=True)
-            with open(self.new, "wb") as file:
-                # Else a disk that fills up would kill the process where it writes to the mapping.
-                (os.posix_fallocate if hasattr(os, "posix_fallocate") else _extend)(file.fileno(), 0, self.bytes)
-        except OSError as error:
-            self.discard()
-            raise UserError(f"reference_cache=true: {self.new} cannot be written: {error}") from None
-
-    @property
-    def new(self) -> str:
-        return self.file + ".new"
-
-    def open(self, file: str) -> None:
-        """Map the file: the one that is being written, or the whole one, of which no change would be kept."""
-        self._values = torch.from_file(file, shared=file == self.new, size=self.positions * self.hidden, dtype=self.dtype)
-        self._values = self._values.view(self.positions, self.hidden)
-
     def fill(
         self, microbatches: Iterable, scorer: Scorer, world: World, check_stop: Callable[[], None], hide_progress: Optional[bool]
     ) -> None:
@@ -102,33 +83,80 @@ class ReferenceCache:
             check_stop: raises where the run is to end.
             hide_progress: tqdm's `disable`.
         """
-        world.from_first(self.create)
+        new = world.from_first(self._create)
         try:
             with world.agreed():
-                self.open(self.new)
-            for examples, rows in tqdm.tqdm(microbatches, "Reference", unit=" microbatches", disable=hide_progress):
-                check_stop()
-                self.write(examples, scorer(ReferenceOnly(rows)))
-            world.from_first(self.publish)
+                self._check(new)
+            # Written by position and not through a mapping, which several machines could not share.
+            with open(new, "r+b", buffering=0) as file:
+                for examples, rows in tqdm.tqdm(microbatches, "Reference", unit=" microbatches", disable=hide_progress):
+                    check_stop()
+                    self._write(file, examples, scorer(ReferenceOnly(rows)).to("cpu", self.dtype))
+                os.fsync(file.fileno())
+            world.gather(None)  # all have written
+            world.from_first(lambda: os.replace(new, self.file))
         finally:
-            if world.is_first:
-                self.discard()
+            if world.is_first and os.path.exists(new):
+                os.remove(new)
 
-    def publish(self) -> None:
-        """All ranks have written: it is whole."""
-        os.replace(self.new, self.file)
+    def _create(self) -> str:
+        """A file of zeros with all its space, of this run alone: another one may compute the same at the same time.
 
-    def discard(self) -> None:
-        if os.path.exists(self.new):
-            os.remove(self.new)
+        Raises:
+            UserError: the disk has not that much.
+        """
+        folder = os.path.dirname(self.file)
+        own = f"{socket.gethostname()}-{os.getpid()}"
+        new = f"{self.file}.{own}.new"
+        try:
+            os.makedirs(folder, exist_ok=True)
+            self._remove_left_behind()
+            free = shutil.disk_usage(folder).free
+            if free < self.bytes:
+                raise UserError(
+                    f"reference_cache=true needs {self.bytes / 1e9:.3f} GB in {folder}; {free / 1e9:.3f} GB are free\n"
+                    "set local_dirs to a larger disk, or reference_cache=false"
+                )
+            with open(new, "wb") as file:
+                (os.posix_fallocate if hasattr(os, "posix_fallocate") else _extend)(file.fileno(), 0, self.bytes)
+        except OSError as error:
+            if os.path.exists(new):
+                os.remove(new)
+            raise UserError(f"reference_cache=true: {new} cannot be written: {error}") from None
+        return new
 
-    def write(self, examples: Sequence[Example], states: torch.Tensor) -> None:
-        """The first rows' states of a microbatch of these examples, in their order: (N, hidden)."""
+    def _remove_left_behind(self) -> None:
+        """Files of runs on this machine that were killed while they wrote them."""
+        for file in glob.glob(f"{glob.escape(self.file)}.{socket.gethostname()}-*.new"):
+            try:
+                os.kill(int(file.removesuffix(".new").rpartition("-")[2]), 0)
+            except ProcessLookupError:
+                os.remove(file)
+            except (ValueError, PermissionError):
+                continue
+
+    def _check(self, file: str) -> None:
+        if not os.path.exists(file) or os.path.getsize(file) != self.bytes:
+            raise UserError(f"reference_cache=true: this rank does not see {file}: local_dirs must name a disk that all ranks see")
+
+    def open(self) -> None:
+        """Map the file into memory.
+
+        Raises:
+            UserError: this process does not see it.
+        """
+        self._check(self.file)
+        values = torch.from_file(self.file, shared=False, size=self.positions * self.hidden, dtype=self.dtype)
+        self._values = values.view(self.positions, self.hidden)
+
+    def _write(self, file: BinaryIO, examples: Sequence[Example], states: torch.Tensor) -> None:
+        """The states of these examples, in their order, (N, hidden); what follows them is of an example that does not count."""
         start = 0
         for example in examples:
             place = self._place(example)
             count = place.stop - place.start
-            self._values[place] = states[start : start + count].to("cpu", self.dtype)
+            file.seek(place.start * self.hidden * self.dtype.itemsize)
+            file.write(states[start : start + count].contiguous().view(torch.uint8).numpy())
             start += count
 
     def add_to(self, rows: PromptRows, examples: Sequence[Example]) -> PromptRows:

@@ -19,8 +19,10 @@ import chunked_head
 import shared_prompt
 from chunked_head import Head, Reference, loss_of_rows, score_rows
 from losses import LossOutput, Objective, ResponseScores
-from shared_prompt import PromptRows, attention_masks, prompt_rows, sliding_window
+from shared_prompt import PromptRows, attention_masks, prompt_rows
 from utils import IGNORED, pad_to_length
+
+PROBED = 24  # tokens of a response that are compared when fast scoring is tried
 
 
 class Scored(NamedTuple):
@@ -105,14 +107,15 @@ class Scorer(nn.Module):
             return Reference(_hidden_states(self.reference, rows, masks) if known is None else known, Head.of(self.reference))
 
     def _both_ways(self, probe: Probe) -> tuple[torch.Tensor, torch.Tensor, torch.dtype]:
-        """The policy's log-probability of each response token, fast and as the model itself computes it, (R, n) twice, nats; and the dtype
-        in which it computes."""
+        """The policy's log-probability of each response's last tokens, fast and as the model itself computes it, (R, n) twice, nats; and
+        the dtype in which it computes."""
         prompt, responses = probe
         rows = prompt_rows([(prompt.tolist(), responses.tolist())]).to(responses.device)
         states = _hidden_states(self.policy, rows, attention_masks(rows, self.policy.config))
-        fast = Head.of(self.policy).logits(states).view(*responses.shape, -1)
         ids = torch.cat([prompt.expand(len(responses), -1), responses], dim=1)
-        n = responses.shape[1]
+        n = min(PROBED, responses.shape[1])
+        fast = Head.of(self.policy).logits(states.view(*responses.shape, -1)[:, -n:])
+        responses = responses[:, -n:]
         last = {"logits_to_keep": n + 1} if "logits_to_keep" in inspect.signature(self.policy.forward).parameters else {}
         logits = self.policy(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **last).logits[:, -n - 1 : -1]
         return _logps_of(fast, responses), _logps_of(logits.to(fast.dtype), responses), states.dtype
@@ -121,8 +124,9 @@ class Scorer(nn.Module):
 def fast_scoring_problem(scorer: nn.Module, max_length: int) -> Optional[str]:
     """Why the policy must be scored plain; None where fast scoring gives what the model itself does. Called by all ranks, without gradient.
 
-    A model may compute more than its config says: scale its logits, take no notice of a mask. So both ways are compared, on one pair of
-    random tokens, longer than the smallest window where max_length is: a shorter one could not show that a window is missing.
+    A model may compute more than its config says: scale its logits, take no notice of a mask, have a window of its own. So both ways are
+    compared, on a pair of random tokens that fills max_length with each of its responses: a shorter one would not show a window that is
+    missing, or counted by places of the row.
 
     Args:
         scorer: a Scorer on its device.
@@ -131,13 +135,15 @@ def fast_scoring_problem(scorer: nn.Module, max_length: int) -> Optional[str]:
     config = scorer.policy.config
     if problem := shared_prompt.problem_with(config) or chunked_head.problem_with(scorer.policy):
         return problem
-    window, response = sliding_window(config), min(24, max_length // 2)
-    length = min(max_length, window + response) if window is not None and window < max_length else min(max_length, 64)
+    prompt = max(1, max_length // 8)
+    response = max_length - prompt
     generator = torch.Generator().manual_seed(0)
     vocabulary = config.get_text_config().vocab_size
-    tokens = torch.randint(vocabulary, (length + response,), generator=generator).to(scorer.policy.device)
+    tokens = torch.randint(vocabulary, (prompt + 2 * response,), generator=generator).to(scorer.policy.device)
     try:
-        fast, plain, dtype = scorer(Probe(tokens[: length - response], tokens[length - response :].view(2, response)))
+        fast, plain, dtype = scorer(Probe(tokens[:prompt], tokens[prompt:].view(2, response)))
+    except (torch.OutOfMemoryError, torch.distributed.DistError):
+        raise
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:  # whatever a model makes of a mask that it does not know
         return f"it cannot compute rows of several responses: {' '.join(str(error).split())[:120]}"
     # Log-probabilities of random tokens differ from each other by far more than by rounding; half precision rounds more.

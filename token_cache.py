@@ -6,9 +6,9 @@ them for itself.
 """
 
 import hashlib
+import importlib.metadata
 import json
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -20,12 +20,13 @@ import numpy as np
 
 from rows import identity_of
 from tokenization import encode, trim_after_eos, with_bos, with_eos
-from utils import UserError
+from utils import UserError, cores
 
 Dataset = dict[str, dict]  # what a loader returns, see preference_datasets.py
 
 TEXTS_A_CORE = 10_000  # for fewer, starting another process takes longer than it saves; for fewer in all, so does a cache
 CODE = ("preference_datasets.py", "rows.py", "chat.py", "tokenization.py", "reviews.py", "token_cache.py")  # what tokens depend on
+PART = 20_000  # prompts
 IDS = datasets.List(datasets.Value("int32"))
 FEATURES = datasets.Features(
     {
@@ -70,7 +71,7 @@ def tokenize(
     pairs = [[] if sft_mode else [list(pair) for pair in entry["pairs"]] for entry in data.values()]
     columns = {"prompt": list(data), "texts": [[trim_after_eos(text, tokenizer) for text in some] for some in texts], "pairs": pairs}
     features = datasets.Features({column: FEATURES[column] for column in columns})
-    processes = min(len(os.sched_getaffinity(0)), count_texts(data, sft_mode) // TEXTS_A_CORE)
+    processes = min(cores(), count_texts(data, sft_mode) // TEXTS_A_CORE)
     settings = {
         "name": name,
         "tokenizer": tokenizer,
@@ -79,7 +80,9 @@ def tokenize(
         "truncation_mode": options["truncation_mode"],
     }
     with _progress_bars(shown=not silent):
-        return datasets.Dataset.from_dict(columns, features=features).map(
+        # In parts, because Arrow takes 2 GB of text at a time.
+        parts = [{column: values[i : i + PART] for column, values in columns.items()} for i in range(0, len(texts), PART)]
+        return datasets.concatenate_datasets([datasets.Dataset.from_dict(part, features=features) for part in parts]).map(
             _tokenize_rows,
             batched=True,
             fn_kwargs=settings,
@@ -164,12 +167,15 @@ class TokenCache:
                     table.save_to_disk(os.path.join(new, "whole", "table"))
                 with open(os.path.join(new, "whole", "lines.json"), "w") as file:
                     json.dump(list(lines), file)
-                shutil.rmtree(self.folder, ignore_errors=True)  # what cannot be read
-                os.rename(os.path.join(new, "whole"), self.folder)  # whole or not there
+                if self.load() is None:  # else another run was faster
+                    if os.path.exists(self.folder):
+                        os.rename(self.folder, os.path.join(new, "unreadable"))
+                    os.rename(os.path.join(new, "whole"), self.folder)  # whole or not there
+                loaded = self.load()
         except OSError as error:
             print(f"tokens are not kept for the next run: {error}")
-            return make(None)
-        return self.load()[0]
+            loaded = None
+        return loaded[0] if loaded else make(None)
 
 
 def cache_key(name: str, options: Mapping, split: str, tokenizer, add_bos: bool, sft_mode: bool, cache_dir: Optional[str]) -> dict:
@@ -183,7 +189,7 @@ def cache_key(name: str, options: Mapping, split: str, tokenizer, add_bos: bool,
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return {
         "code": code.hexdigest(),
-        "versions": [datasets.__version__, np.__version__],
+        "versions": [importlib.metadata.version(name) for name in ("transformers", "tokenizers", "datasets", "jinja2", "beautifulsoup4")],
         "name": name,
         "options": {key: value for key, value in options.items() if key not in sources},
         "sources": sources,

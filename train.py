@@ -120,6 +120,9 @@ def read_inputs(config: DictConfig, world: World, objective: Objective, archive:
         prepare_hub([config.model.name_or_path, config.model.tokenizer_name_or_path, *paths])
         if model.attn_implementation == "flex_attention" and world.device.type == "cpu":
             raise UserError("model.attn_implementation=flex_attention: PyTorch has no backward pass of it for CPUs; use sdpa")
+        half = {"bfloat16", "float16"} & {model.policy_dtype, model.fsdp_policy_mp}
+        if config.compile and half and world.device.type == "cpu":
+            raise UserError(f"compile=true: PyTorch's compiler for CPUs fails on {half.pop()}; compile=false, or float32")
         tokenizer = load_tokenizer(model, cache_dir)
         model_config = load_model_config(model, tokenizer, cache_dir)
         weights = check_model(model, model_config, tokenizer, config.max_length)
@@ -194,7 +197,14 @@ def started_run_dir(world: World, run_dir: str, config: DictConfig, resumed: Opt
     check_seen_by_all(world, run_dir)
     print("=" * 80 + f"\nWriting to {socket.gethostname()}:{run_dir}\n" + "=" * 80)
     with lock:
-        yield
+        try:
+            yield
+        except UserError:
+            if world.is_first and not {"metrics.jsonl", "LATEST"} & set(
+                os.listdir(run_dir)
+            ):  # nothing was done that the corrected command would go on with
+                os.remove(os.path.join(run_dir, "config.yaml"))
+            raise
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from feeding import Feeder, Microbatch
 from losses import get_objective, preference_loss, tdpo_loss
 from metrics import MetricSums, Sink, example_metrics
 from parallel import World, find_blocks, fingerprint, load_weights, shard_scorer, whole_state
-from reference_cache import ReferenceCache
+from reference_cache import ReferenceCache, identity_of
 from resume import Resumed, archive_of
 from sampling import generate, interleaved, mixed_seed, own_distribution
 from scoring import (
@@ -339,14 +339,13 @@ class BasicTrainer:
         config = self.config
         whole = config.n_examples is None or config.n_examples >= len(self.data["train"])
         stream = BatchStream(self.data["train"], config.batch_size, self.seed, 1, drop_last=False) if whole else self.batches
-        dtype = self.compute_dtype or DTYPES[config.model.policy_dtype]
-        dtype = DTYPES[config.model.reference_dtype] if config.model.reference_dtype else dtype
         model = self.reference_model.config.get_text_config()
-        identity = self.world.from_first(lambda: {"weights": self.reference_identity, "attention": model._attn_implementation})
+        identity = self.world.from_first(lambda: {"weights": self.reference_identity, "config": identity_of(self.reference_model.config)})
         examples = {"train": [example for batch in stream for example in batch], "eval": self.eval_examples}
-        folder = get_local_dir(config.local_dirs)
+        folder = self.world.from_first(lambda: os.path.abspath(get_local_dir(config.local_dirs)))
         caches = {
-            split: ReferenceCache(folder, self.data[split], some, model.hidden_size, dtype, identity) for split, some in examples.items()
+            split: ReferenceCache(folder, self.data[split], some, model.hidden_size, self.reference_model.dtype, identity)
+            for split, some in examples.items()
         }
         microbatches = {
             "train": (microbatch for batch in stream for microbatch in self.feeder.train(batch)),
@@ -358,7 +357,7 @@ class BasicTrainer:
             if not there:
                 cache.fill(microbatches[split], self.scorer, self.world, self.check_stop, self.hide_progress)
             with self.world.agreed():
-                cache.open(cache.file)
+                cache.open()
         print("reference cache: from now on only the reference's head is in memory, and samples are the policy's alone")
         self.feeder.reference_caches, self.reference_model = caches, None
         self.scorer.reference = HeadOnly.instead_of(self.scorer.reference)

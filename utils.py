@@ -45,6 +45,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {by_lower[matches[0]]}?)" if matches else ""
 
 
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def looks_local(path: str) -> bool:
     """Whether this names a local file or folder, existing or not, and no repository owner/name on the hub."""
     local_endings = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet", ".pt", ".bin", ".safetensors")

@@ -13,14 +13,22 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import chunked_head
-from chunked_head import Head, Reference, loss_of_rows, score_rows
+from chunked_head import Head, HeadOnly, Reference, loss_of_rows, score_rows
 from losses import OBJECTIVES, get_objective
 from memory import head_memory
 from metrics import example_metrics
-from scoring import Scorer, fast_scoring_problem
+from scoring import ReferenceOnly, Scorer, fast_scoring_problem
 from shared_prompt import attention_masks, prompt_rows
 from utils import IGNORED, UserError, disable_dropout
 
+GPT_NEO = {
+    "vocab_size": 31,
+    "hidden_size": 16,
+    "num_layers": 2,
+    "num_heads": 2,
+    "window_size": 16,
+    "attention_types": [[["global", "local"], 1]],
+}
 # Beside those of config/model: a head with a bias, tied and not, and more ways of windows and caps.
 MORE = {
     "phi": SIZES,
@@ -124,6 +132,32 @@ def test_fast_is_plain(case, dtype, tolerance, chunk, monkeypatch):
                 assert difference < tolerance, f"{name} {parameter}: {difference}"
 
 
+def test_gradients_in_half_precision_are_summed_over_chunks(monkeypatch):
+    """Against plain scoring in the same dtype, to its rounding."""
+    scorer = Scorer(build("phi", 0, torch.bfloat16), build("phi", 1, torch.bfloat16), get_objective("tdpo2", beta=0.5))
+    _, _, plain = results(scorer, padded(pairs()))
+    monkeypatch.setitem(chunked_head.CHUNK, "cpu", 5)
+    _, _, fast = results(scorer, prompt_rows(pairs()))
+    for name in ("lm_head.weight", "lm_head.bias", "model.layers.1.mlp.fc2.weight"):
+        difference = (fast[name] - plain[name]).norm() / plain[name].norm()
+        assert difference < 0.03, f"{name}: {difference}"
+
+
+@pytest.mark.parametrize("case", ["phi", "gemma2", "gpt2"])
+def test_known_states_and_the_head_are_the_reference(case):
+    """Also with a bias, a soft cap and tied weights; the model itself is gone."""
+    objective = get_objective("tdpo2", beta=0.5)
+    scorer = Scorer(build(case, 0), build(case, 1), objective)
+    rows = prompt_rows(pairs())
+    live = scorer(rows)
+    with torch.no_grad():
+        known = rows.with_reference(scorer(ReferenceOnly(rows)).clone())
+    reference, scorer.reference = scorer.reference, HeadOnly.instead_of(scorer.reference)
+    assert all(tensor.untyped_storage().nbytes() == 0 for tensor in reference.parameters())
+    cached = scorer(known)
+    assert torch.equal(cached.loss, live.loss) and torch.equal(cached.scores["rejected"].kl, live.scores["rejected"].kl)
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_without_gradients_the_scores_are_the_same(name, monkeypatch):
     monkeypatch.setitem(chunked_head.CHUNK, "cpu", 16)
@@ -204,6 +238,12 @@ def test_the_trial_finds_nothing_against_the_families(case):
         ("bloom", {"vocab_size": 31, "hidden_size": 16, "n_layer": 2, "n_head": 2}, "it cannot compute|differ"),  # ALiBi
         ("mamba", {"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 2}, "layers of"),  # recurrent
         ("granite", {**SIZES, "logits_scaling": 3.0}, "differ"),
+        (
+            "gpt_neo",
+            {**GPT_NEO, "max_position_embeddings": 64},
+            "differ",
+        ),  # a window by places of the row, of which its config says nothing
+        ("gpt_neo", {**GPT_NEO, "max_position_embeddings": 32}, "it cannot compute"),  # no row longer than its positions
         ("cohere", {**SIZES, "logit_scale": 0.3}, "differ"),
     ],
 )

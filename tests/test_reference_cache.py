@@ -1,8 +1,10 @@
 """Training on the reference's states from disk is training with the reference."""
 
+import getpass
 import json
 import os
 import re
+import shutil
 import signal
 from collections import namedtuple
 
@@ -71,6 +73,25 @@ def test_a_second_run_finds_it_and_later_epochs_use_it(options, tmp_path, capsys
             assert log[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-5)
 
 
+def test_batches_that_do_not_divide_an_epoch(options, tmp_path):
+    """The second epoch has examples that the first one left out."""
+    options += ["batch_size=36", "n_epochs=2", "eval_every=72"]
+    live, cached = (run(*options, f"reference_cache={x}", f"local_run_dir={tmp_path}/{x}") for x in ("false", "true"))
+    for log, expected in zip(logs_of(cached), logs_of(live), strict=True):
+        for key in expected.keys() - {"split", "examples_per_second"}:
+            assert log[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-5)
+
+
+def test_another_model_with_the_same_weights_is_not_it(options, tmp_path):
+    model = shutil.copytree(MINI / "model", tmp_path / "model")
+    options += ["reference_cache=true", "n_examples=8", f"model.name_or_path={model}"]
+    run(*options, f"local_run_dir={tmp_path}/a")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "num_attention_heads": config["num_attention_heads"] // 2}))
+    run_dir = run(*options, f"local_run_dir={tmp_path}/b")
+    assert len(files(tmp_path)) == 4 and logs_of(run_dir)[0]["kl_eval/chosen"] == 0
+
+
 def test_other_weights_or_data_are_not_it(options, tmp_path):
     options += ["reference_cache=true", "n_epochs=1"]
     run(*options, f"local_run_dir={tmp_path}/a")
@@ -81,6 +102,14 @@ def test_other_weights_or_data_are_not_it(options, tmp_path):
     assert len(files(tmp_path)) == 4
     run(*options, "max_length=60", f"local_run_dir={tmp_path}/d")
     assert len(files(tmp_path)) == 6
+
+
+def test_a_rank_that_does_not_see_the_file(options, tmp_path, monkeypatch):
+    """It makes none of its own."""
+    exists = os.path.exists
+    monkeypatch.setattr(reference_cache.os.path, "exists", lambda path: exists(path) and not str(path).endswith(".new"))
+    with pytest.raises(UserError, match="does not see .*: local_dirs must name a disk that all ranks see"):
+        run(*options, "reference_cache=true", "n_examples=8", f"local_run_dir={tmp_path}/run")
 
 
 def test_a_file_of_another_size_is_made_again(options, tmp_path, capsys):
@@ -141,9 +170,37 @@ def test_what_was_not_finished_is_not_there(how, options, tmp_path, monkeypatch)
     assert not files(tmp_path)
 
 
-def test_it_needs_fast_scoring(options, tmp_path):
-    with pytest.raises(UserError, match="reference_cache=true needs fast scoring"):
-        run(*options, "scoring=plain", "reference_cache=true", f"local_run_dir={tmp_path}/run")
+def test_two_runs_at_once_do_not_meet(options, tmp_path, monkeypatch):
+    """While one writes, another one begins and ends; what a killed run left is removed, what a living one writes is not."""
+    forward, inner = Scorer.forward, []
+    folder = tmp_path / "cache" / getpass.getuser() / "reference"
+
+    def meanwhile(self, batch, counted=None):
+        if isinstance(batch, ReferenceOnly) and not inner:
+            inner.append(True)
+            (own,) = folder.glob("*.new")
+            own.rename(living := folder / own.name.replace(str(os.getpid()), "1"))  # as of process 1
+            (left := folder / own.name.replace(str(os.getpid()), str(2**22 + 1))).touch()
+            inner.append(run(*options, "reference_cache=true", "n_examples=16", f"local_run_dir={tmp_path}/inner"))
+            assert living.exists() and not left.exists()
+            living.rename(own)
+        return forward(self, batch, counted)
+
+    monkeypatch.setattr(Scorer, "forward", meanwhile)
+    outer = run(*options, "reference_cache=true", "n_examples=16", f"local_run_dir={tmp_path}/outer")
+    assert [{**log, "examples_per_second": 0} for log in logs_of(outer)] == [{**log, "examples_per_second": 0} for log in logs_of(inner[1])]
+    assert len(files(tmp_path)) == 2
+
+
+def test_it_needs_fast_scoring(options, tmp_path, monkeypatch):
+    options += ["reference_cache=true", "n_examples=8", f"local_run_dir={tmp_path}/run"]
+    with pytest.raises(UserError, match="reference_cache=true needs fast scoring: scoring=auto"):
+        run(*options, "scoring=plain")
+    assert not (tmp_path / "run").exists()
+    with monkeypatch.context() as patched, pytest.raises(UserError, match="reference_cache=true needs fast scoring, which this model"):
+        patched.setattr("trainers.fast_scoring_problem", lambda *_: "its logits are odd")
+        run(*options)
+    run(*options)  # the folder holds no run yet
 
 
 def test_sft_has_no_reference(options, tmp_path):

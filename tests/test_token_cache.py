@@ -29,9 +29,11 @@ def load(data, tmp_path, mini_tokenizer, monkeypatch):
     """load_split of that folder, with a cache also for these few rows."""
     monkeypatch.setattr(preference_datasets, "TEXTS_A_CORE", 1)
 
-    def call(tokenizer=mini_tokenizer, sft_mode=False, cache_dir=str(tmp_path / "cache"), **options):
-        options = {"hh": {**default_options("hh"), "path": str(data), **options}}
-        return load_split(options, "train", tokenizer, 64, 32, sft_mode, cache_dir=cache_dir)
+    def call(
+        tokenizer=mini_tokenizer, sft_mode=False, split="train", name="hh", add_bos=False, cache_dir=str(tmp_path / "cache"), **options
+    ):
+        options = {name: {**default_options("hh"), "path": str(data), **options}}
+        return load_split(options, split, tokenizer, 64, 32, sft_mode, add_bos, cache_dir=cache_dir)
 
     return call
 
@@ -65,7 +67,7 @@ def test_it_is_what_tokenizing_in_memory_gives(load):
     assert not moved.files and all_tokens(moved) == all_tokens(fresh) and moved.fingerprint == fresh.fingerprint
 
 
-@pytest.mark.parametrize("change", ["rows", "options", "tokenizer", "template", "sft", "code"])
+@pytest.mark.parametrize("change", ["rows", "split", "options", "name", "tokenizer", "template", "sft", "bos", "code"])
 def test_what_tokens_depend_on_makes_other_ones(change, load, no_reading, data, tmp_path, mini_tokenizer, monkeypatch):
     load()
     no_reading()
@@ -83,8 +85,8 @@ def test_what_tokens_depend_on_makes_other_ones(change, load, no_reading, data, 
     elif change == "template":
         arguments["tokenizer"] = AutoTokenizer.from_pretrained(MINI / "model")
         arguments["tokenizer"].chat_template = "{{ messages }}"
-    elif change == "sft":
-        arguments["sft_mode"] = True
+    elif change in ("sft", "split", "name", "bos"):
+        arguments |= {"sft": {"sft_mode": True}, "split": {"split": "test"}, "name": {"name": "helpful"}, "bos": {"add_bos": True}}[change]
     else:
         monkeypatch.setattr(token_cache, "CODE", token_cache.CODE[1:])
     with pytest.raises(AssertionError, match="read again"):
@@ -129,7 +131,8 @@ def test_several_processes_make_the_same(mini_tokenizer, monkeypatch):
     contract = get_dataset("hh", "train", silent=True, options={**default_options("hh"), "path": str(MINI / "data")})
     alone = tokenized({"hh": (contract, default_options("hh"))}, mini_tokenizer)
     monkeypatch.setattr(token_cache, "TEXTS_A_CORE", 40)
-    monkeypatch.setattr(token_cache.os, "sched_getaffinity", lambda _: {0, 1, 2})
+    monkeypatch.setattr(token_cache, "cores", lambda: 3)
+    monkeypatch.setattr(token_cache, "PART", 50)
     together = tokenized({"hh": (contract, default_options("hh"))}, mini_tokenizer)
     assert len(together.prompts.data.column("prompt_ids").chunks) >= 3
     assert all_tokens(together) == all_tokens(alone) and together.fingerprint == alone.fingerprint
@@ -137,7 +140,7 @@ def test_several_processes_make_the_same(mini_tokenizer, monkeypatch):
 
 def test_an_error_of_another_process_is_the_same_error(chat_tokenizer, monkeypatch):
     monkeypatch.setattr(token_cache, "TEXTS_A_CORE", 2)
-    monkeypatch.setattr(token_cache.os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(token_cache, "cores", lambda: 2)
     entry = {"responses": [" a", " b"], "pairs": [(0, 1)], "sft_target": " a"}
     with pytest.raises(UserError, match="has no tokens"):
         tokenized({"hh": ({"p": entry, "": entry}, default_options("hh"))}, chat_tokenizer)
