@@ -280,6 +280,8 @@ def _warnings(config: DictConfig, overrides: list[str]) -> list[str]:
     name, _ = losses.resolve(config.loss.name, {key: value for key, value in config.loss.items() if key != "name"})
     if name == "tdpo1" and any(re.match(r"\+*loss\.alpha=", override) for override in overrides):
         notes.append("warning: TDPO1 has no alpha; loss.alpha is ignored")
+    if config.tokens_per_microbatch is not None and config.gradient_accumulation_steps > 1:
+        notes.append("tokens_per_microbatch is set; gradient_accumulation_steps is ignored")
     if config.reference_cache and not losses.OBJECTIVES[name].needs_reference:
         notes.append(f"warning: {name} has no reference; reference_cache is ignored")
     if losses.OBJECTIVES[name].needs_reference and config.model.archive is None:

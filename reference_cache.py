@@ -65,11 +65,11 @@ class ReferenceCache:
         return os.path.exists(self.file) and os.path.getsize(self.file) == self.bytes
 
     def plan(self) -> str:
-        """'96 examples, 2,912 positions x 32 numbers x 4 bytes = 0.000 GB in <file>; 12.3 GB are free'."""
+        """'96 examples, 2,912 positions x 32 numbers x 4 bytes = 0.4 MB in <file>; 12.3 GB are free'."""
         free = shutil.disk_usage(_existing_parent(self.file)).free
         return (
             f"{plural(self.n_examples, 'example')}, {self.positions:,} positions x {self.hidden} numbers x {self.dtype.itemsize} bytes = "
-            f"{self.bytes / 1e9:.3f} GB in {self.file}; {free / 1e9:.1f} GB are free"
+            f"{_size(self.bytes)} in {self.file}; {_size(free)} are free"
         )
 
     def fill(
@@ -114,7 +114,7 @@ class ReferenceCache:
             free = shutil.disk_usage(folder).free
             if free < self.bytes:
                 raise UserError(
-                    f"reference_cache=true needs {self.bytes / 1e9:.3f} GB in {folder}; {free / 1e9:.3f} GB are free\n"
+                    f"reference_cache=true needs {_size(self.bytes)} in {folder}; {_size(free)} are free\n"
                     "set local_dirs to a larger disk, or reference_cache=false"
                 )
             with open(new, "wb") as file:
@@ -122,7 +122,7 @@ class ReferenceCache:
         except OSError as error:
             if os.path.exists(new):
                 os.remove(new)
-            raise UserError(f"reference_cache=true: {new} cannot be written: {error}") from None
+            raise UserError(f"reference_cache=true: {new} cannot be written: {error}; local_dirs names another disk") from None
         return new
 
     def _remove_left_behind(self) -> None:
@@ -166,6 +166,10 @@ class ReferenceCache:
     def _place(self, example: Example) -> slice:
         index = self.split.index(example)
         return slice(int(self.stop[index] - self.counts[index]), int(self.stop[index]))
+
+
+def _size(n: int) -> str:
+    return f"{n / 1e9:,.1f} GB" if n >= 1e9 else f"{n / 1e6:,.1f} MB"
 
 
 def _existing_parent(path: str) -> str:

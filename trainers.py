@@ -149,8 +149,8 @@ class BasicTrainer:
         problems = [x for x in self.world.gather(problem) if x]
         if problems and self.config.scoring == "fast":
             raise UserError(f"scoring=fast: {type(self.policy).__name__} cannot be scored so: {problems[0]}; use scoring=plain")
-        if problems:
-            print(f"scoring: plain, several times slower, because of {type(self.policy).__name__}: {problems[0]}")
+        slow = f"plain, several times slower, because of {type(self.policy).__name__}: {problems[0]}" if problems else ""
+        print(f"scoring: {slow or 'fast'}")
         return not problems
 
     # --- schedule ---
@@ -335,7 +335,7 @@ class BasicTrainer:
             UserError: scoring is plain, or the disk has not the space.
         """
         if not self.feeder.fast:
-            raise UserError("reference_cache=true needs fast scoring, which this model or scoring=plain rules out: reference_cache=false")
+            raise UserError("reference_cache=true needs fast scoring, which this model rules out; set reference_cache=false")
         config = self.config
         whole = config.n_examples is None or config.n_examples >= len(self.data["train"])
         stream = BatchStream(self.data["train"], config.batch_size, self.seed, 1, drop_last=False) if whole else self.batches
@@ -353,7 +353,7 @@ class BasicTrainer:
         }
         for split, cache in caches.items():
             there = self.world.from_first(cache.is_there)
-            print(f"reference cache, {split}: {cache.plan()}" + ("; found" if there else ""))
+            print(f"reference cache, {split}: {cache.plan()}; {'found' if there else 'computing it'}")
             if not there:
                 cache.fill(microbatches[split], self.scorer, self.world, self.check_stop, self.hide_progress)
             with self.world.agreed():
@@ -374,7 +374,8 @@ class BasicTrainer:
         rows = []
         rank, ranks = self.data_rank
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), self.gathered():
+        # Compiled blocks would be compiled anew for every length of the cache, until PyTorch gave up on them, for training too.
+        with torch.random.fork_rng(devices=devices), self.gathered(), torch.compiler.set_stance("force_eager"):
             torch.manual_seed(mixed_seed(self.seed, self.example_counter, rank))
             starts = tqdm.trange(0, len(examples), self.config.eval_batch_size, desc="Sampling", leave=False, disable=self.hide_progress)
             for start in starts:

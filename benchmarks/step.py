@@ -149,7 +149,7 @@ def fast(setting: Setting) -> list[Callable[[], torch.Tensor]]:
 
 WAYS = {
     "published": published,
-    "plain, global padding": lambda setting: plain(setting, to_global=True),
+    "plain-global": lambda setting: plain(setting, to_global=True),
     "plain": lambda setting: plain(setting, to_global=False),
     "fast": fast,
 }
@@ -337,11 +337,13 @@ def main() -> None:
             if round > 0:
                 seconds[name].append(elapsed)
                 peaks[name].append(memory.peak)
-            print(f"round {round} {name}: {elapsed:.2f} s, {memory.peak / 2**30:.2f} GiB, loss {value:.6f}", file=sys.stderr)
+            when = f"round {round}" if round else "warm-up"
+            print(f"{when} {name}: {elapsed:.2f} s, {memory.peak / 2**30:.2f} GiB, loss {value:.6f}", file=sys.stderr)
 
     unique = sum(len(prompt) + sum(map(len, responses)) for prompt, responses in pairs)
-    print(f"{arguments.model}, {arguments.dtype}, {device.type}, {arguments.pairs} pairs of {unique:,} unique tokens, microbatches of")
-    print(f"{arguments.microbatch} pairs, {arguments.rounds} rounds; torch {torch.__version__}, transformers {transformers.__version__}\n")
+    print(f"{arguments.model}, {arguments.dtype}, {device.type}, {arguments.pairs} pairs of {unique:,} unique tokens")
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    print(f"microbatches of {arguments.microbatch} pairs, {arguments.rounds} rounds; {versions}\n")
     mfu = "" if rate is None else " model-FLOP utilisation |"
     print(f"| | s a step | times faster | pairs/s | unique tokens/s | peak GiB | of the first's | loss |{mfu}")
     print("|---|" + "---:|" * (8 if rate else 7))

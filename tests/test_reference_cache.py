@@ -54,7 +54,7 @@ def test_a_second_run_finds_it_and_later_epochs_use_it(options, tmp_path, capsys
     options += ["reference_cache=true", "n_epochs=2", "eval_every=96"]
     first = run(*options, f"local_run_dir={tmp_path}/first")
     printed = capsys.readouterr().out
-    (positions,) = re.findall(r"reference cache, train: 96 examples, ([\d,]+) positions x 32 numbers x 4 bytes = 0.001 GB", printed)
+    (positions,) = re.findall(r"reference cache, train: 96 examples, ([\d,]+) positions x 32 numbers x 4 bytes = 0.[3-9] MB", printed)
     sizes = {file.stat().st_size for file in (tmp_path / "cache").glob("*/reference/*")}
     assert int(positions.replace(",", "")) * 32 * 4 in sizes and "found" not in printed
     forward = Scorer.forward
@@ -145,7 +145,7 @@ def test_a_disk_that_is_too_small(options, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(reference_cache.shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 10**5, 10**5))
     with pytest.raises(
-        UserError, match=r"needs 0.001 GB in .*; 0.000 GB are free\nset local_dirs to a larger disk, or reference_cache=false"
+        UserError, match=r"needs 0.[3-9] MB in .*; 0.1 MB are free\nset local_dirs to a larger disk, or reference_cache=false"
     ):
         run(*options, "reference_cache=true", f"local_run_dir={tmp_path}/run")
     assert not files(tmp_path)

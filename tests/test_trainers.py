@@ -169,6 +169,7 @@ def test_compiled_blocks_and_chunks_compute_the_same(tmp_path):
     """Of more layers than PyTorch compiles one function anew for: a graph a layer would fall back to none."""
     options = [*QUIET, "model.from_config.num_hidden_layers=10", "loss=tdpo2", "loss.beta=0.5", "n_examples=16", "batch_size=8"]
     options += ["n_eval_examples=8", "eval_every=16", "gradient_accumulation_steps=2"]
+    options += ["sample_during_eval=true", "n_eval_model_samples=2"]  # samples of every length, which are not compiled
     logs = []
     for compiled in ("false", "true"):
         torch._dynamo.reset()
