@@ -28,8 +28,7 @@ def files(tmp_path) -> set[str]:
     return {file.name for file in (tmp_path / "cache").glob("*/reference/*")}
 
 
-@pytest.mark.parametrize("mp", ["null", "bfloat16"])
-@pytest.mark.parametrize("loss", ["tdpo2", "dpo"])
+@pytest.mark.parametrize("loss,mp", [("dpo", "null"), ("tdpo2", "bfloat16")])
 def test_it_is_the_live_reference_bit_by_bit(loss, mp, options, tmp_path):
     """For the microbatches in which it was computed: those of the first epoch, and of an eval."""
     options += [f"loss={loss}", f"model.fsdp_policy_mp={mp}", "gradient_accumulation_steps=4", "eval_every=48", "n_epochs=1"]
@@ -40,7 +39,7 @@ def test_it_is_the_live_reference_bit_by_bit(loss, mp, options, tmp_path):
     assert all(torch.equal(tensor, weights_of(cached)[name]) for name, tensor in weights_of(live).items())
 
 
-@pytest.mark.parametrize("name", ["tdpo2", "dpo", "ipo"])
+@pytest.mark.parametrize("name", ["tdpo2", "ipo"])
 def test_the_recorded_runs_with_it(name, tmp_path):
     """Cut in another way than it was computed."""
     golden = json.loads((MINI / f"{name}.json").read_text())
