@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Optional
 
 import numpy as np
@@ -144,7 +145,8 @@ class BasicTrainer:
         """
         if self.config.scoring == "plain":
             return False
-        with torch.no_grad(), self.computing():
+        what = f"two sequences of max_length={self.config.max_length} tokens, by which fast scoring is tried"
+        with self.explained_out_of_memory(lambda: what, "more devices"), torch.no_grad(), self.computing():
             problem = fast_scoring_problem(self.scorer, self.config.max_length)
         problems = [x for x in self.world.gather(problem) if x]
         if problems and self.config.scoring == "fast":
@@ -225,7 +227,8 @@ class BasicTrainer:
         with self.computing():
             for i, microbatch in enumerate(microbatches):
                 self.before_backward(is_last=i == len(microbatches) - 1)
-                with self.explained_out_of_memory(microbatch.examples, "train"):
+                what = partial(self.described, microbatch.examples, "train")
+                with self.explained_out_of_memory(what, "a smaller tokens_per_microbatch"):
                     scored = self.score(microbatch, sums, "train")
                     (scored.loss / len(examples)).backward()
                 losses.append(scored.output.losses[: len(microbatch.examples)])
@@ -254,18 +257,20 @@ class BasicTrainer:
         return scored
 
     @contextmanager
-    def explained_out_of_memory(self, examples: list[Example], split: str) -> Iterator[None]:
-        """What to change where these examples do not fit."""
+    def explained_out_of_memory(self, what: Callable[[], str], remedy: str) -> Iterator[None]:
+        """Says what does not fit, and what to change: `remedy`, or what helps in any case."""
         try:
             yield
         except torch.OutOfMemoryError as error:
-            longest = max(self.data[split].lengths(examples), default=0)
-            key = "smaller tokens_per_microbatch" if split == "train" else "smaller eval_batch_size"
             more = ", parallel.reduce_once_a_step=false" if self.sharded else ""
             raise RunError(
-                f"step {self.batch_counter + 1}: out of memory on {self.device} with {len(examples)} {split} examples, the longest of "
-                f"{longest} tokens\ntry a {key}, a smaller max_length, model.fsdp_policy_mp=bfloat16{more} or activation_checkpointing=true"
+                f"out of memory on {self.device} with {what()}\n"
+                f"try {remedy}, a smaller max_length, model.fsdp_policy_mp=bfloat16{more} or activation_checkpointing=true"
             ) from error
+
+    def described(self, examples: list[Example], split: str) -> str:
+        longest = max(self.data[split].lengths(examples), default=0)
+        return f"{len(examples)} {split} examples, the longest of {longest} tokens, in step {self.batch_counter + 1}"
 
     def is_finite(self, loss: torch.Tensor, grad_norm: torch.Tensor, examples: list[Example], losses: list[torch.Tensor]) -> bool:
         """Whether to take the step: the same answer on all ranks. The one place in a step that waits for the device.
@@ -309,7 +314,7 @@ class BasicTrainer:
             prepared = ahead(self.feeder.eval, batches)
             for examples, microbatch in tqdm.tqdm(prepared, "Evaluating", len(batches), leave=False, disable=self.hide_progress):
                 self.check_stop()
-                with self.explained_out_of_memory(examples, "eval"):
+                with self.explained_out_of_memory(partial(self.described, examples, "eval"), "a smaller eval_batch_size"):
                     self.score(microbatch, sums, "eval")
             metrics = sums.means(self.reduce)
             rows = self.sample(self.eval_examples[: self.config.n_eval_model_samples]) if self.config.sample_during_eval else []

@@ -143,9 +143,9 @@ def test_every_example_is_seen_as_often_as_there_are_epochs(tmp_path, monkeypatc
     seen = []
     step = BasicTrainer.train_step
 
-    def recorded(self, examples):
+    def recorded(self, examples, microbatches):
         seen.append([self.data["train"].element(example)["example_id"] for example in examples])
-        return step(self, examples)
+        return step(self, examples, microbatches)
 
     monkeypatch.setattr(BasicTrainer, "train_step", recorded)
     run(*PREFERENCE, "n_epochs=3", f"local_run_dir={tmp_path}/straight")

@@ -275,13 +275,20 @@ def test_such_steps_can_be_left_out(tmp_path, monkeypatch):
     assert all(tensor.isfinite().all() for tensor in weights_of(run_dir).values())
 
 
-@pytest.mark.parametrize("place", ["forward", "backward"])
-def test_out_of_memory_names_the_keys_to_change(place, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "owner, method, message",
+    [
+        (Scorer, "_both_ways", r"two sequences of max_length=64 tokens, by which fast scoring is tried\ntry more devices"),
+        (Scorer, "_fast", r"8 train examples, the longest of \d+ tokens, in step 1\ntry a smaller tokens_per_microbatch"),
+        (torch.Tensor, "backward", r"8 train examples, the longest of \d+ tokens, in step 1\ntry a smaller tokens_per_microbatch"),
+    ],
+)
+def test_out_of_memory_names_the_keys_to_change(owner, method, message, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(*{"forward": (Scorer, "forward"), "backward": (torch.Tensor, "backward")}[place], fail)
-    with pytest.raises(RunError, match=r"with 8 train examples, the longest of \d+ tokens\ntry a smaller tokens_per_microbatch"):
+    monkeypatch.setattr(owner, method, fail)
+    with pytest.raises(RunError, match=message):
         run(*PREFERENCE, "do_first_eval=false", "n_examples=8", f"local_run_dir={tmp_path}/run")
 
 
