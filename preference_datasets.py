@@ -12,7 +12,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Optional, Union
 
-import bs4
 import numpy as np
 from omegaconf import OmegaConf
 
@@ -130,6 +129,8 @@ def _is_answer(answer) -> bool:
 def strip_html_tags(html: str) -> str:
     """The text of paragraphs, and of code within <code>...</code>; as published, what stands in a tag within a paragraph is left out."""
     parts = []
+    import bs4  # here, because importing it takes a third of a second
+
     for element in bs4.BeautifulSoup(html, "html.parser").children:
         if not isinstance(element, bs4.Tag):
             continue

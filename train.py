@@ -200,9 +200,8 @@ def started_run_dir(world: World, run_dir: str, config: DictConfig, resumed: Opt
         try:
             yield
         except UserError:
-            if world.is_first and not {"metrics.jsonl", "LATEST"} & set(
-                os.listdir(run_dir)
-            ):  # nothing was done that the corrected command would go on with
+            # Nothing was done that the corrected command would go on with.
+            if world.is_first and not {"metrics.jsonl", "LATEST"} & set(os.listdir(run_dir)):
                 os.remove(os.path.join(run_dir, "config.yaml"))
             raise
 

