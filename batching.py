@@ -18,6 +18,7 @@ from token_cache import digest_of, flat
 from tokenization import batch_element, truncate, truncated_lengths
 from utils import IGNORED, UserError, plural
 
+EVAL_SEED = 0  # of the eval order, whatever the run's seed, so that runs of different seeds see the same eval pairs
 Item, Prepared = TypeVar("Item"), TypeVar("Prepared")
 
 

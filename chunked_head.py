@@ -120,7 +120,7 @@ def score_rows(states: torch.Tensor, head: Head, reference: Optional[Reference],
     """Scores alone, for evaluation. Arguments as those of `loss_of_rows`."""
     work = _Workspace(head, states, reference, objective.needs_kl)
     scores = RowScores.zeros(rows, objective, work.dtype)
-    for chunk in _pieces(0, len(rows.labels), work.size):
+    for chunk in pieces(0, len(rows.labels), work.size):
         work.compute(chunk, rows).add_to(scores, rows.responses[chunk])
     return scores
 
@@ -189,7 +189,7 @@ def _coefficients(scores: RowScores, num_tokens: torch.Tensor, objective: Object
     return total.detach(), g, h
 
 
-def _pieces(start: int, stop: int, size: int) -> list[slice]:
+def pieces(start: int, stop: int, size: int) -> list[slice]:
     """As few slices of at most `size` as there can be."""
     return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
 
@@ -202,7 +202,7 @@ def _groups(counts: Sequence[int], size: int) -> Iterator[tuple[slice, list[slic
         row += 1
         while row < len(counts) and stop + counts[row] - start <= size:
             stop, row = stop + counts[row], row + 1
-        yield slice(first, row), _pieces(start, stop, size)
+        yield slice(first, row), pieces(start, stop, size)
         start = stop
 
 

@@ -16,6 +16,7 @@ import losses
 from utils import DTYPES, UserError, nearest
 
 Dtype = Literal[tuple(DTYPES)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # NumPy takes no larger one
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
 TRAINERS = ("BasicTrainer", "FSDPTrainer", "TensorParallelTrainer")
 # torch.optim optimizers that need more than the gradient of any parameter: a closure, sparse gradients, matrices alone
@@ -89,6 +90,13 @@ class Jsonl(Corpus):
     escape_special_tokens: StrictBool
 
 
+class Imdb(Corpus):
+    loader: Literal["imdb"]
+    path: str
+    prefix_words: PositiveInt
+    escape_special_tokens: StrictBool
+
+
 class Reviews(Corpus):
     loader: Literal["reviews"]
     n_train: Annotated[int, Field(gt=0, le=2856)]
@@ -97,8 +105,11 @@ class Reviews(Corpus):
     min_margin: Annotated[float, Field(gt=0, le=0.4)]
 
 
+Datasets = dict[Name, Annotated[Union[Published, Jsonl, Imdb, Reviews], Field(discriminator="loader")]]
+
+
 class Config(Node):
-    seed: Annotated[int, Field(ge=0, lt=2**32)]  # NumPy takes no larger one
+    seed: Seed
     exp_name: Name
     batch_size: PositiveInt
     eval_batch_size: PositiveInt
@@ -137,8 +148,78 @@ class Config(Node):
     max_skipped_steps: NonNegativeInt
     deterministic: StrictBool
     model: Model
-    datasets: Annotated[dict[Name, Annotated[Union[Published, Jsonl, Reviews], Field(discriminator="loader")]], Field(min_length=1)]
+    datasets: Annotated[Datasets, Field(min_length=1)]
     loss: dict
+
+
+Runs = Union[str, Annotated[list[str], Field(min_length=1)]]
+
+
+class Sample(Node):
+    """config/sample.yaml"""
+
+    run: str
+    out: str
+    datasets: Optional[Datasets] = None
+    split: Literal["train", "test"]
+    prompts: Optional[str]
+    n_prompts: Optional[PositiveInt]
+    n: PositiveInt
+    temperature: PositiveFloat
+    top_p: Annotated[float, Field(gt=0, le=1)]
+    top_k: NonNegativeInt
+    num_beams: PositiveInt
+    max_length: Optional[PositiveInt]
+    max_prompt_length: Optional[PositiveInt]
+    max_new_tokens: Optional[PositiveInt]
+    batch_size: PositiveInt
+    seed: Seed
+
+
+class TokenReport(Node):
+    """config/token_report.yaml"""
+
+    run: Runs
+    reference: Optional[str]
+    out: str
+    datasets: Optional[Datasets] = None
+    split: Literal["train", "test"]
+    n_pairs: PositiveInt
+    beta: Optional[PositiveFloat]
+    max_length: Optional[PositiveInt]
+    max_prompt_length: Optional[PositiveInt]
+    batch_size: PositiveInt
+
+
+class Evaluation(Node):
+    """config/eval.yaml"""
+
+    run: Runs
+    reference: Optional[str]
+    out: Optional[str]
+    datasets: Optional[Datasets] = None
+    split: Literal["train", "test"]
+    n_pairs: Optional[PositiveInt]
+    n_prompts: NonNegativeInt
+    n: PositiveInt
+    reward: Optional[str]
+    max_length: Optional[PositiveInt]
+    max_prompt_length: Optional[PositiveInt]
+    batch_size: PositiveInt
+    seed: Seed
+
+
+def check_tool_config(config: DictConfig, schema: type[Node]) -> None:
+    """Check the config of a tool against its schema. In place it is resolved, and its values get their types.
+
+    Raises:
+        UserError: something is wrong; it names everything that is.
+    """
+    problems = _schema_problems(_resolved(config), config, schema)
+    if not problems and 1 < config.get("num_beams", 1) < config.n:
+        problems = [f"n={config.n} is more than num_beams={config.num_beams}, which has no more texts"]
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 def check_config(config: DictConfig, overrides: Iterable[str] = ()) -> list[str]:
@@ -155,12 +236,8 @@ def check_config(config: DictConfig, overrides: Iterable[str] = ()) -> list[str]
     Raises:
         UserError: something is wrong; it names everything that is.
     """
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise UserError(f"missing: {', '.join(f'{key}=...' for key in missing)}")
-    OmegaConf.resolve(config)
-    values = OmegaConf.to_container(config)
-    problems = _schema_problems(values, config) + _loss_problems(values.get("loss"), config)
+    values = _resolved(config)
+    problems = _schema_problems(values, config, Config) + _loss_problems(values.get("loss"), config)
     if problems:
         raise UserError("\n".join(problems))
     problems = _joint_problems(config)
@@ -170,9 +247,17 @@ def check_config(config: DictConfig, overrides: Iterable[str] = ()) -> list[str]
     return notes + _warnings(config, list(overrides))
 
 
-def _schema_problems(values: Mapping, config: DictConfig) -> list[str]:
+def _resolved(config: DictConfig) -> dict:
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise UserError(f"missing: {', '.join(f'{key}=...' for key in missing)}")
+    OmegaConf.resolve(config)
+    return OmegaConf.to_container(config)
+
+
+def _schema_problems(values: Mapping, config: DictConfig, schema: type[Node]) -> list[str]:
     try:
-        config.merge_with(Config.model_validate(values).model_dump(exclude={"loss"}))
+        config.merge_with(schema.model_validate(values).model_dump(exclude={"loss"}, exclude_unset=True))
     except pydantic.ValidationError as error:
         return [_line(problem, values) for problem in error.errors()]
     return []

@@ -162,6 +162,18 @@ def joined(config: DictConfig) -> Iterator[World]:
             raise UserError("trainer=BasicTrainer is one process, and this is one of several: trainer=FSDPTrainer")
         yield World()
         return
+    with process_group(config.parallel.timeout_secs) as world:
+        world.from_first(lambda: _check_division(config, world.size))
+        yield world
+
+
+@contextmanager
+def process_group(timeout_secs: int) -> Iterator[World]:
+    """This process with the others that its launcher has started; a world of one where none has.
+
+    Args:
+        timeout_secs: to wait for the others within a step.
+    """
     if is_rank() and "RANK" not in os.environ:
         _use_slurm()
     cuda = torch.cuda.is_available()
@@ -169,15 +181,14 @@ def joined(config: DictConfig) -> Iterator[World]:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    arguments = {"backend": "cpu:gloo,cuda:nccl" if cuda else "gloo", "timeout": timedelta(seconds=config.parallel.timeout_secs)}
+    arguments = {"backend": "cpu:gloo,cuda:nccl" if cuda else "gloo", "timeout": timedelta(seconds=timeout_secs)}
     if not is_rank():  # a world of one: no socket that others could reach
         os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
         arguments |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(**arguments)
-    world = World(dist.get_rank(), dist.get_world_size(), device, config.parallel.timeout_secs)
+    world = World(dist.get_rank(), dist.get_world_size(), device, timeout_secs)
     leave = world.size == 1  # else only in good order: a process that fails must not wait for the others
     try:
-        world.from_first(lambda: _check_division(config, world.size))
         yield world
         leave = True
     except Stopped:

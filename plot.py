@@ -1,20 +1,29 @@
-"""Draw the curves of one or several runs: python plot.py RUN [RUN ...] -o curves.png
+"""Draw the curves of one or several runs: python plot.py RUN [RUN ...] -o curves.html
 
 RUN is a run folder (or its metrics.jsonl). Lines are train steps, dots with lines are evals; runs share a panel and have a colour each.
+A page (.html) has the curves and, in words, what they say (findings.py); a picture (.png, .svg, .pdf) the curves alone, and the words are
+printed.
 """
 
 import argparse
+import base64
+import io
 import json
 import math
 import os
 import sys
+from typing import BinaryIO, Union
 
+import jinja2
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first)
 
+from findings import Finding, findings  # noqa: E402
 from utils import UserError  # noqa: E402
+
+TEMPLATES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "templates")
 
 # Title, unit and metric of each panel; {s} is train or eval.
 PANELS = (
@@ -64,8 +73,13 @@ def smooth(values: list[float]) -> list[float]:
     return smoothed
 
 
-def draw(runs: list[tuple[str, list[dict]]], output: str) -> list[str]:
-    """Write the picture; the titles of its panels, those that any of the runs has."""
+def draw(runs: list[tuple[str, list[dict]]], output: Union[str, BinaryIO], style: str = "default") -> list[str]:
+    """Write the picture; the titles of its panels, those that any of the runs has. `style` is one of Matplotlib's."""
+    with plt.style.context(style):
+        return _draw(runs, output)
+
+
+def _draw(runs: list[tuple[str, list[dict]]], output: Union[str, BinaryIO]) -> list[str]:
     panels = [panel for panel in PANELS if any(curve(logs, s, panel[2])[0] for _, logs in runs for s in ("train", "eval"))]
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
@@ -78,7 +92,8 @@ def draw(runs: list[tuple[str, list[dict]]], output: str) -> list[str]:
     figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(runs)), frameon=False)
     figure.tight_layout(rect=(0, 0.02, 1, 1 - 0.25 * math.ceil(len(runs) / 4) / figure.get_figheight()))
     figure.text(0.5, 0.003, "train: pale, and smoothed where there are many logs; eval: dashed with dots", ha="center", fontsize=7)
-    figure.savefig(output, dpi=130)
+    # A page's own colour shows behind its curves; a picture has a background.
+    figure.savefig(output, dpi=130, transparent=not isinstance(output, str))
     plt.close(figure)
     return [title for title, _, _ in panels]
 
@@ -97,15 +112,35 @@ def draw_panel(axis, panel: tuple, runs: list[tuple[str, list[dict]]]) -> None:
     axis.grid(alpha=0.25)
 
 
+def write_page(runs: list[tuple[str, list[dict]]], answers: dict[str, list[Finding]], output: str) -> list[str]:
+    """One file with the curves, for light and dark screens, and the answers; the panels' titles."""
+    pictures = {}
+    for kind, style in (("light", "default"), ("dark", "dark_background")):
+        buffer = io.BytesIO()
+        panels = draw(runs, buffer, style)
+        pictures[kind] = base64.b64encode(buffer.getvalue()).decode()
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True)
+    with open(output, "w", encoding="utf-8") as file:
+        file.write(environment.get_template("curves.html").render(pictures=pictures, runs=answers))
+    return panels
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw the curves of one or several runs.")
+    parser = argparse.ArgumentParser(description="Draw the curves of one or several runs, and say what they say.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
-    parser.add_argument("-o", "--output", default="curves.png", help="the picture to write (default: %(default)s)")
+    parser.add_argument(
+        "-o", "--output", default="curves.png", help="the page (.html) or picture (.png, .svg, .pdf) to write (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     try:
-        panels = draw([read_run(path) for path in arguments.runs], arguments.output)
+        runs = [read_run(path) for path in arguments.runs]
+        answers = {name: findings(logs) for name, logs in runs}
+        page = arguments.output.endswith((".html", ".htm"))
+        panels = write_page(runs, answers, arguments.output) if page else draw(runs, arguments.output)
     except (UserError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    for name, said in [(name, said) for name, said in answers.items() if said]:
+        print("\n".join([f"{name}:", *(f"{'!' if answer.concern else ' '} {answer.text}" for answer in said)]))
     print(f"{arguments.output}: {', '.join(panels)}")
 
 

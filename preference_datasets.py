@@ -7,6 +7,7 @@ and may add `scores`, one a response. Prompt and response are concatenated as th
 
 import functools
 import hashlib
+import itertools
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ import reviews
 from batching import BatchStream, TokenizedSplit, get_collate_fn
 from rows import Row, RowReport, has_split, read_rows
 from token_cache import TEXTS_A_CORE, TokenCache, cache_key, count_texts, tokenize
-from tokenization import special_token_strings, tokenize_batch_element
+from tokenization import encode, special_token_strings, tokenize_batch_element, truncate, with_bos
 from utils import UserError, nearest, plural
 
 __all__ = ["get_dataset", "get_collate_fn", "get_batch_iterator", "tokenize_batch_element", "load_split"]
@@ -193,6 +194,24 @@ def _jsonl_pairs(source: Source, rows: Iterable[Row]) -> tuple[Dataset, dict[str
     return dict(data), words
 
 
+def load_imdb(source: Source) -> Dataset:
+    """IMDb reviews {text, label}: the first words are the prompt, the rest is the SFT target; no pairs."""
+    data: Dataset = {}
+    count = 0
+    for row in source.rows():
+        texts = source.report.texts(row, "text")
+        if texts is None:
+            continue
+        words = texts[0].split(maxsplit=source.options["prefix_words"])
+        prompt, rest = " ".join(words[:-1]), f" {words[-1].strip()}" if words else ""
+        if source.report.usable_answers(row, prompt, [rest]):
+            count += 1
+            data[prompt] = {"responses": [], "pairs": [], "sft_target": rest}
+    if count > len(data):
+        source.report.notes.append(f"{plural(count - len(data), 'review')} left out, because others begin with the same words")
+    return data
+
+
 def load_reviews(source: Source) -> Dataset:
     """The embedded film reviews (reviews.py)."""
     options = source.options
@@ -213,6 +232,7 @@ LOADERS: dict[str, Callable[[Source], Dataset]] = {
     "hh": load_hh,
     "shp": load_shp,
     "se": load_se,
+    "imdb": load_imdb,
     "jsonl": load_jsonl,
     "reviews": load_reviews,
 }
@@ -294,6 +314,8 @@ def load_split(
         cached = cache.load() if cache else None
         if cached is None:
             data, lines = _load(name, split, node, cache_dir, tokenizer)
+            if not sft_mode and not any(entry["pairs"] for entry in data.values()):
+                raise UserError(f"{name} has no pairs: it is for loss=sft, and its prompts are for sample.py (see experiments/frontier)")
             make = functools.partial(tokenize, name, data, node, tokenizer, add_bos, sft_mode, silent)
             worth_it = cache is not None and count_texts(data, sft_mode) >= TEXTS_A_CORE
             cached = cache.build(make, lines) if worth_it else make(), lines
@@ -301,6 +323,46 @@ def load_split(
             print("\n".join(cached[1]))
         tables.append(cached[0])
     return TokenizedSplit(tables, tokenizer, max_length, max_prompt_length, sft_mode, add_bos)
+
+
+class Prompt(NamedTuple):
+    """To be continued."""
+
+    text: str
+    ids: list[int]  # cut to max_prompt_length
+
+
+def load_prompts(
+    options: Mapping[str, Mapping],
+    split: str,
+    tokenizer,
+    max_prompt_length: int,
+    add_bos: bool = False,
+    cache_dir: Optional[str] = None,
+    path: Optional[str] = None,
+) -> list[Prompt]:
+    """The prompts of a split, each once, in the order of the data.
+
+    Args:
+        options, split, tokenizer, add_bos, cache_dir: as for `load_split`.
+        max_prompt_length: tokens; longer prompts are cut as their dataset says, those of `path` at their start.
+        path: rows {prompt} in place of datasets.
+
+    Raises:
+        UserError: as `get_dataset`.
+    """
+    if path is not None:
+        report = RowReport("prompts", split, "error", special_token_strings(tokenizer))
+        texts = [texts[0] for row in report.rows(read_rows(path, split, None, cache_dir)) if (texts := report.texts(row, "prompt"))]
+        report.kept = len(texts)
+        print("\n".join(report.finish()))
+        ids = encode(texts, tokenizer)
+        found = zip(texts, [with_bos(some, tokenizer) for some in ids] if add_bos else ids, itertools.repeat("keep_end"))
+    else:
+        table = load_split(options, split, tokenizer, max_prompt_length + 1, max_prompt_length, True, add_bos, cache_dir=cache_dir).prompts
+        found = zip(*(table[column] for column in ("prompt", "prompt_ids", "truncation_mode")))
+    bos = tokenizer.bos_token_id if add_bos else None
+    return [Prompt(text, truncate(ids, [[]], mode, max_prompt_length, max_prompt_length, bos)[0]) for text, ids, mode in found]
 
 
 def get_batch_iterator(

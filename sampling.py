@@ -1,6 +1,8 @@
 """Continuations of prompts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Optional
 
 import numpy as np
 import torch
@@ -8,7 +10,7 @@ import transformers
 from torch import nn
 
 
-def own_distribution(tokenizer, max_length: int) -> transformers.GenerationConfig:
+def own_distribution(tokenizer, max_length: int, **others) -> transformers.GenerationConfig:
     """Settings by which a model is sampled as it is: temperature 1, no top-k, no top-p.
 
     Not the model's own settings: they may bring penalties, or a temperature.
@@ -16,16 +18,11 @@ def own_distribution(tokenizer, max_length: int) -> transformers.GenerationConfi
     Args:
         tokenizer: whose end-of-sequence token ends a text.
         max_length: tokens of prompt and continuation.
+        others: settings of Transformers that are added, or take the place of these.
     """
-    return transformers.GenerationConfig(
-        max_length=max_length,
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    settings = {"max_length": max_length, "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    settings |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    return transformers.GenerationConfig(**settings | others)
 
 
 def generate(
@@ -35,12 +32,85 @@ def generate(
 
     `synced`: other processes generate with the same sharded model: one whose texts have ended takes part until all have.
     """
+    with _settings_of(model, settings):
+        output = model.generate(input_ids=batch["prompt_input_ids"], attention_mask=batch["prompt_attention_mask"], synced_gpus=synced)
+    return tokenizer.batch_decode(output, skip_special_tokens=True)
+
+
+@contextmanager
+def _settings_of(model: nn.Module, settings: transformers.GenerationConfig) -> Iterator[None]:
+    """Within it these are the model's own: Transformers fills what is missing in settings that it is given from the model's."""
     own, model.generation_config = model.generation_config, settings
     try:
-        output = model.generate(input_ids=batch["prompt_input_ids"], attention_mask=batch["prompt_attention_mask"], synced_gpus=synced)
+        yield
     finally:
         model.generation_config = own
-    return tokenizer.batch_decode(output, skip_special_tokens=True)
+
+
+def continuations(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    n: int,
+    settings: transformers.GenerationConfig,
+    max_new_tokens: Optional[int] = None,
+) -> list[list[list[int]]]:
+    """For each prompt n continuations, in tokens, end-of-sequence included where the model wrote it.
+
+    Args:
+        model: on its device.
+        prompts: tokens, none empty.
+        n: of each prompt; with beams the best n.
+        settings: how to draw them; its max_length counts the longest prompt.
+        max_new_tokens: of a continuation, where that is less.
+    """
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[settings.pad_token_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    with _settings_of(model, settings):
+        length = min(settings.max_length, longest + (max_new_tokens or settings.max_length))
+        output = model.generate(input_ids=ids, attention_mask=mask, num_return_sequences=n, max_length=length)[:, longest:].tolist()
+    whole = [ids[: ids.index(settings.eos_token_id) + 1] if settings.eos_token_id in ids else ids for ids in output]
+    return [whole[i : i + n] for i in range(0, len(whole), n)]
+
+
+def sample_batch(
+    model: nn.Module,
+    tokenizer,
+    prompts: Sequence[tuple[str, list[int]]],
+    first: int,
+    n: int,
+    settings: transformers.GenerationConfig,
+    seed: int,
+    max_new_tokens: Optional[int] = None,
+) -> list[dict]:
+    """n continuations of each prompt, seeded: {prompt, completion, prompt_ids, completion_ids, index, sample}.
+
+    Args:
+        prompts: texts and tokens.
+        first: number of the first of them, from which `index` counts.
+        n, settings, max_new_tokens: see `continuations`.
+        seed: the texts depend on it and the batch alone.
+    """
+    torch.manual_seed(mixed_seed(seed, first))
+    drawn = continuations(model, [ids for _, ids in prompts], n, settings, max_new_tokens)
+    return [
+        {
+            "prompt": text,
+            "completion": text_of(tokenizer, prompt_ids, ids),
+            "prompt_ids": prompt_ids,
+            "completion_ids": ids,
+            "index": first + i,
+            "sample": j,
+        }
+        for i, ((text, prompt_ids), some) in enumerate(zip(prompts, drawn))
+        for j, ids in enumerate(some)
+    ]
+
+
+def text_of(tokenizer, prompt: Sequence[int], continuation: Sequence[int]) -> str:
+    """The continuation's text, as it goes on after the prompt's: with the space between them, where there is one."""
+    start = tokenizer.decode(list(prompt), skip_special_tokens=True)
+    return tokenizer.decode([*prompt, *continuation], skip_special_tokens=True).removeprefix(start)
 
 
 def interleaved(parts: Sequence[list]) -> list:

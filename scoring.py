@@ -7,7 +7,7 @@ Shapes: B sequences, T tokens, V vocabulary entries, N response tokens of the ba
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple, Optional, Union
@@ -118,7 +118,7 @@ class Scorer(nn.Module):
         responses = responses[:, -n:]
         last = {"logits_to_keep": n + 1} if "logits_to_keep" in inspect.signature(self.policy.forward).parameters else {}
         logits = self.policy(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **last).logits[:, -n - 1 : -1]
-        return _logps_of(fast, responses), _logps_of(logits.to(fast.dtype), responses), states.dtype
+        return _of_label(fast.log_softmax(-1), responses), _of_label(logits.to(fast.dtype).log_softmax(-1), responses), states.dtype
 
 
 def fast_scoring_problem(scorer: nn.Module, max_length: int) -> Optional[str]:
@@ -176,6 +176,51 @@ def plain_scores(
     }
 
 
+class TokenStatistics(NamedTuple):
+    """Of N response positions, row by row, response by response, (N,) each, nats. None without a reference."""
+
+    logps: torch.Tensor  # log pi(y_t|s_t)
+    entropy: torch.Tensor  # of pi(.|s_t), over the whole vocabulary
+    reference_logps: Optional[torch.Tensor]
+    kl: Optional[torch.Tensor]  # KL(pi_ref || pi), whose sum over a response is SeqKL
+    reverse_kl: Optional[torch.Tensor]  # KL(pi || pi_ref), whose sum over a response drawn from pi estimates that of whole responses
+
+
+@torch.inference_mode()
+def token_statistics(
+    policy: nn.Module, reference: Optional[nn.Module], examples: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], fast: bool
+) -> TokenStatistics:
+    """What can be said of every response token; for evaluation.
+
+    Args:
+        policy, reference: on their device.
+        examples: (prompt, responses) in tokens, as for `prompt_rows`.
+        fast: rows of several responses, which fast_scoring_problem must have found right for the model; else each response by itself.
+    """
+    if not fast:
+        examples = [(prompt, [response]) for prompt, responses in examples for response in responses]
+    rows = prompt_rows(examples).to(policy.device)
+    logits_of = [_logits_at(model, rows, fast) for model in (policy, reference) if model is not None]
+    parts = []
+    for chunk in chunked_head.pieces(0, len(rows.labels), chunked_head.CHUNK.get(policy.device.type, chunked_head.CHUNK["cuda"])):
+        labels = rows.labels[chunk]
+        log_p, *rest = (logits(chunk).log_softmax(-1) for logits in logits_of)
+        log_q = rest[0] if rest else None
+        others = (None, None, None) if log_q is None else (_of_label(log_q, labels), forward_kl(log_q, log_p), forward_kl(log_p, log_q))
+        parts.append((_of_label(log_p, labels), torch.special.entr(log_p.exp()).sum(-1), *others))
+    return TokenStatistics(*(None if values[0] is None else torch.cat(values) for values in zip(*parts)))
+
+
+def _logits_at(model: nn.Module, rows: PromptRows, fast: bool) -> Callable[[slice], torch.Tensor]:
+    """A function from a slice of `rows.states` to logits, in float32 at least."""
+    if fast:
+        states, head = _hidden_states(model, rows, attention_masks(rows, model.config)), Head.of(model)
+        return lambda chunk: head.logits(states[chunk])
+    stacked = {"concatenated_input_ids": rows.input_ids, "concatenated_attention_mask": (rows.segments >= 0).long()}
+    logits = _logits(model, stacked).flatten(0, 1)
+    return lambda chunk: logits[rows.states[chunk]]
+
+
 def _hidden_states(model: nn.Module, rows: PromptRows, masks) -> torch.Tensor:
     """(N, H): the last layer's, after the final norm, at the positions that predict a response token."""
     states = model.base_model(
@@ -197,9 +242,9 @@ def _gathered(model: Optional[nn.Module]) -> Iterator[None]:
         model.reshard()
 
 
-def _logps_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """(..., V) to (...)."""
-    return logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+def _of_label(logps: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """(..., V) to (...): the log-probability of each label."""
+    return logps.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
 def _parts(batch: Mapping[str, torch.Tensor], roles: tuple[str, ...]) -> Iterator[tuple[str, slice]]:
@@ -306,7 +351,7 @@ class _ResponsePositions:
 
     def of_label(self, logps: torch.Tensor) -> torch.Tensor:
         """(N, V) to (N,): the log-probability of each response token."""
-        return logps.gather(-1, self.labels.unsqueeze(-1)).squeeze(-1)
+        return _of_label(logps, self.labels)
 
     def reduce(self, values: torch.Tensor, average: bool) -> torch.Tensor:
         """(N,) to (B,): the sum, or the mean, of each row's values."""

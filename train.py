@@ -7,27 +7,20 @@ Every key is in config/config.yaml. Config, data and archive are checked before 
 """
 
 import os
-import re
 import signal
 import socket
 import sys
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
-from typing import Any, NamedTuple, NoReturn, Optional
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any, NamedTuple, Optional
 
-import hydra
 import torch
-import transformers
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from batching import TokenizedSplit
-from config_schema import check_config, explain_composition_error, flat_keys
-from launch import is_supervised, joined, own_rank, processes_to_start, start_ranks
+from command_line import run_command, silence_unless
+from config_schema import check_config
+from launch import joined, processes_to_start, start_ranks
 from losses import Objective, get_objective
 from metrics import Sink, open_sinks
 from models import Models, check_model, load_model_config, load_tokenizer, prepare_hub
@@ -36,11 +29,10 @@ from preference_datasets import load_split
 from resume import FolderLock, Resumed, archive_of, check_same_data, check_seen_by_all, choose_run_dir, find_checkpoint, prepare_run_dir
 from tensor_parallel import TensorParallelTrainer
 from trainers import BasicTrainer, FSDPTrainer
-from utils import PeerError, RunError, Stopped, UserError, get_local_dir, plural
+from utils import Stopped, UserError, get_local_dir, plural
 from watch import Watch
 
 TRAINERS = {trainer.__name__: trainer for trainer in (BasicTrainer, FSDPTrainer, TensorParallelTrainer)}
-CONFIG_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "config")
 
 
 def run(config: DictConfig, overrides: Sequence[str] = ()) -> str:
@@ -206,16 +198,6 @@ def started_run_dir(world: World, run_dir: str, config: DictConfig, resumed: Opt
             raise
 
 
-@contextmanager
-def silence_unless(is_first: bool) -> Iterator[None]:
-    """What all ranks would print alike, one prints; errors go to standard error."""
-    if is_first:
-        yield
-        return
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-        yield
-
-
 def seed_everything(config: DictConfig) -> None:
     """Before the model is built, because it may have random weights."""
     torch.manual_seed(config.seed)
@@ -225,79 +207,9 @@ def seed_everything(config: DictConfig) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-@contextmanager
-def reported_errors() -> Iterator[None]:
-    """A mistake is answered in a line or two with exit code 2, a run that cannot go on with 1, without a traceback."""
-    try:
-        yield
-    except (HydraException, OmegaConfBaseException) as error:
-        fail(explain_composition_error(error, CONFIG_DIR, known_keys()), 2)
-    except UserError as error:
-        fail(str(error), 2)
-    except RunError as error:
-        fail(str(error), 1)
-    except PeerError:
-        leave_silently(1)
-    except Stopped as stopped:
-        sys.exit(0 if is_supervised() else 128 + stopped.signum)
-    except torch.OutOfMemoryError as error:
-        fail(f"out of memory: {str(error).splitlines()[0]}", 1)
-    except KeyboardInterrupt:
-        fail("interrupted; what was saved is kept", 130)
-
-
-@hydra.main(version_base=None, config_path=CONFIG_DIR, config_name="config")
-def hydra_main(config: DictConfig) -> None:
-    with reported_errors():  # within the job too: Hydra would add lines of its own to an error that it sees
-        run(config, list(HydraConfig.get().overrides.task))
-
-
 def main() -> None:
     """The command line."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its errors itself and exits with 1
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    with reported_errors():
-        try:
-            hydra_main()
-        except ValueError as error:  # what Hydra raises for loss=null; one of the job's own is no user's mistake
-            if HydraConfig.initialized():
-                raise
-            raise UserError(str(error)) from None
-
-
-def leave_silently(code: int) -> NoReturn:
-    """Another rank says what is wrong; a launcher, which ends all ranks when one has ended, must not keep it from that."""
-    time.sleep(5)
-    leave(code)
-
-
-def known_keys() -> list[str]:
-    """The keys of the config that the command line's groups make, or of the default one where they make none."""
-    groups = [argument for argument in sys.argv[1:] if re.match(r"(model|loss|datasets)=", argument)]
-    for overrides in (groups, []):
-        try:
-            GlobalHydra.instance().clear()
-            with hydra.initialize_config_dir(CONFIG_DIR, version_base=None):
-                return ["model", "datasets", "loss", *flat_keys(OmegaConf.to_container(hydra.compose("config", overrides)))]
-        except (HydraException, OmegaConfBaseException):
-            continue
-    return []
-
-
-def fail(message: str, code: int) -> NoReturn:
-    sys.stdout.flush()
-    if not torch.distributed.is_initialized() and own_rank() > 0:
-        leave_silently(code)  # before the ranks meet, all make the same mistake
-    print("\n".join(line if line.startswith(" ") else f"error: {line}" for line in message.splitlines()), file=sys.stderr, flush=True)
-    leave(code)
-
-
-def leave(code: int) -> NoReturn:
-    """One of several ranks must not wait for the others at the interpreter's end, which PyTorch's communication may do."""
-    if is_supervised() and torch.distributed.is_initialized():
-        os._exit(code)
-    sys.exit(code)
+    run_command("config", run)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import tqdm
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from batching import BatchStream, Example, TokenizedSplit, ahead, get_collate_fn
+from batching import EVAL_SEED, BatchStream, Example, TokenizedSplit, ahead, get_collate_fn
 from checkpoints import add_export, remove_old, save_checkpoint
 from chunked_head import HeadOnly
 from feeding import Feeder, Microbatch
@@ -53,7 +53,6 @@ __all__ = [
     "concatenated_inputs",
 ]
 
-EVAL_SEED = 0  # of the eval order, whatever the run's seed, so that runs of different seeds see the same eval pairs
 STEP_ZERO_TOLERANCE = 1e-3  # nats: far above rounding, far below what one step of training does
 
 

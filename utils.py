@@ -3,13 +3,14 @@
 import difflib
 import getpass
 import os
-from collections.abc import Iterable
-from typing import Optional, Union
+from collections.abc import Iterable, Sequence
+from typing import Optional, TypeVar, Union
 
 import torch
 from torch.distributed.tensor import DTensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+T = TypeVar("T")
 IGNORED = -100  # the label of a token that is no response token, as in torch.nn.CrossEntropyLoss
 
 
@@ -66,6 +67,11 @@ def get_local_dir(prefixes_to_resolve: list[str]) -> str:
     except (KeyError, OSError):  # a container's user without an entry in the password file
         user = str(os.getuid())
     return os.path.join(prefix, user)
+
+
+def batched(items: Sequence[T], size: int) -> list[tuple[int, Sequence[T]]]:
+    """(number of its first item, items) of each run of `size` items; the last may be shorter."""
+    return [(start, items[start : start + size]) for start in range(0, len(items), size)]
 
 
 def pad_to_length(tensor: torch.Tensor, length: int, pad_value: Union[int, float], dim: int = -1) -> torch.Tensor:

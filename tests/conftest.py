@@ -51,11 +51,11 @@ def tokenized(data: dict, tokenizer, max_length: int = 64, max_prompt_length: in
     return TokenizedSplit(tables, tokenizer, max_length, max_prompt_length, sft_mode, add_bos)
 
 
-def compose(*overrides: str):
-    """The config that a command line makes."""
+def compose(*overrides: str, name: str = "config"):
+    """The config that a command line makes, of train.py or another tool."""
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(ROOT / "config"), version_base=None):
-        return hydra.compose("config", list(overrides))
+        return hydra.compose(name, list(overrides))
 
 
 QUIET = ["exp_name=test", "wandb.enabled=false", "sample_during_eval=false", "minimum_log_interval_secs=0"]

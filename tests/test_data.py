@@ -11,7 +11,7 @@ import pytest
 from conftest import CHAT_TEMPLATE, MINI, tokenized
 
 from models import embedded_tokenizer
-from preference_datasets import default_options, get_dataset, strip_html_tags
+from preference_datasets import default_options, get_dataset, load_split, strip_html_tags
 from rows import read_rows
 from utils import UserError
 
@@ -350,3 +350,14 @@ def test_unknown_datasets():
 def test_mini_data_is_what_the_golden_runs_read():
     data = load("hh", path=str(MINI / "data"))
     assert sum(len(entry["pairs"]) for entry in data.values()) == 96
+
+
+def test_imdb_prompts_are_how_reviews_begin(tmp_path, capsys):
+    texts = ["one two three four five", "one two three and more", "a b", "x y z  w"]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": text, "label": 1}) + "\n" for text in texts))
+    options = {**default_options("imdb"), "path": str(tmp_path), "prefix_words": 3}
+    data = get_dataset("imdb", "train", options=options)
+    assert {prompt: entry["sft_target"] for prompt, entry in data.items()} == {"one two three": " and more", "a": " b", "x y z": " w"}
+    assert "4 rows read, 4 kept; 1 review left out, because others begin with the same words" in capsys.readouterr().out
+    with pytest.raises(UserError, match="imdb has no pairs: it is for loss=sft"):
+        load_split({"imdb": options}, "train", None, 64, 32, sft_mode=False, silent=True)

@@ -2,11 +2,15 @@
 
 import json
 import statistics
+import subprocess
+import sys
 
 import pytest
-from conftest import run
+from conftest import ROOT, run
 
 from reviews import gold_reward
+
+SMALL = ["n_examples=256", "n_epochs=null", "batch_size=64", "sample_during_eval=false", "do_first_eval=false", "wandb.enabled=false"]
 
 
 @pytest.fixture(scope="module")
@@ -43,3 +47,15 @@ def test_preference_training_learns_the_reward(loss, beta, sft, tmp_path):
     last_samples = [row for row in samples if row["counters/examples"] == last["counters/examples"]]
     before, after = (statistics.mean(gold_reward(row[name]) for row in last_samples) for name in ("reference", "policy"))
     assert 0.4 < before < 0.6 and after > before + 0.15
+
+
+def test_a_sweep_goes_on_after_a_job_that_fails(tmp_path):
+    folder = f"local_run_dir='{tmp_path}/lr${{lr}}'"
+    command = [sys.executable, ROOT / "train.py", "--multirun", "exp_name=x", "lr=-1,1e-3,2e-3", folder, *SMALL]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if "error" in line]
+    assert "lr=-1" in errors[0] and "lr=-1: must be greater than 0" in errors[0] and "1 job of the sweep failed" in errors[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".cache", "lr0.001", "lr0.002"]
+    losses = [logs_of(tmp_path / name, "eval")[-1]["loss/eval"] for name in ("lr0.001", "lr0.002")]
+    assert losses[0] > losses[1] + 0.1  # each with its own

@@ -6,17 +6,17 @@ from conftest import ROOT
 
 # From the bottom up: a file imports files of rows above its own only.
 ORDER = [
-    {"utils", "losses", "shared_prompt", "reviews", "signals"},
+    {"utils", "losses", "shared_prompt", "reviews", "signals", "findings"},
     {"chunked_head"},
     {"scoring", "rows", "tokenization", "parallel", "sampling"},
     {"token_cache"},
-    {"chat", "batching", "config_schema", "checkpoints", "launch", "watch"},
-    {"metrics", "models", "preference_datasets", "resume", "training_state"},
-    {"memory", "reference_cache"},
+    {"chat", "batching", "config_schema", "checkpoints", "launch", "watch", "rewards"},
+    {"metrics", "models", "preference_datasets", "resume", "training_state", "command_line", "evaluation"},
+    {"memory", "reference_cache", "runs"},
     {"feeding"},
     {"trainers"},
     {"tensor_parallel"},
-    {"train", "plot"},
+    {"train", "sample", "eval", "token_report", "plot"},
 ]
 
 

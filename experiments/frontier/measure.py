@@ -1,0 +1,95 @@
+"""Reward, KL and SeqKL at every checkpoint of the runs in a folder, into measured.json of each run.
+
+python experiments/frontier/measure.py RUNS --pairs pairs.jsonl --prompts_of runs/sft
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from omegaconf import DictConfig, OmegaConf  # noqa: E402
+
+from checkpoints import list_checkpoints  # noqa: E402
+from evaluation import measure_pairs, measure_samples  # noqa: E402
+from losses import get_objective  # noqa: E402
+from preference_datasets import load_prompts, load_split  # noqa: E402
+from rewards import gold_reward_of, reward_model  # noqa: E402
+from runs import Trained, find_trained, load_trained  # noqa: E402
+from sampling import own_distribution, sample_batch  # noqa: E402
+from scoring import Scorer, fast_scoring_problem  # noqa: E402
+from utils import UserError, batched  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure every checkpoint of the runs in a folder.")
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("--pairs", required=True, help="held-out pairs, as datasets=[jsonl] reads them")
+    parser.add_argument("--prompts_of", required=True, help="run whose test prompts are continued; its weights are the reference")
+    parser.add_argument("--n_prompts", type=int, default=128, help="test prompts, and pairs")
+    parser.add_argument("--n", type=int, default=4, help="continuations of a prompt")
+    parser.add_argument("--batch_size", type=int, default=64, help="prompts, or pairs, at a time")
+    parser.add_argument("--reward", default=None, help="as reward= of eval.py; without it the data's own")
+    arguments = parser.parse_args()
+    runs = [path.parent for path in sorted(arguments.runs.glob("*/LATEST")) if (path / "hf").exists()]
+    runs = [run for run in runs if not (run / "measured.json").exists()]
+    try:
+        if runs:
+            Measures(arguments, find_trained(str(runs[0])).config).measure(runs)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+class Measures:
+    """What is the same for all runs: the reference, the prompts and the pairs.
+
+    Args:
+        config: of one of the runs.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, config: DictConfig):
+        self.arguments = arguments
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.sft = find_trained(arguments.prompts_of)
+        data, cache_dir, add_bos = self.sft.datasets(None), self.sft.cache_dir(), config.model.add_bos
+        self.reward = gold_reward_of(list(data)) if arguments.reward is None else reward_model(arguments.reward, self.device, cache_dir)
+        self.lengths = config.max_length, config.max_prompt_length
+        self.reference, self.tokenizer = load_trained(self.sft, self.device, max_length=config.max_length)
+        self.fast = fast_scoring_problem(Scorer(self.reference, None, get_objective("sft")), config.max_length) is None
+        jsonl = {"jsonl": {**OmegaConf.to_container(config.datasets.jsonl), "path": arguments.pairs, "eval_path": arguments.pairs}}
+        self.split = load_split(jsonl, "test", self.tokenizer, *self.lengths, False, add_bos, silent=True)
+        self.prompts = load_prompts(data, "test", self.tokenizer, self.lengths[1], add_bos, cache_dir)[: arguments.n_prompts]
+
+    def measure(self, runs: list[Path]) -> None:
+        start = {"examples": 0, **self.of(self.sft)}
+        for run in runs:
+            checkpoints = [(int(os.path.basename(folder).removeprefix("step-")), folder) for folder in reversed(list_checkpoints(str(run)))]
+            points = [start, *({"examples": examples, **self.of(find_trained(folder))} for examples, folder in checkpoints)]
+            config = find_trained(str(run)).config
+            new = run / "measured.json.new"
+            new.write_text(json.dumps({"beta": config.loss.beta, "lr": config.lr, "seed": config.seed, "points": points}, indent=1))
+            new.rename(run / "measured.json")
+            print(run, *(f"{p['examples']}: {p['samples/reward']:.3f} at {p['samples/kl']:.2f}" for p in points), flush=True)
+
+    def of(self, trained: Trained) -> dict[str, float]:
+        """Means over prompts and pairs; the same random numbers for every model."""
+        size, n = self.arguments.batch_size, self.arguments.n
+        policy, _ = load_trained(trained, self.device, max_length=self.lengths[0])
+        settings = own_distribution(self.tokenizer, self.lengths[0])
+        rows = []
+        for first, some in batched(self.prompts, size):
+            rows += sample_batch(policy, self.tokenizer, some, first, n, settings, seed=0)
+        measures = measure_samples(policy, self.reference, rows, self.reward, self.fast, size)
+        examples = next(self.split.epochs(0, shuffle=False))[: self.arguments.n_prompts]
+        pairs = measure_pairs(policy, self.reference, None, self.split, examples, self.fast, size)
+        measures |= {name: (values, None) for name, values in pairs.items()}
+        return {name: float(np.average(values, weights=weights)) for name, (values, weights) in measures.items()}
+
+
+if __name__ == "__main__":
+    main()

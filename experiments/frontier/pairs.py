@@ -1,0 +1,58 @@
+"""Pairs of completions: of each prompt's the one of the greatest reward and the one of the least.
+
+    python experiments/frontier/pairs.py FOLDER --margin 0.1
+
+Reads completions-{train,test}.jsonl in the folder, which sample.py has written; writes pairs/{train,test}.jsonl for datasets=[jsonl], rows
+{prompt, chosen, rejected, chosen_score, rejected_score}.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch  # noqa: E402
+
+from rewards import GOLD, gold_reward_of, reward_model  # noqa: E402
+from utils import UserError  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Pairs of completions by reward.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--margin", type=float, default=0.0, help="least difference of the two rewards (default: %(default)s)")
+    parser.add_argument("--reward", default="gold:reviews", help="as reward= of eval.py, or gold:<dataset> (default: %(default)s)")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, name = arguments.reward.partition(":")
+    try:
+        reward = gold_reward_of([name]) if kind == "gold" and name in GOLD else reward_model(arguments.reward, device, ".cache")
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    for split in ("train", "test"):
+        with open(arguments.folder / f"completions-{split}.jsonl") as file:
+            rows = [row for row in map(json.loads, file) if row["completion"].strip()]
+        scores = reward([row["prompt"] + row["completion"] for row in rows])
+        pairs = list(best_and_worst(rows, scores, arguments.margin))
+        target = arguments.folder / "pairs" / f"{split}.jsonl"
+        target.parent.mkdir(exist_ok=True)
+        target.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+        print(f"{split}: {len(pairs):,} pairs of {len(rows):,} completions, whose mean reward is {sum(scores) / len(rows):.3f}")
+
+
+def best_and_worst(rows: list[dict], scores: list[float], margin: float) -> Iterator[dict]:
+    """One pair of each prompt, unless their rewards differ by less than the margin."""
+    for _, some in groupby(zip(rows, scores), key=lambda pair: pair[0]["index"]):
+        ranked = sorted(some, key=lambda pair: pair[1])
+        (rejected, low), (chosen, high) = ranked[0], ranked[-1]
+        if high - low > margin:
+            texts = {"prompt": chosen["prompt"], "chosen": chosen["completion"], "rejected": rejected["completion"]}
+            yield {**texts, "chosen_score": high, "rejected_score": low}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Tables and panels of a frontier: results.json, frontier.png and table.md in its folder.
+
+python experiments/frontier/report.py runs/frontier-reviews --task reviews
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+import scipy.stats  # noqa: E402
+from omegaconf import OmegaConf  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+LEVELS = (0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)  # of expected reward, at which KL is compared
+REWARD, KL = "samples/reward", "samples/kl"
+STEPS = (("seqkl/chosen", "SeqKL of chosen"), ("seqkl/rejected", "SeqKL of rejected"), ("seqkl/margin", "SeqKL margin, chosen - rejected"))
+
+
+class Run(NamedTuple):
+    method: str
+    seed: int
+    beta: float
+    lr: float
+    points: list[dict]  # of its checkpoints, the SFT model first
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Draw and tabulate a frontier.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--task", default="reviews")
+    arguments = parser.parse_args()
+    task = OmegaConf.load(HERE / f"{arguments.task}.yaml")
+    runs = read_runs(arguments.folder, list(task.methods))
+    if not runs:
+        sys.exit(f"error: {arguments.folder} has no measured runs")
+    methods = [method for method in task.methods if any(run.method == method for run in runs)]
+    spent = {method: kl_at_levels([run for run in runs if run.method == method]) for method in methods}
+    ratios = {method: ratio_to(spent["DPO"], spent[method]) for method in methods if "DPO" in methods and method != "DPO"}
+    results = {"runs": len(runs), "kl_at_reward": spent, "kl_over_dpo": ratios, "best_reward": best_rewards(runs)}
+    (arguments.folder / "results.json").write_text(json.dumps(results, indent=1))
+    table = "\n\n".join([kl_table(spent), ratio_table(ratios), final_table(runs, task)])
+    (arguments.folder / "table.md").write_text(table + "\n")
+    draw(runs, methods, task.shown, arguments.folder / "frontier.png")
+    print(table)
+
+
+def read_runs(folder: Path, methods: list[str]) -> list[Run]:
+    runs = []
+    for method in methods:
+        for file in sorted(folder.glob(f"{method.lower().replace(' ', '_')}/*/measured.json")):
+            content = json.loads(file.read_text())
+            runs.append(Run(method, content["seed"], content["beta"], content["lr"], content["points"]))
+    return runs
+
+
+def least_kl(runs: list[Run], level: float) -> Optional[float]:
+    """The least KL at which any of the runs has the reward, between two measurements by linear interpolation; None: none reaches it."""
+    found = []
+    for run in runs:
+        for before, after in zip(run.points, run.points[1:]):
+            low, high = before[REWARD], after[REWARD]
+            if low < level <= high:
+                share = (level - low) / (high - low)
+                found.append(before[KL] + share * (after[KL] - before[KL]))
+    return min(found, default=None)
+
+
+def kl_at_levels(runs: list[Run]) -> dict[str, dict[int, Optional[float]]]:
+    """By level and seed: the least KL over a method's betas, learning rates and steps, its own best envelope."""
+    seeds = sorted({run.seed for run in runs})
+    return {str(level): {seed: least_kl([run for run in runs if run.seed == seed], level) for seed in seeds} for level in LEVELS}
+
+
+def ratio_to(base: dict, other: dict) -> dict[str, Optional[dict]]:
+    """KL of the other method over the base's at the same level and seed: mean over seeds, with Student's 95% interval."""
+    result = {}
+    for level, by_seed in other.items():
+        ratios = [kl / base[level][seed] for seed, kl in by_seed.items() if kl is not None and base[level].get(seed) is not None]
+        result[level] = {**interval(ratios), "seeds": len(ratios)} if len(ratios) > 1 else None
+    return result
+
+
+def interval(values: list[float]) -> dict[str, float]:
+    mean, error = float(np.mean(values)), float(scipy.stats.sem(values))
+    half = error * scipy.stats.t.ppf(0.975, len(values) - 1)
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def best_rewards(runs: list[Run]) -> dict[str, dict[int, float]]:
+    best: dict[str, dict[int, float]] = defaultdict(dict)
+    for run in runs:
+        best[run.method][run.seed] = max(best[run.method].get(run.seed, 0.0), *(point[REWARD] for point in run.points))
+    return best
+
+
+def kl_table(spent: dict) -> str:
+    """Mean and standard deviation over seeds."""
+    lines = [
+        "KL(pi \\|\\| pi_ref) of a response, nats, at which a method's best envelope reaches an expected reward: mean ± standard deviation"
+    ]
+    lines[0] += " over seeds (in brackets how many of them reach it, where not all do):"
+    lines += ["", f"| reward | {' | '.join(spent)} |", "|---|" + "---:|" * len(spent)]
+    for level in map(str, LEVELS):
+        cells = []
+        for by_seed in (levels[level] for levels in spent.values()):
+            values = [kl for kl in by_seed.values() if kl is not None]
+            missing = "" if len(values) == len(by_seed) else f" ({len(values)})"
+            deviation = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):.2f}{deviation}{missing}" if values else "never")
+        lines.append(f"| {level} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def ratio_table(ratios: dict) -> str:
+    lines = ["The same over DPO's, seed by seed: mean, and Student's 95% interval over the seeds:"]
+    lines += ["", f"| reward | {' | '.join(ratios)} |", "|---|" + "---:|" * len(ratios)]
+    for level in map(str, LEVELS):
+        cells = (levels[level] for levels in ratios.values())
+        shown = ["-" if cell is None else f"{cell['mean']:.2f} [{cell['low']:.2f}, {cell['high']:.2f}]" for cell in cells]
+        lines.append(f"| {level} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def final_table(runs: list[Run], task) -> str:
+    shown = task.shown
+    lines = [f"At the end of the runs with beta {shown.beta} and learning rate {shown.lr}: mean ± standard deviation over seeds:"]
+    names = {REWARD: "reward", KL: "KL", **{key: title for key, title in STEPS}, "accuracy/logratio": "accuracy, log-ratio"}
+    lines += ["", f"| | {' | '.join(names.values())} |", "|---|" + "---:|" * len(names)]
+    for method in task.methods:
+        ends = [run.points[-1] for run in runs_shown(runs, method, shown)]
+        if ends:
+            cells = [
+                f"{np.mean(v):.3f} ± {np.std(v, ddof=1) if len(v) > 1 else math.nan:.3f}" for v in ([e[k] for e in ends] for k in names)
+            ]
+            lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def runs_shown(runs: list[Run], method: str, shown) -> list[Run]:
+    return [run for run in runs if run.method == method and run.beta == shown.beta and run.lr == shown.lr]
+
+
+def draw(runs: list[Run], methods: list[str], shown, file: Path) -> None:
+    """Four panels: reward against KL with each method's envelope; SeqKL on chosen, on rejected, and their margin over steps."""
+    figure, axes = plt.subplots(2, 2, figsize=(12, 8.5))
+    for i, method in enumerate(methods):
+        own = [run for run in runs if run.method == method]
+        points = [(point[KL], point[REWARD]) for run in own for point in run.points]
+        axes[0, 0].scatter(*zip(*points), s=6, alpha=0.25, color=f"C{i}", linewidths=0)
+        envelope = sorted(points)
+        best = np.maximum.accumulate([reward for _, reward in envelope])
+        axes[0, 0].step([kl for kl, _ in envelope], best, where="post", color=f"C{i}", label=method)
+        for axis, (key, _) in zip(axes.flat[1:], STEPS):
+            curves = [[point[key] for point in run.points] for run in runs_shown(runs, method, shown)]
+            if curves:
+                examples = [point["examples"] for point in runs_shown(runs, method, shown)[0].points]
+                mean, spread = np.mean(curves, axis=0), np.std(curves, axis=0)
+                axis.plot(examples, mean, color=f"C{i}", label=method, marker="o", markersize=3)
+                axis.fill_between(examples, mean - spread, mean + spread, color=f"C{i}", alpha=0.15, linewidth=0)
+    axes[0, 0].set(xscale="symlog", xlabel="KL(pi || pi_ref), nats a response", ylabel="expected reward", title="reward and KL, all runs")
+    axes[0, 0].legend(fontsize=8)
+    for axis, (_, title) in zip(axes.flat[1:], STEPS):
+        axis.set(xlabel="train examples", ylabel="nats", title=f"{title} (beta {shown.beta}, lr {shown.lr})")
+    for axis in axes.flat:
+        axis.grid(alpha=0.25)
+    figure.tight_layout()
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""What a run's own numbers say to the questions that are asked most of preference training, in words."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Optional
+
+# Where a finding begins; the sentences state them.
+SANE = 1e-3  # nats, at the first step
+FALL = 1.0  # nats that the log-probability of chosen falls
+PART = 0.02  # accuracy lost since its best, while the margin grew
+RUNAWAY = 1.5  # SeqKL at the end over that at three quarters of the run
+HIGH_KL = 10.0  # nats a response, below which growth is no concern
+
+
+class Finding(NamedTuple):
+    """One answer."""
+
+    concern: bool  # whether to look at it; else all is as it should be
+    text: str
+
+
+class Curve(NamedTuple):
+    """Of one metric."""
+
+    examples: list[int]
+    values: list[float]
+
+    def at(self, examples: float) -> float:
+        """The last value logged by then; the first one before."""
+        return next((value for x, value in zip(reversed(self.examples), reversed(self.values)) if x <= examples), self.values[0])
+
+
+def findings(logs: Sequence[Mapping]) -> list[Finding]:
+    """Answers for a run; of evals, or where there are fewer than two, of train steps.
+
+    Args:
+        logs: of metrics.jsonl.
+    """
+    split = "eval" if sum(log["split"] == "eval" for log in logs) > 1 else "train"
+    own = [log for log in logs if log["split"] == split]
+
+    def curve(name: str) -> Optional[Curve]:
+        points = [(log["counters/examples"], log[f"{name}"]) for log in own if log.get(name) is not None and math.isfinite(log[name])]
+        return Curve([x for x, _ in points], [y for _, y in points]) if points else None
+
+    named: Callable[[str], Optional[Curve]] = lambda name: curve(name.format(s=split))  # noqa: E731
+    answers = [_start(logs), _chosen(named), _parting(named), _runaway(named)]
+    return [answer for answer in answers if answer is not None]
+
+
+def _start(logs: Sequence[Mapping]) -> Optional[Finding]:
+    """At the first step policy and reference are the same."""
+    first = next((log for log in logs if "rewards_train/chosen" in log and log.get("counters/updates") == 1), None)
+    if first is None:
+        first = next((log for log in logs if "rewards_eval/chosen" in log and log["counters/examples"] == 0), None)
+    if first is None:
+        return None
+    split = first["split"]
+    names = [f"rewards_{split}/chosen", f"rewards_{split}/rejected", f"kl_{split}/chosen", f"kl_{split}/rejected"]
+    worst = max(abs(first[name]) for name in names if first.get(name) is not None)
+    if worst > SANE:
+        cause = "policy and reference differ in dtype or weights"
+        return Finding(True, f"At the start rewards or SeqKL are {worst:.3g}, not 0 (to {SANE:g}): {cause}.")
+    return Finding(False, f"The start is sane: rewards and SeqKL are 0 (to {SANE:g}), so policy and reference are the same model.")
+
+
+def _chosen(curve: Callable[[str], Optional[Curve]]) -> Optional[Finding]:
+    chosen, rejected = curve("logps_{s}/chosen"), curve("logps_{s}/rejected")
+    if chosen is None or rejected is None:
+        return None
+    change, other = (x.values[-1] - x.values[0] for x in (chosen, rejected))
+    both = f"log-probability of chosen {change:+.1f} nats, of rejected {other:+.1f}; the limit is {-FALL:+g}"
+    if change >= -FALL:
+        return Finding(False, f"Chosen responses do not get less likely ({both}).")
+    if other < change:
+        return Finding(False, f"Chosen responses get less likely ({both}): usual for these losses, which train the difference alone.")
+    return Finding(True, f"Chosen responses get less likely, and rejected ones do not fall further ({both}).")
+
+
+def _parting(curve: Callable[[str], Optional[Curve]]) -> Optional[Finding]:
+    accuracy, margin = curve("rewards_{s}/accuracies"), curve("rewards_{s}/margins")
+    if accuracy is None or margin is None or len(accuracy.values) < 2:
+        return None
+    best = max(range(len(accuracy.values)), key=accuracy.values.__getitem__)
+    lost, grown = accuracy.values[best] - accuracy.values[-1], margin.values[-1] - margin.at(accuracy.examples[best])
+    numbers = f"accuracy {accuracy.values[best]:.3f} at its best, after {accuracy.examples[best]:,} examples, "
+    numbers += f"{accuracy.values[-1]:.3f} at the end; the limit is a loss of {PART:g}"
+    if lost > PART and grown > 0:
+        return Finding(True, f"Reward and accuracy part ({numbers}), while the margin grew by {grown:.2f}: over-optimized.")
+    return Finding(False, f"Reward and accuracy do not part ({numbers}).")
+
+
+def _runaway(curve: Callable[[str], Optional[Curve]]) -> Optional[Finding]:
+    curves = {role: found for role in ("chosen", "rejected") if (found := curve(f"kl_{{s}}/{role}")) is not None}
+    if not curves:
+        return None
+    role, worst = max(curves.items(), key=lambda item: item[1].values[-1])
+    end, before = worst.values[-1], worst.at(0.75 * worst.examples[-1])
+    numbers = f"SeqKL of {role} {before:.1f} nats at three quarters of the run, {end:.1f} at its end; "
+    numbers += f"the limits are {HIGH_KL:g} nats and {RUNAWAY:g} times"
+    if end > HIGH_KL and end > RUNAWAY * before:
+        return Finding(True, f"KL runs away ({numbers}): a larger alpha or beta, or a smaller lr.")
+    return Finding(False, f"KL does not run away ({numbers}).")

@@ -1,0 +1,135 @@
+"""Continue prompts with a trained model, into a file of JSON lines.
+
+    python sample.py run=runs/tdpo2 n=4 out=samples.jsonl
+    torchrun --standalone --nproc-per-node=8 sample.py run=runs/tdpo2 prompts=prompts.jsonl num_beams=5
+
+Every key is in config/sample.yaml. The same command goes on with a file that it has begun, and gives what it would have given at once.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+
+import torch
+import tqdm
+import transformers
+from omegaconf import DictConfig
+
+from command_line import run_command, silence_unless
+from config_schema import Sample, check_tool_config
+from launch import is_rank, process_group
+from models import prepare_hub
+from parallel import World, fingerprint
+from preference_datasets import Prompt, load_prompts
+from runs import find_trained, load_trained
+from sampling import own_distribution, sample_batch
+from utils import UserError, batched, plural
+
+TIMEOUT = 3600  # seconds that a process waits for the others' batches
+
+
+def run(config: DictConfig, overrides: Sequence[str] = ()) -> str:
+    """Write the file; its path.
+
+    Args:
+        config: see config/sample.yaml.
+
+    Raises:
+        UserError: see utils.py.
+    """
+    check_tool_config(config, Sample)
+    with process_group(TIMEOUT) if is_rank() else nullcontext(World()) as world, silence_unless(world.is_first):
+        trained = find_trained(config.run)
+        prepare_hub([trained.model.name_or_path, trained.model.tokenizer_name_or_path, config.prompts])
+        max_length, max_prompt_length = (trained.length(key, config[key]) for key in ("max_length", "max_prompt_length"))
+        if max_prompt_length >= max_length:
+            raise UserError(f"max_prompt_length={max_prompt_length} leaves no room for a continuation: max_length={max_length}")
+        model, tokenizer = load_trained(trained, world.device, max_length=max_length)
+        data = {} if config.prompts else trained.datasets(config.get("datasets"))
+        source = data, config.split, tokenizer, max_prompt_length, trained.model.add_bos, trained.cache_dir(), config.prompts
+        prompts = world.from_first(lambda: load_prompts(*source))[: config.n_prompts]
+        settings = settings_of(config, tokenizer, max_length)
+        batches = batched(prompts, config.batch_size)
+        identity = identity_of(config, model, max_length, prompts)
+        done = world.from_first(lambda: go_on(config.out, identity, [config.n * len(batch) for _, batch in batches]))
+        what = f"{plural(len(prompts), 'prompt')}, {plural(config.n, 'continuation')} of each"
+        print(f"{what}; {done} of {len(batches)} batches were done before")
+        with open(config.out, "a") if world.is_first else nullcontext() as file, torch.inference_mode():
+            rounds = batched(batches[done:], world.size)
+            for _, some in tqdm.tqdm(rounds, "Sampling", unit=" rounds", disable=None if world.is_first else True):
+                rows = []
+                if world.rank < len(some):
+                    first, own = some[world.rank]
+                    rows = sample_batch(model, tokenizer, own, first, config.n, settings, config.seed, config.max_new_tokens)
+                by_rank = world.gather(rows)
+                if world.is_first:
+                    file.writelines(json.dumps(row) + "\n" for part in by_rank for row in part)
+                    file.flush()
+    print(f"done: {config.out}")
+    return config.out
+
+
+def identity_of(config: DictConfig, model: torch.nn.Module, max_length: int, prompts: Sequence[Prompt]) -> dict:
+    """What the rows depend on."""
+    drawn = {key: config[key] for key in ("n", "temperature", "top_p", "top_k", "num_beams", "max_new_tokens", "batch_size", "seed")}
+    digest = hashlib.sha256(json.dumps([prompt.ids for prompt in prompts]).encode()).hexdigest()
+    return {**drawn, "max_length": max_length, "weights": fingerprint(model), "prompts": digest}
+
+
+def settings_of(config: DictConfig, tokenizer, max_length: int) -> transformers.GenerationConfig:
+    """Of Transformers' generation."""
+    beams = {"num_beams": config.num_beams, "do_sample": False} if config.num_beams > 1 else {}
+    drawn = {} if beams else {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
+    return own_distribution(tokenizer, max_length, **beams, **drawn)
+
+
+def go_on(out: str, identity: Mapping, rows_of_batch: Sequence[int]) -> int:
+    """Batches whose rows are whole in the file, which is cut back to them; 0 where there is no file.
+
+    What the rows depend on is kept beside the file, in <out>.settings.json.
+
+    Args:
+        identity: what they depend on.
+        rows_of_batch: how many rows each batch has.
+
+    Raises:
+        UserError: the file is of other settings, or of none.
+    """
+    beside = f"{out}.settings.json"
+    if not os.path.exists(out):
+        os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
+        with open(beside, "w") as file:
+            json.dump(identity, file, indent=1)
+        return 0
+    if not os.path.exists(beside):
+        raise UserError(f"out={out} exists, and is none that sample.py has begun: choose another file")
+    with open(beside) as file:
+        before = json.load(file)
+    if differing := sorted(key for key in {*before, *identity} if before.get(key) != identity.get(key)):
+        raise UserError(f"out={out} was begun with another {', '.join(differing)}: choose another file")
+    with open(out, "rb+") as file:
+        ends = [end for end, whole in _lines(file) if whole]
+        done = rows = 0
+        while done < len(rows_of_batch) and rows + rows_of_batch[done] <= len(ends):
+            rows, done = rows + rows_of_batch[done], done + 1
+        file.truncate(ends[rows - 1] if rows else 0)
+    return done
+
+
+def _lines(file) -> Iterator[tuple[int, bool]]:
+    """Where each line ends, in bytes, and whether it does."""
+    end = 0
+    for line in file:
+        end += len(line)
+        yield end, line.endswith(b"\n")
+
+
+def main() -> None:
+    """The command line."""
+    run_command("sample", run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""What plot.py says about runs: a sentence for each question, by numbers on either side of its limit."""
+
+import pytest
+
+from findings import findings
+from plot import write_page
+
+
+def logs(examples: list[int], split: str = "eval", **curves: list[float]) -> list[dict]:
+    names = {name: name.replace("__", "/").replace("_s/", f"_{split}/") for name in curves}
+    columns = {names[name]: values for name, values in curves.items()}
+    return [
+        {"split": split, "counters/examples": x, **{name: values[i] for name, values in columns.items()}} for i, x in enumerate(examples)
+    ]
+
+
+def said(some: list[dict]) -> dict[str, bool]:
+    """The beginning of each sentence, and whether it is a concern."""
+    return {answer.text.split(" (")[0].split(":")[0]: answer.concern for answer in findings(some)}
+
+
+@pytest.mark.parametrize(
+    "chosen,rejected,expected",
+    [
+        ([-20, -20.9], [-20, -30], {"Chosen responses do not get less likely": False}),
+        ([-20, -21.1], [-20, -30], {"Chosen responses get less likely": False}),
+        ([-20, -25], [-20, -24], {"Chosen responses get less likely, and rejected ones do not fall further": True}),
+    ],
+)
+def test_chosen(chosen, rejected, expected):
+    assert said(logs([0, 64], logps_s__chosen=chosen, logps_s__rejected=rejected)) == expected
+
+
+@pytest.mark.parametrize(
+    "accuracies,margins,expected",
+    [
+        ([0.5, 0.8, 0.77], [0.0, 1.0, 2.0], {"Reward and accuracy part": True}),
+        ([0.5, 0.8, 0.79], [0.0, 1.0, 2.0], {"Reward and accuracy do not part": False}),
+        ([0.5, 0.8, 0.7], [0.0, 1.0, 0.9], {"Reward and accuracy do not part": False}),  # both fall
+    ],
+)
+def test_reward_and_accuracy(accuracies, margins, expected):
+    assert said(logs([0, 64, 128], rewards_s__accuracies=accuracies, rewards_s__margins=margins)) == expected
+
+
+@pytest.mark.parametrize(
+    "kl,expected",
+    [
+        ([0, 4, 8, 9, 20], {"KL runs away": True}),
+        ([0, 4, 8, 15, 20], {"KL does not run away": False}),  # grows, but not faster and faster
+        ([0, 1, 2, 3, 9], {"KL does not run away": False}),  # faster and faster, but low
+    ],
+)
+def test_kl(kl, expected):
+    assert said(logs([0, 100, 200, 300, 400], kl_s__chosen=[x / 2 for x in kl], kl_s__rejected=kl)) == expected
+
+
+def test_the_start():
+    start = {"split": "train", "counters/examples": 64, "counters/updates": 1, "rewards_train/chosen": 0.0, "rewards_train/rejected": 0.0}
+    assert said([start]) == {"The start is sane": False}
+    assert said([{**start, "kl_train/chosen": 0.02, "kl_train/rejected": 0.0}])["At the start rewards or SeqKL are 0.02, not 0"]
+    assert said([{**start, "counters/updates": 2, "rewards_train/chosen": 1.0}]) == {}  # not of the first step
+
+
+def test_train_steps_where_there_are_no_evals():
+    train = logs([64, 128], "train", logps_s__chosen=[-20, -20], logps_s__rejected=[-20, -20])
+    assert len(findings(train)) == 1 and findings([]) == []
+    lone = logs([0], logps_s__chosen=[-90], logps_s__rejected=[-10])
+    assert "+0.0 nats" in findings([*lone, *train])[0].text
+
+
+def test_the_page_of_curves(tmp_path):
+    some = logs([0, 100, 200, 300, 400], kl_s__chosen=[0, 0, 0, 0, 1], kl_s__rejected=[0, 4, 8, 9, 20])
+    panels = write_page([("<run>", some)], {"<run>": findings(some)}, str(tmp_path / "curves.html"))
+    page = (tmp_path / "curves.html").read_text()
+    assert panels == ["SeqKL of chosen", "SeqKL of rejected"] and page.count("data:image/png;base64,") == 2
+    assert '<li class="look">KL runs away (SeqKL of rejected 9.0 nats' in page and "<h2>&lt;run&gt;</h2>" in page

@@ -1,0 +1,136 @@
+"""Show what every response token earns: a page with each token's implicit reward and KL, for pairs of the data, several runs side by side.
+
+    python token_report.py run=[runs/dpo,runs/tdpo2] out=report.html
+
+Every key is in config/token_report.yaml. A DPO policy is a token-level reward model (Rafailov et al. 2024, "From r to Q*",
+arXiv 2404.12358): the reward of a response is the sum of beta (log pi - log pi_ref) over its tokens.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+
+import jinja2
+import numpy as np
+import torch
+from omegaconf import DictConfig
+
+from batching import EVAL_SEED, Example, TokenizedSplit
+from command_line import run_command
+from config_schema import TokenReport, check_tool_config
+from losses import get_objective
+from models import prepare_hub
+from preference_datasets import load_split
+from runs import find_all, load_trained
+from scoring import Scorer, fast_scoring_problem, token_statistics
+from utils import UserError, batched
+
+TEMPLATES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "templates")
+ROLES = ("chosen", "rejected")
+COLUMNS = {"logps": "logps", "reference": "reference_logps", "kl": "kl"}  # of the page, of TokenStatistics
+FULL = 98  # percentile of the tokens at which colour and bar are full
+BETA = 0.1
+
+
+def run(config: DictConfig, overrides: Sequence[str] = ()) -> str:
+    """Write the page; its path.
+
+    Args:
+        config: see config/token_report.yaml.
+
+    Raises:
+        UserError: see utils.py.
+    """
+    check_tool_config(config, TokenReport)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    models = find_all(config.run)
+    prepare_hub([name for trained in models for name in (trained.model.name_or_path, trained.model.tokenizer_name_or_path)])
+    data = models[0].datasets(config.get("datasets"))
+    lengths = [models[0].length(key, config[key]) for key in ("max_length", "max_prompt_length")]
+    shown, values, page = None, [], {"runs": [], "pairs": []}
+    for trained in models:
+        archive = config.reference or trained.reference
+        if archive is None:
+            raise UserError(f"run={trained.name}: no reference is known, with which it could be compared: reference=<weights>")
+        policy, tokenizer = load_trained(trained, device, max_length=lengths[0])
+        reference, _ = load_trained(trained, device, archive, lengths[0])
+        split = load_split(
+            data, config.split, tokenizer, *lengths, False, trained.model.add_bos, silent=True, cache_dir=trained.cache_dir()
+        )
+        examples = next(split.epochs(EVAL_SEED))[: config.n_pairs]
+        tokens = [split.tokens(example) for example in examples]
+        if shown is not None and tokens != shown:
+            raise UserError(f"run={trained.name} has another tokenizer than {models[0].name}: their tokens cannot stand side by side")
+        if shown is None:
+            page["pairs"] = [described(split, example, tokenizer) for example in examples]
+        shown = tokens
+        fast = fast_scoring_problem(Scorer(policy, None, get_objective("sft")), lengths[0]) is None
+        values.append(by_pair(policy, reference, tokens, fast, config.batch_size))
+        page["runs"].append({"name": trained.name, "beta": config.beta or beta_of(trained)})
+    for pair, *columns in zip(page["pairs"], *values):
+        pair["values"] = columns
+    page["scale"] = scale_of(page)
+    write(page, config.out)
+    print(f"{config.out}: {len(page['pairs'])} pairs, {os.path.getsize(config.out) / 1e6:.2f} MB")
+    return config.out
+
+
+def beta_of(trained) -> float:
+    return BETA if trained.config is None else trained.config.loss.get("beta", BETA)
+
+
+def described(split: TokenizedSplit, example: Example, tokenizer) -> dict:
+    """What is the same for all runs."""
+    element, (prompt, responses) = split.element(example), split.tokens(example)
+    tokens = {role: pieces_of(tokenizer, prompt[-1], ids) for role, ids in zip(ROLES, responses)}
+    return {"id": element["example_id"], "prompt": tokenizer.decode(prompt), "tokens": tokens}
+
+
+def pieces_of(tokenizer, before: int, ids: Sequence[int]) -> list[str]:
+    """The text that each token adds, with the space before it, where a tokenizer writes one only between tokens; `before` precedes them."""
+    pieces, text = [], tokenizer.decode([before])
+    for i in range(len(ids)):
+        longer = tokenizer.decode([before, *ids[: i + 1]])
+        pieces.append(longer.removeprefix(text) if longer.startswith(text) else tokenizer.decode([ids[i]]))  # else part of a character
+        text = longer
+    return pieces
+
+
+def by_pair(policy, reference, tokens: Sequence, fast: bool, batch_size: int) -> list[dict[str, dict[str, list[float]]]]:
+    """Of every pair, by role: columns of the page, a value a token."""
+    pairs = []
+    for _, some in batched(tokens, batch_size):
+        statistics = token_statistics(policy, reference, some, fast)
+        ends = np.cumsum([len(response) for _, responses in some for response in responses])
+        columns = {name: np.split(getattr(statistics, key).cpu().numpy().round(4), ends[:-1]) for name, key in COLUMNS.items()}
+        responses = [{name: parts[i].tolist() for name, parts in columns.items()} for i in range(len(ends))]
+        pairs += [dict(zip(ROLES, two)) for _, two in batched(responses, len(ROLES))]
+    return pairs
+
+
+def scale_of(page: Mapping) -> dict[str, float]:
+    """At which reward and KL colour and bar are full."""
+    rewards, kls = [], []
+    for pair in page["pairs"]:
+        for run, values in zip(page["runs"], pair["values"]):
+            for role in ROLES:
+                rewards += [run["beta"] * abs(a - b) for a, b in zip(values[role]["logps"], values[role]["reference"])]
+                kls += values[role]["kl"]
+    return {"reward": max(float(np.percentile(rewards, FULL)), 1e-3), "kl": max(float(np.percentile(kls, FULL)), 1e-3)}
+
+
+def write(page: Mapping, out: str) -> None:
+    """One file with all that it needs."""
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True)
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
+    os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
+    with open(out, "w", encoding="utf-8") as file:
+        file.write(environment.get_template("token_report.html").render(data=page))
+
+
+def main() -> None:
+    """The command line."""
+    run_command("token_report", run)
+
+
+if __name__ == "__main__":
+    main()
