@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from conftest import FAMILIES
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
-from evaluation import distinct, estimate, measure_diversity, measure_samples, measure_whole_texts, of_responses, self_bleu
+from evaluation import distinct, estimate, measure_diversity, measure_pairs, measure_samples, measure_whole_texts, of_responses, self_bleu
+from losses import get_objective
 from reviews import gold_reward
 from rewards import gold_reward_of, reward_model
 from scoring import token_statistics
@@ -69,6 +71,38 @@ def test_measures_of_samples_by_hand():
     assert means["samples/entropy"] == pytest.approx([ENTROPY] * 2)
     whole = measure_whole_texts(Fixed(*P), texts, False, 16)
     assert whole["samples/entropy_fdpo"][1].tolist() == [2 + 4, 2 + 2]  # every token but a text's first
+
+
+class ByToken(Fixed):
+    """The distribution of the next token depends on the last one: a table of rows."""
+
+    def __init__(self, *table: tuple[float, ...]):
+        super().__init__(*table[0])
+        self.table = torch.tensor(table, dtype=torch.float64).log()
+
+    def forward(self, input_ids, attention_mask, use_cache):
+        return CausalLMOutput(logits=self.table[input_ids])
+
+
+def test_measures_of_pairs_by_hand():
+    """Two pairs, prompt 0. Policy P after token 0 and Q after others; the reference Q after token 0 and P after others."""
+    policy, reference = ByToken(P, Q, Q), ByToken(Q, P, P)
+    pairs = {"a": ([0], [[1, 1], [0]]), "b": ([0], [[0], [1, 1]])}
+    split = SimpleNamespace(tokens=pairs.__getitem__)
+    objective = get_objective("tdpo2", beta=0.5, alpha=0.5)
+    found = measure_pairs(policy, reference, objective, split, ["a", "b"], False, 1)
+    # Of [1, 1]: log-ratio of the first token log(P1/Q1), of the second log(Q1/P1): 0 together; KL both ways. Of [0]: log(P0/Q0) < 0.
+    one = math.log(0.5 / 0.8)
+    two_tokens = KL + REVERSE
+    assert found["seqkl/chosen"] == pytest.approx([two_tokens, KL]) and found["seqkl/rejected"] == pytest.approx([KL, two_tokens])
+    assert found["seqkl/margin"] == pytest.approx([REVERSE, -REVERSE])
+    assert found["reverse_seqkl/chosen"] == pytest.approx([two_tokens, REVERSE])
+    assert found["reverse_seqkl/rejected"] == pytest.approx([REVERSE, two_tokens])
+    assert found["accuracy/logratio"].tolist() == [True, False]
+    assert found["accuracy/reward"].tolist() == [two_tokens > one + KL, one + KL > two_tokens] == [True, False]
+    trained = [-one - 0.5 * (KL - two_tokens), one - 0.5 * (two_tokens - KL)]
+    assert found["accuracy/logit"].tolist() == [value > 0 for value in trained]
+    assert "accuracy/logit" not in measure_pairs(policy, reference, None, split, ["a"], False, 1)
 
 
 def test_entropy_is_the_mean_over_a_text_then_over_texts():
