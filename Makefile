@@ -1,5 +1,5 @@
 # make demo: SFT, then TDPO2, on the embedded task, in about a minute on two CPU cores. make test: the tests.
-# make frontier: reward against KL for DPO, TDPO1 and TDPO2, in about 25 minutes on two cores.
+# make frontier: reward against KL for DPO, TDPO1 and TDPO2, in about half an hour on two cores.
 # All set up a virtual environment in .venv first; VENV= and PYTHON= choose another one.
 VENV ?= .venv
 PYTHON ?= python3

@@ -33,9 +33,10 @@ def run_command(config_name: str, job: Callable[[DictConfig, Sequence[str]], Any
         job: is given the config, not checked yet, and the overrides; of a sweep (--multirun) once for each of its jobs.
     """
 
-    failed = []
+    failed, began = [], []
 
     def in_hydra(config: DictConfig) -> None:
+        began.append(True)
         overrides = list(HydraConfig.get().overrides.task)
         several = HydraConfig.get().mode == RunMode.MULTIRUN
         with reported_errors(config_name):  # within the job too: Hydra would add lines of its own to an error that it sees
@@ -54,7 +55,7 @@ def run_command(config_name: str, job: Callable[[DictConfig, Sequence[str]], Any
         try:
             hydra.main(version_base=None, config_path=CONFIG_DIR, config_name=config_name)(in_hydra)()
         except ValueError as error:  # what Hydra raises for loss=null; one of the job's own is no user's mistake
-            if HydraConfig.initialized():
+            if began:
                 raise
             raise UserError(str(error)) from None
         if failed:

@@ -199,7 +199,7 @@ class Evaluation(Node):
     out: Optional[str]
     datasets: Optional[Datasets] = None
     split: Literal["train", "test"]
-    n_pairs: Optional[PositiveInt]
+    n_pairs: Optional[NonNegativeInt]
     n_prompts: NonNegativeInt
     n: PositiveInt
     reward: Optional[str]

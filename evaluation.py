@@ -50,11 +50,22 @@ class Estimate(NamedTuple):
     mean: float
     low: float
     high: float
-    examples: int
+    examples: int  # prompts
+
+    def as_json(self) -> dict[str, Optional[float]]:
+        """JSON has no NaN."""
+        return {name: None if math.isnan(value) else value for name, value in self._asdict().items()}
 
     def __str__(self) -> str:
         digits = 1 if abs(self.mean) >= 100 else 2 if abs(self.mean) >= 10 else 3
         return f"{self.mean:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+
+
+def by_prompt(values: np.ndarray, prompts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """(means, weights) of each prompt's pairs, which are no independent examples; their weighted mean is that over pairs."""
+    _, owner = np.unique(prompts, return_inverse=True)
+    counts = np.bincount(owner)
+    return np.bincount(owner, np.asarray(values, dtype=np.float64)) / counts, counts
 
 
 def estimate(values: np.ndarray, weights: Optional[np.ndarray] = None, seed: int = 0) -> Estimate:
@@ -75,7 +86,7 @@ def estimate(values: np.ndarray, weights: Optional[np.ndarray] = None, seed: int
     if len(values) < 2:
         return Estimate(whole, math.nan, math.nan, len(values))
     interval = scipy.stats.bootstrap(
-        (values, weights), mean, paired=True, n_resamples=RESAMPLES, confidence_level=LEVEL, method="percentile", rng=seed
+        (values, weights), mean, paired=True, n_resamples=RESAMPLES, batch=50, confidence_level=LEVEL, method="percentile", rng=seed
     ).confidence_interval
     return Estimate(whole, float(interval.low), float(interval.high), len(values))
 

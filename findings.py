@@ -1,13 +1,12 @@
 """What a run's own numbers say to the questions that are asked most of preference training, in words."""
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Optional
 
 # Where a finding begins; the sentences state them.
 SANE = 1e-3  # nats, at the first step
 FALL = 1.0  # nats that the log-probability of chosen falls
-PART = 0.02  # accuracy lost since its best, while the margin grew
+PART = 0.05  # accuracy lost since its best, while the margin grew
 RUNAWAY = 1.5  # SeqKL at the end over that at three quarters of the run
 HIGH_KL = 10.0  # nats a response, below which growth is no concern
 
@@ -31,21 +30,30 @@ class Curve(NamedTuple):
 
 
 def findings(logs: Sequence[Mapping]) -> list[Finding]:
-    """Answers for a run; of evals, or where there are fewer than two, of train steps.
+    """Answers for a run, of its evals: train steps are each of other pairs, and say more about these than about the policy.
 
     Args:
         logs: of metrics.jsonl.
     """
-    split = "eval" if sum(log["split"] == "eval" for log in logs) > 1 else "train"
-    own = [log for log in logs if log["split"] == split]
-
-    def curve(name: str) -> Optional[Curve]:
-        points = [(log["counters/examples"], log[f"{name}"]) for log in own if log.get(name) is not None and math.isfinite(log[name])]
-        return Curve([x for x, _ in points], [y for _, y in points]) if points else None
-
-    named: Callable[[str], Optional[Curve]] = lambda name: curve(name.format(s=split))  # noqa: E731
-    answers = [_start(logs), _chosen(named), _parting(named), _runaway(named)]
+    evals = [log for log in logs if log["split"] == "eval"]
+    answers = [_finite(logs), _start(logs)]
+    if len(evals) > 1:
+        answers += [_chosen(evals), _parting(evals), _runaway(evals)]
     return [answer for answer in answers if answer is not None]
+
+
+def _curve(evals: Sequence[Mapping], name: str) -> Optional[Curve]:
+    points = [(log["counters/examples"], log[name]) for log in evals if log.get(name) is not None]
+    return Curve([x for x, _ in points], [y for _, y in points]) if points else None
+
+
+def _finite(logs: Sequence[Mapping]) -> Optional[Finding]:
+    """JSON has null for what is not finite."""
+    places = [(name, log["counters/examples"]) for log in logs for name, value in log.items() if value is None]
+    if not places:
+        return None
+    name, examples = places[0]
+    return Finding(True, f"{len(places)} logged values are not finite, the first is {name} after {examples:,} examples.")
 
 
 def _start(logs: Sequence[Mapping]) -> Optional[Finding]:
@@ -57,15 +65,18 @@ def _start(logs: Sequence[Mapping]) -> Optional[Finding]:
         return None
     split = first["split"]
     names = [f"rewards_{split}/chosen", f"rewards_{split}/rejected", f"kl_{split}/chosen", f"kl_{split}/rejected"]
-    worst = max(abs(first[name]) for name in names if first.get(name) is not None)
+    known = [first[name] for name in names if name in first]
+    if None in known:
+        return Finding(True, "At the start rewards or SeqKL are not finite.")
+    worst = max(map(abs, known))
     if worst > SANE:
         cause = "policy and reference differ in dtype or weights"
         return Finding(True, f"At the start rewards or SeqKL are {worst:.3g}, not 0 (to {SANE:g}): {cause}.")
     return Finding(False, f"The start is sane: rewards and SeqKL are 0 (to {SANE:g}), so policy and reference are the same model.")
 
 
-def _chosen(curve: Callable[[str], Optional[Curve]]) -> Optional[Finding]:
-    chosen, rejected = curve("logps_{s}/chosen"), curve("logps_{s}/rejected")
+def _chosen(evals: Sequence[Mapping]) -> Optional[Finding]:
+    chosen, rejected = _curve(evals, "logps_eval/chosen"), _curve(evals, "logps_eval/rejected")
     if chosen is None or rejected is None:
         return None
     change, other = (x.values[-1] - x.values[0] for x in (chosen, rejected))
@@ -77,8 +88,8 @@ def _chosen(curve: Callable[[str], Optional[Curve]]) -> Optional[Finding]:
     return Finding(True, f"Chosen responses get less likely, and rejected ones do not fall further ({both}).")
 
 
-def _parting(curve: Callable[[str], Optional[Curve]]) -> Optional[Finding]:
-    accuracy, margin = curve("rewards_{s}/accuracies"), curve("rewards_{s}/margins")
+def _parting(evals: Sequence[Mapping]) -> Optional[Finding]:
+    accuracy, margin = _curve(evals, "rewards_eval/accuracies"), _curve(evals, "rewards_eval/margins")
     if accuracy is None or margin is None or len(accuracy.values) < 2:
         return None
     best = max(range(len(accuracy.values)), key=accuracy.values.__getitem__)
@@ -90,8 +101,8 @@ def _parting(curve: Callable[[str], Optional[Curve]]) -> Optional[Finding]:
     return Finding(False, f"Reward and accuracy do not part ({numbers}).")
 
 
-def _runaway(curve: Callable[[str], Optional[Curve]]) -> Optional[Finding]:
-    curves = {role: found for role in ("chosen", "rejected") if (found := curve(f"kl_{{s}}/{role}")) is not None}
+def _runaway(evals: Sequence[Mapping]) -> Optional[Finding]:
+    curves = {role: found for role in ("chosen", "rejected") if (found := _curve(evals, f"kl_eval/{role}")) is not None}
     if not curves:
         return None
     role, worst = max(curves.items(), key=lambda item: item[1].values[-1])

@@ -59,7 +59,7 @@ def read_run(path: str) -> tuple[str, list[dict]]:
 def curve(logs: list[dict], split: str, metric: str) -> tuple[list[int], list[float]]:
     """Train examples and values of one metric of one split."""
     name = metric.format(s=split)
-    points = [(log["counters/examples"], log[name]) for log in logs if log["split"] == split and name in log]
+    points = [(log["counters/examples"], log[name]) for log in logs if log["split"] == split and log.get(name) is not None]
     return [x for x, _ in points], [y for _, y in points]
 
 

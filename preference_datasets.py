@@ -22,7 +22,7 @@ from batching import BatchStream, TokenizedSplit, get_collate_fn
 from rows import Row, RowReport, has_split, read_rows
 from token_cache import TEXTS_A_CORE, TokenCache, cache_key, count_texts, tokenize
 from tokenization import encode, special_token_strings, tokenize_batch_element, truncate, with_bos
-from utils import UserError, nearest, plural
+from utils import UserError, nearest, plural, some_of
 
 __all__ = ["get_dataset", "get_collate_fn", "get_batch_iterator", "tokenize_batch_element", "load_split"]
 
@@ -341,7 +341,7 @@ def load_prompts(
     cache_dir: Optional[str] = None,
     path: Optional[str] = None,
 ) -> list[Prompt]:
-    """The prompts of a split, each once, in the order of the data.
+    """The prompts of a split, each once, or of a file, in the order of the data.
 
     Args:
         options, split, tokenizer, add_bos, cache_dir: as for `load_split`.
@@ -355,13 +355,17 @@ def load_prompts(
         report = RowReport("prompts", split, "error", special_token_strings(tokenizer))
         texts = [texts[0] for row in report.rows(read_rows(path, split, None, cache_dir)) if (texts := report.texts(row, "prompt"))]
         report.kept = len(texts)
-        print("\n".join(report.finish()))
+        lines = report.finish(remedy="mend or remove them")
+        print("\n".join(lines))
         ids = encode(texts, tokenizer)
         found = zip(texts, [with_bos(some, tokenizer) for some in ids] if add_bos else ids, itertools.repeat("keep_end"))
     else:
         table = load_split(options, split, tokenizer, max_prompt_length + 1, max_prompt_length, True, add_bos, cache_dir=cache_dir).prompts
         found = zip(*(table[column] for column in ("prompt", "prompt_ids", "truncation_mode")))
     bos = tokenizer.bos_token_id if add_bos else None
+    found = list(found)
+    if empty := [i for i, (_, ids, _) in enumerate(found, 1) if not ids]:
+        raise UserError(f"prompts {some_of(empty)} have no tokens: there is nothing to continue")
     return [Prompt(text, truncate(ids, [[]], mode, max_prompt_length, max_prompt_length, bos)[0]) for text, ids, mode in found]
 
 

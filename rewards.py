@@ -62,5 +62,8 @@ def _logistic(path: str, cache_dir: Optional[str]) -> Reward:
     if len({label for _, label in examples}) < 2:
         raise UserError(f"reward=logistic:{path}: rows {{text, label}} with labels 0 and 1 are needed")
     model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True), LogisticRegression(C=10.0, max_iter=1000))
-    model.fit(*zip(*examples))
+    try:
+        model.fit(*zip(*examples))
+    except ValueError as error:
+        raise UserError(f"reward=logistic:{path} cannot be fitted: {error}") from None
     return lambda texts: model.predict_proba(list(texts))[:, 1].tolist()

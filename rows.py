@@ -264,10 +264,10 @@ class RowReport:
         escape = f"; datasets.{self.name}.escape_special_tokens=true makes special tokens plain text" if special else ""
         return f"datasets.{self.name}.invalid_rows=skip drops such rows{escape}"
 
-    def finish(self) -> list[str]:
-        """The counts, to be printed; raises UserError with every row that must not be there."""
+    def finish(self, remedy: Optional[str] = None) -> list[str]:
+        """The counts, to be printed; raises UserError with every row that must not be there, and a remedy."""
         if self._defects and self.invalid_rows != "skip":
-            raise UserError(f"{self.source}: rows that cannot be used{self._describe(self._defects)}\n  {self.remedy()}")
+            raise UserError(f"{self.source}: rows that cannot be used{self._describe(self._defects)}\n  {remedy or self.remedy()}")
         if self.read == 0:
             raise UserError(f"{self.source}: no rows")
         if self.kept == 0:

@@ -2,13 +2,16 @@
 
 import os
 from collections.abc import Sequence
-from typing import NamedTuple, Optional, Union
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
 from checkpoints import PROGRESS, read_progress
-from models import build_model, check_model, load_model_config, load_tokenizer
+from losses import Objective, get_objective
+from models import build_model, check_model, load_model_config, load_tokenizer, prepare_hub
+from parallel import fingerprint
+from scoring import Scorer, fast_scoring_problem
 from utils import DTYPES, UserError, get_local_dir
 
 BLANK_MODEL = os.path.join(os.path.dirname(os.path.abspath(__file__)), "config", "model", "blank_model.yaml")
@@ -21,16 +24,23 @@ class Trained(NamedTuple):
     name: str  # for tables: the path as it was given
     model: DictConfig  # the config's node, with model.archive the trained weights
     config: Optional[DictConfig]  # of the run; None for a Hugging Face folder
-    reference: Optional[str]  # weights that training started from, and its reference's; None: not known, or random ones
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """In which the policy computed."""
-        return DTYPES[self.model.fsdp_policy_mp or self.model.policy_dtype]
+    reference: Optional[DictConfig]  # the node of the weights that training started from; None: not known, or random ones
+    reference_identity: str = ""  # a fingerprint of them; "" where the run has noted none
 
     def length(self, key: str, given: Optional[int]) -> int:
         """max_length or max_prompt_length: what is given, else the run's, else config/config.yaml's default."""
         return given or (LENGTHS[key] if self.config is None else self.config[key])
+
+    def lengths(self, max_length: Optional[int], max_prompt_length: Optional[int]) -> tuple[int, int]:
+        """Both.
+
+        Raises:
+            UserError: they leave no room for a response.
+        """
+        most, prompt = self.length("max_length", max_length), self.length("max_prompt_length", max_prompt_length)
+        if prompt >= most:
+            raise UserError(f"max_prompt_length={prompt} leaves no room for a response: it must be below max_length={most}")
+        return most, prompt
 
     def datasets(self, given: Optional[DictConfig]) -> dict:
         """Options of datasets by name: those given, else the run's.
@@ -42,8 +52,22 @@ class Trained(NamedTuple):
             raise UserError(f"run={self.name} is no run's folder, which would name its data: give datasets=[...]")
         return OmegaConf.to_container(self.config.datasets if given is None else given)
 
+    def objective(self) -> Optional[Objective]:
+        """Of pairs, with which the model was trained; None where there was none, or it is not known."""
+        objective = None if self.config is None else _objective_of(self.config)
+        return objective if objective is not None and "rejected" in objective.roles else None
+
     def cache_dir(self) -> str:
         return get_local_dir(self.config.local_dirs if self.config is not None else [".cache"])
+
+    def on_hub(self) -> list[Optional[str]]:
+        """What may have to come from there."""
+        return [self.model.name_or_path, self.model.tokenizer_name_or_path]
+
+
+def _objective_of(config: DictConfig) -> Objective:
+    loss = OmegaConf.to_container(config.loss)
+    return get_objective(loss.pop("name"), **loss)
 
 
 def find_trained(path: str) -> Trained:
@@ -66,10 +90,12 @@ def find_trained(path: str) -> Trained:
         raise UserError(f"run={path}: neither a run's folder, nor one of its checkpoints, nor a Hugging Face folder: no {missing[0]}")
     config = OmegaConf.load(file)
     model = OmegaConf.merge(config.model, {"archive": policy})
-    reference = config.model.archive
+    archive, identity = config.model.archive, ""
     if os.path.exists(os.path.join(checkpoint, PROGRESS)):  # an absolute path, whatever the folder in which the run was started
-        reference = read_progress(checkpoint)["reference"]["archive"]
-    return Trained(folder, model, config, reference)
+        noted = read_progress(checkpoint)["reference"]
+        archive, identity = noted["archive"], noted["fingerprint"]
+    known = _objective_of(config).needs_reference and (archive is not None or config.model.from_config is None)
+    return Trained(folder, model, config, OmegaConf.merge(config.model, {"archive": archive}) if known else None, identity)
 
 
 def find_all(paths: Union[str, Sequence[str]]) -> list[Trained]:
@@ -77,20 +103,90 @@ def find_all(paths: Union[str, Sequence[str]]) -> list[Trained]:
     return [find_trained(path) for path in ([paths] if isinstance(paths, str) else paths)]
 
 
-def load_trained(trained: Trained, device: torch.device, archive: Optional[str] = None, max_length: int = 1):
+class Inputs(NamedTuple):
+    """What eval.py and token_report.py are given."""
+
+    models: list[Trained]
+    data: dict  # options of datasets by name
+    lengths: tuple[int, int]  # max_length, max_prompt_length
+
+
+def find_inputs(config: DictConfig, others_on_hub: Sequence[Optional[str]] = ()) -> Inputs:
+    """Of a config with run, datasets, reference, max_length and max_prompt_length; the first run decides what is not given.
+
+    Raises:
+        UserError: see `find_trained`, `Trained`; or `out` cannot be written.
+    """
+    check_writable(config.out)
+    models = find_all(config.run)
+    data = models[0].datasets(config.get("datasets"))
+    paths = [options.get(key) for options in data.values() for key in ("path", "eval_path")]
+    prepare_hub([name for trained in models for name in trained.on_hub()] + paths + list(others_on_hub))
+    return Inputs(models, data, models[0].lengths(config.max_length, config.max_prompt_length))
+
+
+def check_writable(out: Optional[str]) -> None:
+    """Before the work whose result it is for.
+
+    Raises:
+        UserError: this is no place for a file.
+    """
+    if out is None:
+        return
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
+        with open(out, "a"):
+            pass
+    except OSError as error:
+        raise UserError(f"out={out} cannot be written: {error}") from None
+
+
+class Loaded(NamedTuple):
+    """A trained model on the device, and what it started from."""
+
+    policy: torch.nn.Module
+    reference: Optional[torch.nn.Module]
+    tokenizer: Any
+    fast: bool  # whether rows of several responses can be scored, see scoring.token_statistics
+
+
+def load_compared(trained: Trained, archive: Optional[str], device: torch.device, max_length: int) -> Loaded:
+    """The model and its reference: weights of `archive`, else the run's own.
+
+    Raises:
+        UserError: weights or tokenizer are not there, do not fit, or are not those that the run started from.
+    """
+    policy, tokenizer = load_trained(trained, device, max_length)
+    node = trained.reference if archive is None else OmegaConf.merge(trained.model, {"archive": archive})
+    reference = None
+    if node is not None:
+        model = trained.model
+        dtype = DTYPES[model.reference_dtype or model.fsdp_policy_mp or model.policy_dtype]
+        reference = _built(node, trained.cache_dir(), tokenizer, dtype, max_length)
+        if archive is None and trained.reference_identity not in ("", fingerprint(reference)):
+            raise UserError(
+                f"run={trained.name}: {node.archive or node.name_or_path} no longer holds the weights that this run started from: "
+                "give reference=<weights>"
+            )
+        reference.to(device)
+    return Loaded(policy, reference, tokenizer, fast_scoring_problem(Scorer(policy, None, get_objective("sft")), max_length) is None)
+
+
+def load_trained(trained: Trained, device: torch.device, max_length: int = 1) -> tuple[torch.nn.Module, Any]:
     """(model, tokenizer): the model on the device, in the dtype in which it computed, for evaluation.
 
     Args:
-        archive: weights in place of the trained ones: a policy.pt or a Hugging Face folder.
         max_length: tokens that the model must take.
 
     Raises:
         UserError: weights or tokenizer are not there, or do not fit.
     """
-    node = trained.model if archive is None else OmegaConf.merge(trained.model, {"archive": archive})
-    cache_dir = trained.cache_dir()
-    tokenizer = load_tokenizer(node, cache_dir)
+    tokenizer = load_tokenizer(trained.model, trained.cache_dir())
+    dtype = DTYPES[trained.model.fsdp_policy_mp or trained.model.policy_dtype]
+    return _built(trained.model, trained.cache_dir(), tokenizer, dtype, max_length).to(device), tokenizer
+
+
+def _built(node: DictConfig, cache_dir: str, tokenizer, dtype: torch.dtype, max_length: int) -> torch.nn.Module:
     model_config = load_model_config(node, tokenizer, cache_dir)
     weights = check_model(node, model_config, tokenizer, max_length)
-    model = build_model(node, model_config, trained.compute_dtype, cache_dir, weights)
-    return model.to(device).eval().requires_grad_(False), tokenizer
+    return build_model(node, model_config, dtype, cache_dir, weights).eval().requires_grad_(False)

@@ -6,11 +6,12 @@
 Every key is in config/sample.yaml. The same command goes on with a file that it has begun, and gives what it would have given at once.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 
 import torch
 import tqdm
@@ -23,11 +24,11 @@ from launch import is_rank, process_group
 from models import prepare_hub
 from parallel import World, fingerprint
 from preference_datasets import Prompt, load_prompts
-from runs import find_trained, load_trained
+from runs import check_writable, find_trained, load_trained
 from sampling import own_distribution, sample_batch
-from utils import UserError, batched, plural
+from utils import RunError, UserError, batched, plural
 
-TIMEOUT = 3600  # seconds that a process waits for the others' batches
+STEP_TIMEOUT = 600  # seconds; what takes long here, reading and sampling, is waited for by World's patient group
 
 
 def run(config: DictConfig, overrides: Sequence[str] = ()) -> str:
@@ -40,33 +41,31 @@ def run(config: DictConfig, overrides: Sequence[str] = ()) -> str:
         UserError: see utils.py.
     """
     check_tool_config(config, Sample)
-    with process_group(TIMEOUT) if is_rank() else nullcontext(World()) as world, silence_unless(world.is_first):
-        trained = find_trained(config.run)
-        prepare_hub([trained.model.name_or_path, trained.model.tokenizer_name_or_path, config.prompts])
-        max_length, max_prompt_length = (trained.length(key, config[key]) for key in ("max_length", "max_prompt_length"))
-        if max_prompt_length >= max_length:
-            raise UserError(f"max_prompt_length={max_prompt_length} leaves no room for a continuation: max_length={max_length}")
-        model, tokenizer = load_trained(trained, world.device, max_length=max_length)
-        data = {} if config.prompts else trained.datasets(config.get("datasets"))
+    with process_group(STEP_TIMEOUT) if is_rank() else nullcontext(World()) as world, silence_unless(world.is_first):
+        with world.agreed():
+            trained = find_trained(config.run)
+            max_length, max_prompt_length = trained.lengths(config.max_length, config.max_prompt_length)
+            data = {} if config.prompts else trained.datasets(config.get("datasets"))
+            prepare_hub([*trained.on_hub(), config.prompts, *(options.get("path") for options in data.values())])
+            model, tokenizer = load_trained(trained, world.device, max_length)
         source = data, config.split, tokenizer, max_prompt_length, trained.model.add_bos, trained.cache_dir(), config.prompts
         prompts = world.from_first(lambda: load_prompts(*source))[: config.n_prompts]
         settings = settings_of(config, tokenizer, max_length)
         batches = batched(prompts, config.batch_size)
         identity = identity_of(config, model, max_length, prompts)
-        done = world.from_first(lambda: go_on(config.out, identity, [config.n * len(batch) for _, batch in batches]))
-        what = f"{plural(len(prompts), 'prompt')}, {plural(config.n, 'continuation')} of each"
-        print(f"{what}; {done} of {len(batches)} batches were done before")
-        with open(config.out, "a") if world.is_first else nullcontext() as file, torch.inference_mode():
+        with ExitStack() as stack:
+            done = world.from_first(lambda: go_on(stack, config.out, identity, [config.n * len(batch) for _, batch in batches]))
+            what = f"{plural(len(prompts), 'prompt')}, {plural(config.n, 'continuation')} of each"
+            print(f"{what}; {done} of {len(batches)} batches were done before")
             rounds = batched(batches[done:], world.size)
             for _, some in tqdm.tqdm(rounds, "Sampling", unit=" rounds", disable=None if world.is_first else True):
                 rows = []
-                if world.rank < len(some):
-                    first, own = some[world.rank]
-                    rows = sample_batch(model, tokenizer, own, first, config.n, settings, config.seed, config.max_new_tokens)
+                with world.agreed(), torch.inference_mode():
+                    if world.rank < len(some):
+                        first, own = some[world.rank]
+                        rows = sample_batch(model, tokenizer, own, first, config.n, settings, config.seed, config.max_new_tokens)
                 by_rank = world.gather(rows)
-                if world.is_first:
-                    file.writelines(json.dumps(row) + "\n" for part in by_rank for row in part)
-                    file.flush()
+                world.from_first(lambda rows=by_rank: append(config.out, [row for part in rows for row in part]))
     print(f"done: {config.out}")
     return config.out
 
@@ -74,8 +73,8 @@ def run(config: DictConfig, overrides: Sequence[str] = ()) -> str:
 def identity_of(config: DictConfig, model: torch.nn.Module, max_length: int, prompts: Sequence[Prompt]) -> dict:
     """What the rows depend on."""
     drawn = {key: config[key] for key in ("n", "temperature", "top_p", "top_k", "num_beams", "max_new_tokens", "batch_size", "seed")}
-    digest = hashlib.sha256(json.dumps([prompt.ids for prompt in prompts]).encode()).hexdigest()
-    return {**drawn, "max_length": max_length, "weights": fingerprint(model), "prompts": digest}
+    digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+    return {**drawn, "max_length": max_length, "device": model.device.type, "weights": fingerprint(model), "prompts": digest}
 
 
 def settings_of(config: DictConfig, tokenizer, max_length: int) -> transformers.GenerationConfig:
@@ -85,28 +84,48 @@ def settings_of(config: DictConfig, tokenizer, max_length: int) -> transformers.
     return own_distribution(tokenizer, max_length, **beams, **drawn)
 
 
-def go_on(out: str, identity: Mapping, rows_of_batch: Sequence[int]) -> int:
+def append(out: str, rows: Sequence[Mapping]) -> None:
+    """Write rows behind those that are there."""
+    try:
+        with open(out, "a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    except OSError as error:
+        raise RunError(f"out={out} cannot be written: {error}; the same command goes on from here") from None
+
+
+def go_on(stack: ExitStack, out: str, identity: Mapping, rows_of_batch: Sequence[int]) -> int:
     """Batches whose rows are whole in the file, which is cut back to them; 0 where there is no file.
 
     What the rows depend on is kept beside the file, in <out>.settings.json.
 
     Args:
-        identity: what they depend on.
+        stack: keeps other processes from the file until it is left.
+        identity: what the rows depend on.
         rows_of_batch: how many rows each batch has.
 
     Raises:
-        UserError: the file is of other settings, or of none.
+        UserError: the file is of other settings, or of none; another process writes it; or it cannot be written.
     """
     beside = f"{out}.settings.json"
-    if not os.path.exists(out):
-        os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
-        with open(beside, "w") as file:
-            json.dump(identity, file, indent=1)
-        return 0
-    if not os.path.exists(beside):
+    check_writable(beside)
+    if os.path.exists(out) and os.path.getsize(out) and not os.path.getsize(beside):
+        os.remove(beside)
         raise UserError(f"out={out} exists, and is none that sample.py has begun: choose another file")
-    with open(beside) as file:
-        before = json.load(file)
+    lock = stack.enter_context(open(beside, "r+"))  # noqa: SIM115 (the stack closes it)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"out={out}: another process writes it: wait for it, or choose another file") from None
+    check_writable(out)
+    if not os.path.getsize(out):
+        lock.truncate(0)
+        json.dump(identity, lock, indent=1)
+        lock.flush()
+        return 0
+    try:
+        before = json.load(lock)
+    except ValueError:
+        raise UserError(f"{beside} cannot be read, so what {out} depends on is not known: choose another file") from None
     if differing := sorted(key for key in {*before, *identity} if before.get(key) != identity.get(key)):
         raise UserError(f"out={out} was begun with another {', '.join(differing)}: choose another file")
     with open(out, "rb+") as file:

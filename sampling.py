@@ -109,8 +109,9 @@ def sample_batch(
 
 def text_of(tokenizer, prompt: Sequence[int], continuation: Sequence[int]) -> str:
     """The continuation's text, as it goes on after the prompt's: with the space between them, where there is one."""
-    start = tokenizer.decode(list(prompt), skip_special_tokens=True)
-    return tokenizer.decode([*prompt, *continuation], skip_special_tokens=True).removeprefix(start)
+    start, whole = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (list(prompt), [*prompt, *continuation]))
+    # Else the prompt ends within a character, or the decoder tidies up.
+    return whole.removeprefix(start) if whole.startswith(start) else tokenizer.decode(list(continuation), skip_special_tokens=True)
 
 
 def interleaved(parts: Sequence[list]) -> list:

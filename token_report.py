@@ -17,18 +17,16 @@ from omegaconf import DictConfig
 from batching import EVAL_SEED, Example, TokenizedSplit
 from command_line import run_command
 from config_schema import TokenReport, check_tool_config
-from losses import get_objective
-from models import prepare_hub
 from preference_datasets import load_split
-from runs import find_all, load_trained
-from scoring import Scorer, fast_scoring_problem, token_statistics
+from runs import Trained, find_inputs, load_compared
+from scoring import token_statistics
 from utils import UserError, batched
 
 TEMPLATES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "templates")
 ROLES = ("chosen", "rejected")
 COLUMNS = {"logps": "logps", "reference": "reference_logps", "kl": "kl"}  # of the page, of TokenStatistics
 FULL = 98  # percentile of the tokens at which colour and bar are full
-BETA = 0.1
+BETA = 0.1  # of a model whose own is not known, and of SFT; the papers' default
 
 
 def run(config: DictConfig, overrides: Sequence[str] = ()) -> str:
@@ -42,20 +40,14 @@ def run(config: DictConfig, overrides: Sequence[str] = ()) -> str:
     """
     check_tool_config(config, TokenReport)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    models = find_all(config.run)
-    prepare_hub([name for trained in models for name in (trained.model.name_or_path, trained.model.tokenizer_name_or_path)])
-    data = models[0].datasets(config.get("datasets"))
-    lengths = [models[0].length(key, config[key]) for key in ("max_length", "max_prompt_length")]
+    models, data, lengths = find_inputs(config, [config.reference])
     shown, values, page = None, [], {"runs": [], "pairs": []}
     for trained in models:
-        archive = config.reference or trained.reference
-        if archive is None:
+        policy, reference, tokenizer, fast = load_compared(trained, config.reference, device, lengths[0])
+        if reference is None:
             raise UserError(f"run={trained.name}: no reference is known, with which it could be compared: reference=<weights>")
-        policy, tokenizer = load_trained(trained, device, max_length=lengths[0])
-        reference, _ = load_trained(trained, device, archive, lengths[0])
-        split = load_split(
-            data, config.split, tokenizer, *lengths, False, trained.model.add_bos, silent=True, cache_dir=trained.cache_dir()
-        )
+        options = {"sft_mode": False, "add_bos": trained.model.add_bos, "silent": True, "cache_dir": trained.cache_dir()}
+        split = load_split(data, config.split, tokenizer, *lengths, **options)
         examples = next(split.epochs(EVAL_SEED))[: config.n_pairs]
         tokens = [split.tokens(example) for example in examples]
         if shown is not None and tokens != shown:
@@ -63,18 +55,19 @@ def run(config: DictConfig, overrides: Sequence[str] = ()) -> str:
         if shown is None:
             page["pairs"] = [described(split, example, tokenizer) for example in examples]
         shown = tokens
-        fast = fast_scoring_problem(Scorer(policy, None, get_objective("sft")), lengths[0]) is None
         values.append(by_pair(policy, reference, tokens, fast, config.batch_size))
         page["runs"].append({"name": trained.name, "beta": config.beta or beta_of(trained)})
     for pair, *columns in zip(page["pairs"], *values):
         pair["values"] = columns
     page["scale"] = scale_of(page)
+    if not np.isfinite(list(page["scale"].values())).all():
+        raise UserError("a model gives values that are not finite: there is nothing to show")
     write(page, config.out)
     print(f"{config.out}: {len(page['pairs'])} pairs, {os.path.getsize(config.out) / 1e6:.2f} MB")
     return config.out
 
 
-def beta_of(trained) -> float:
+def beta_of(trained: Trained) -> float:
     return BETA if trained.config is None else trained.config.loss.get("beta", BETA)
 
 
@@ -101,7 +94,7 @@ def by_pair(policy, reference, tokens: Sequence, fast: bool, batch_size: int) ->
     for _, some in batched(tokens, batch_size):
         statistics = token_statistics(policy, reference, some, fast)
         ends = np.cumsum([len(response) for _, responses in some for response in responses])
-        columns = {name: np.split(getattr(statistics, key).cpu().numpy().round(4), ends[:-1]) for name, key in COLUMNS.items()}
+        columns = {name: np.split(getattr(statistics, key).double().cpu().numpy().round(4), ends[:-1]) for name, key in COLUMNS.items()}
         responses = [{name: parts[i].tolist() for name, parts in columns.items()} for i in range(len(ends))]
         pairs += [dict(zip(ROLES, two)) for _, two in batched(responses, len(ROLES))]
     return pairs

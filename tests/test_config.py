@@ -11,22 +11,40 @@ from omegaconf import OmegaConf
 
 import config_schema
 import losses
-from config_schema import check_config
+from config_schema import check_config, check_tool_config
+from utils import UserError
 
 MODELS = sorted(file.stem for file in (ROOT / "config" / "model").glob("*.yaml"))
 
 
-def commands_of(document: str) -> list[list[str]]:
-    """The arguments of every `python ... train.py` command that a document shows."""
+def commands_of(document: str, program: str) -> list[list[str]]:
+    """The arguments of every `python ... <program>` command that a document shows."""
     text = (ROOT / document).read_text().replace("\\\n", " ")
-    lines = [line.strip() for line in text.splitlines() if re.match(r"\s*(\$ )?python (-u )?train\.py", line.strip())]
-    return [shlex.split(line.split("train.py", 1)[1], comments=True) for line in lines]
+    lines = [line.strip() for line in text.splitlines() if re.match(rf"\s*(\$ )?python (-u )?{program}", line.strip())]
+    return [shlex.split(line.split(program, 1)[1], comments=True) for line in lines]
 
 
-@pytest.mark.parametrize("arguments", commands_of("README.md"), ids=" ".join)
+@pytest.mark.parametrize("arguments", commands_of("README.md", "train.py"), ids=" ".join)
 def test_every_command_of_the_readme_composes(arguments):
+    if "--multirun" in arguments:  # its first job
+        arguments = [argument.split(",")[0] for argument in arguments if argument != "--multirun"]
     config = compose(*arguments)
     check_config(config, arguments)
+
+
+TOOLS = {"sample": config_schema.Sample, "eval": config_schema.Evaluation, "token_report": config_schema.TokenReport}
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_tools_commands_and_keys(tool):
+    commands = commands_of("README.md", f"{tool}.py")
+    assert commands
+    for arguments in commands:
+        check_tool_config(compose(*arguments, name=tool), TOOLS[tool])
+    config = OmegaConf.to_container(compose("run=x", name=tool))
+    assert set(TOOLS[tool].model_fields) - {"datasets"} == set(config)
+    with pytest.raises(UserError, match=r"missing: run=\.\.\."):
+        check_tool_config(compose(name=tool), TOOLS[tool])
 
 
 PUBLISHED = (

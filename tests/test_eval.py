@@ -1,11 +1,15 @@
 """eval.py: on the same pairs the same figures as the run's own eval; several runs in one table; what it refuses."""
 
 import json
+import shutil
 
+import numpy as np
 import pytest
-from conftest import DATA, PREFERENCE, compose, logs_of, run
+import torch
+from conftest import DATA, MINI, PREFERENCE, compose, logs_of, run
 
 import eval as evaluate
+from evaluation import by_prompt, estimate
 from utils import UserError
 
 
@@ -48,7 +52,7 @@ def test_the_file_has_all(runs, results):
         assert set(measures) == set(written["measures"]) - {"samples/reward"}  # HH rows have no gold reward
         for measure, value in measures.items():
             assert value == table[name][measure]._asdict() and value["low"] <= value["mean"] <= value["high"]
-            assert value["examples"] == (6 if measure.startswith("samples/") else 24)
+            assert value["examples"] == 6 if measure.startswith("samples/") else 20 < value["examples"] <= 24
 
 
 def test_a_run_without_reference(tmp_path, capsys):
@@ -65,3 +69,29 @@ def test_what_is_wrong_is_said(runs):
         evaluated(runs, "split=dev")
     with pytest.raises(UserError, match="reward=/nowhere cannot be loaded"):
         evaluated(runs, "reward=/nowhere")
+    with pytest.raises(UserError, match="max_prompt_length=32 leaves no room for a response: it must be below max_length=16"):
+        evaluated(runs, "max_length=16")
+    with pytest.raises(UserError, match="out=/proc/nope/eval.json cannot be written"):
+        evaluated(runs, "out=/proc/nope/eval.json")
+
+
+def test_weights_that_are_no_longer_the_reference(tmp_path):
+    """The SFT model at the run's own path was trained again since."""
+    archive = tmp_path / "policy.pt"
+    shutil.copy(MINI / "sft_policy.pt", archive)
+    trained = run(*PREFERENCE, f"model.archive={archive}", "n_examples=8", "do_first_eval=false", f"local_run_dir={tmp_path}/run")
+    content = torch.load(archive, weights_only=True)
+    content["state"]["gpt_neox.final_layer_norm.bias"] += 0.1
+    torch.save(content, archive)
+    with pytest.raises(UserError, match="no longer holds the weights that this run started from: give reference="):
+        evaluated([trained])
+    assert evaluated([trained], f"reference={MINI}/sft_policy.pt", "n_prompts=0")
+
+
+def test_pairs_of_a_prompt_are_one_example():
+    """Ten equal pairs a prompt say no more than one."""
+    values = np.random.default_rng(0).normal(size=200)
+    alone, repeated = estimate(values), estimate(*by_prompt(np.repeat(values, 10), np.repeat(np.arange(200), 10)))
+    assert repeated == pytest.approx(alone)
+    means, weights = by_prompt(np.array([1.0, 3.0, 5.0]), [4, 4, 2])
+    assert means.tolist() == [5.0, 2.0] and weights.tolist() == [1, 2]

@@ -3,7 +3,7 @@
 import pytest
 
 from findings import findings
-from plot import write_page
+from plot import curve, write_page
 
 
 def logs(examples: list[int], split: str = "eval", **curves: list[float]) -> list[dict]:
@@ -34,8 +34,8 @@ def test_chosen(chosen, rejected, expected):
 @pytest.mark.parametrize(
     "accuracies,margins,expected",
     [
-        ([0.5, 0.8, 0.77], [0.0, 1.0, 2.0], {"Reward and accuracy part": True}),
-        ([0.5, 0.8, 0.79], [0.0, 1.0, 2.0], {"Reward and accuracy do not part": False}),
+        ([0.5, 0.8, 0.74], [0.0, 1.0, 2.0], {"Reward and accuracy part": True}),
+        ([0.5, 0.8, 0.76], [0.0, 1.0, 2.0], {"Reward and accuracy do not part": False}),
         ([0.5, 0.8, 0.7], [0.0, 1.0, 0.9], {"Reward and accuracy do not part": False}),  # both fall
     ],
 )
@@ -62,11 +62,17 @@ def test_the_start():
     assert said([{**start, "counters/updates": 2, "rewards_train/chosen": 1.0}]) == {}  # not of the first step
 
 
-def test_train_steps_where_there_are_no_evals():
-    train = logs([64, 128], "train", logps_s__chosen=[-20, -20], logps_s__rejected=[-20, -20])
-    assert len(findings(train)) == 1 and findings([]) == []
-    lone = logs([0], logps_s__chosen=[-90], logps_s__rejected=[-10])
-    assert "+0.0 nats" in findings([*lone, *train])[0].text
+def test_one_eval_or_none_says_nothing():
+    train = logs([64, 128], "train", logps_s__chosen=[-20, -60], logps_s__rejected=[-20, -20])
+    assert findings(train) == findings([]) == findings([*logs([0], logps_s__chosen=[-90], logps_s__rejected=[-10]), *train]) == []
+
+
+def test_what_is_not_finite_is_a_concern():
+    start = {"split": "train", "counters/examples": 64, "counters/updates": 1, "rewards_train/chosen": None, "rewards_train/rejected": None}
+    first, second = findings([start, {"split": "train", "counters/examples": 128, "loss/train": None}])
+    assert first == (True, "3 logged values are not finite, the first is rewards_train/chosen after 64 examples.")
+    assert second == (True, "At the start rewards or SeqKL are not finite.")
+    assert curve([start], "train", "rewards_{s}/chosen") == ([], [])
 
 
 def test_the_page_of_curves(tmp_path):

@@ -30,6 +30,7 @@ def test_kl_at_a_reward_by_hand():
     runs = [a_run("DPO", 0, (0, 0.5), (2, 0.7), (6, 0.9)), a_run("DPO", 0, (0, 0.5), (3, 0.85), (4, 0.75), (9, 0.95))]
     assert report.least_kl(runs[:1], 0.8) == pytest.approx(4.0)
     assert report.least_kl(runs, 0.8) == pytest.approx(3 * 0.3 / 0.35)
+    assert report.least_kl([a_run("DPO", 0, (0, 0.7), (1, 0.8))], 0.65) == 0  # where it starts
     assert report.least_kl(runs, 0.9) == pytest.approx(6.0) and report.least_kl(runs, 0.96) is None
 
 
@@ -61,7 +62,15 @@ def test_the_whole_in_small(tmp_path):
         f"common=[model=tiny,'datasets=[reviews]',{data},eval_batch_size=64,n_eval_examples=64,sample_during_eval=false,wandb.enabled=false]"
     ]
     small += ["preference=[n_epochs=1,batch_size=32,eval_every=100000,do_first_eval=false,warmup_steps=5]"]
-    small += ["sft=[n_epochs=8,batch_size=64,eval_every=100000]", "seeds=[0]", "betas=[0.1]", "lrs=[5e-4]", "checkpoints=2", "n_prompts=64"]
+    small += [
+        "sft=[n_epochs=8,batch_size=64,eval_every=100000]",
+        "seeds=[0]",
+        "betas=[0.1]",
+        "lrs=[5e-4]",
+        "shown={beta: 0.1, lr: 5e-4}",
+        "checkpoints=2",
+        "n_prompts=64",
+    ]
     command = [sys.executable, HERE / "run.py", "--out", tmp_path, "--methods", "TDPO2 0.5", "--workers", "1"]
     done = subprocess.run([*command, *small], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -70,3 +79,15 @@ def test_the_whole_in_small(tmp_path):
     assert points[0]["samples/kl"] == pytest.approx(0, abs=1e-6) and points[0]["seqkl/chosen"] == pytest.approx(0, abs=1e-6)
     assert len(points) > 2 and points[-1]["samples/reward"] > points[0]["samples/reward"] + 0.1 and 0.05 < points[-1]["samples/kl"] < 20
     assert (tmp_path / "frontier.png").stat().st_size > 20_000
+    last = points[-1]
+    row = f"| TDPO2 0.5 | {last['samples/reward']:.3f}"
+    assert row in (tmp_path / "table.md").read_text()
+    # A run that was interrupted has a checkpoint that the others have not.
+    other = tmp_path / "tdpo2_0.5" / "beta0.1_lr0.0005_seed1"
+    other.mkdir()
+    content = json.loads(measured.read_text())
+    extra = {**last, "examples": last["examples"] - 1}
+    (other / "measured.json").write_text(json.dumps({**content, "seed": 1, "points": [*points[:-1], extra, last]}))
+    subprocess.run([sys.executable, HERE / "report.py", tmp_path], check=True, capture_output=True)
+    spent = json.loads((tmp_path / "results.json").read_text())["kl_at_reward"]["TDPO2 0.5"]["0.6"]
+    assert spent["0"] == pytest.approx(spent["1"]) and spent["0"] > 0

@@ -1,5 +1,6 @@
 """sample.py: the same file however often it was interrupted, and by however many processes; what it refuses."""
 
+import fcntl
 import json
 import subprocess
 import sys
@@ -91,3 +92,33 @@ def test_what_is_no_model(tmp_path):
         sampled(tmp_path / "x", tmp_path / "out.jsonl")
     with pytest.raises(UserError, match="neither a run's folder, nor one of its checkpoints, nor a Hugging Face folder"):
         sampled(tmp_path, tmp_path / "out.jsonl")
+
+
+def test_prompts_that_cannot_be_continued(trained, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "Human: hello"}\n{"prompt": ""}\n')
+    with pytest.raises(UserError, match="prompts 2 have no tokens"):
+        sampled(trained, tmp_path / "out.jsonl", f"prompts={prompts}")
+    prompts.write_text('{"text": "Human: hello"}\n')
+    with pytest.raises(UserError, match=r"no field 'prompt': .*\n  mend or remove them"):
+        sampled(trained, tmp_path / "out.jsonl", f"prompts={prompts}")
+    with pytest.raises(UserError, match="max_prompt_length=32 leaves no room for a response: it must be below max_length=8"):
+        sampled(trained, tmp_path / "out.jsonl", "max_length=8")
+
+
+def test_one_process_at_a_time(trained, whole, tmp_path):
+    out = tmp_path / "samples.jsonl"
+    sampled(trained, out)
+    with open(f"{out}.settings.json") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process writes it"):
+            sampled(trained, out)
+    assert out.read_text() == whole
+
+
+def test_a_mistake_under_torchrun_is_said_once(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "sample.py"), "run=/nope"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode and [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
+        "error: run=/nope: no such folder"
+    ]

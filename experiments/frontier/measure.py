@@ -17,12 +17,10 @@ from omegaconf import DictConfig, OmegaConf  # noqa: E402
 
 from checkpoints import list_checkpoints  # noqa: E402
 from evaluation import measure_pairs, measure_samples  # noqa: E402
-from losses import get_objective  # noqa: E402
 from preference_datasets import load_prompts, load_split  # noqa: E402
 from rewards import gold_reward_of, reward_model  # noqa: E402
-from runs import Trained, find_trained, load_trained  # noqa: E402
+from runs import Trained, find_trained, load_compared, load_trained  # noqa: E402
 from sampling import own_distribution, sample_batch  # noqa: E402
-from scoring import Scorer, fast_scoring_problem  # noqa: E402
 from utils import UserError, batched  # noqa: E402
 
 
@@ -37,12 +35,22 @@ def main() -> None:
     parser.add_argument("--reward", default=None, help="as reward= of eval.py; without it the data's own")
     arguments = parser.parse_args()
     runs = [path.parent for path in sorted(arguments.runs.glob("*/LATEST")) if (path / "hf").exists()]
-    runs = [run for run in runs if not (run / "measured.json").exists()]
+    runs = [run for run in runs if not is_measured(run, sizes_of(arguments))]
     try:
         if runs:
             Measures(arguments, find_trained(str(runs[0])).config).measure(runs)
     except UserError as error:
         sys.exit(f"error: {error}")
+
+
+def sizes_of(arguments: argparse.Namespace) -> dict:
+    """With which what was measured can be compared."""
+    return {"n_prompts": arguments.n_prompts, "n": arguments.n, "reward": arguments.reward}
+
+
+def is_measured(run: Path, sizes: dict) -> bool:
+    file = run / "measured.json"
+    return file.exists() and json.loads(file.read_text())["sizes"] == sizes
 
 
 class Measures:
@@ -59,8 +67,7 @@ class Measures:
         data, cache_dir, add_bos = self.sft.datasets(None), self.sft.cache_dir(), config.model.add_bos
         self.reward = gold_reward_of(list(data)) if arguments.reward is None else reward_model(arguments.reward, self.device, cache_dir)
         self.lengths = config.max_length, config.max_prompt_length
-        self.reference, self.tokenizer = load_trained(self.sft, self.device, max_length=config.max_length)
-        self.fast = fast_scoring_problem(Scorer(self.reference, None, get_objective("sft")), config.max_length) is None
+        self.reference, _, self.tokenizer, self.fast = load_compared(self.sft, None, self.device, config.max_length)
         jsonl = {"jsonl": {**OmegaConf.to_container(config.datasets.jsonl), "path": arguments.pairs, "eval_path": arguments.pairs}}
         self.split = load_split(jsonl, "test", self.tokenizer, *self.lengths, False, add_bos, silent=True)
         self.prompts = load_prompts(data, "test", self.tokenizer, self.lengths[1], add_bos, cache_dir)[: arguments.n_prompts]
@@ -72,7 +79,8 @@ class Measures:
             points = [start, *({"examples": examples, **self.of(find_trained(folder))} for examples, folder in checkpoints)]
             config = find_trained(str(run)).config
             new = run / "measured.json.new"
-            new.write_text(json.dumps({"beta": config.loss.beta, "lr": config.lr, "seed": config.seed, "points": points}, indent=1))
+            settings = {"beta": config.loss.beta, "lr": config.lr, "seed": config.seed, "sizes": sizes_of(self.arguments)}
+            new.write_text(json.dumps({**settings, "points": points}, indent=1))
             new.rename(run / "measured.json")
             print(run, *(f"{p['examples']}: {p['samples/reward']:.3f} at {p['samples/kl']:.2f}" for p in points), flush=True)
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch  # noqa: E402
 
 from rewards import GOLD, gold_reward_of, reward_model  # noqa: E402
-from utils import UserError  # noqa: E402
+from utils import UserError, get_local_dir  # noqa: E402
 
 
 def main() -> None:
@@ -29,13 +29,20 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, name = arguments.reward.partition(":")
+    missing = [file for split in ("train", "test") if not (file := arguments.folder / f"completions-{split}.jsonl").exists()]
+    if missing:
+        sys.exit(f"error: {missing[0]} is not there")
     try:
-        reward = gold_reward_of([name]) if kind == "gold" and name in GOLD else reward_model(arguments.reward, device, ".cache")
+        reward = (
+            gold_reward_of([name]) if kind == "gold" and name in GOLD else reward_model(arguments.reward, device, get_local_dir([".cache"]))
+        )
     except UserError as error:
         sys.exit(f"error: {error}")
     for split in ("train", "test"):
         with open(arguments.folder / f"completions-{split}.jsonl") as file:
             rows = [row for row in map(json.loads, file) if row["completion"].strip()]
+        if not rows:
+            sys.exit(f"error: completions-{split}.jsonl holds no text")
         scores = reward([row["prompt"] + row["completion"] for row in rows])
         pairs = list(best_and_worst(rows, scores, arguments.margin))
         target = arguments.folder / "pairs" / f"{split}.jsonl"
@@ -49,7 +56,7 @@ def best_and_worst(rows: list[dict], scores: list[float], margin: float) -> Iter
     for _, some in groupby(zip(rows, scores), key=lambda pair: pair[0]["index"]):
         ranked = sorted(some, key=lambda pair: pair[1])
         (rejected, low), (chosen, high) = ranked[0], ranked[-1]
-        if high - low > margin:
+        if high > low and high - low >= margin:
             texts = {"prompt": chosen["prompt"], "chosen": chosen["completion"], "rejected": rejected["completion"]}
             yield {**texts, "chosen_score": high, "rejected_score": low}
 

@@ -1,6 +1,6 @@
 """Tables and panels of a frontier: results.json, frontier.png and table.md in its folder.
 
-python experiments/frontier/report.py runs/frontier-reviews --task reviews
+python experiments/frontier/report.py runs/frontier-reviews
 """
 
 import argparse
@@ -19,7 +19,10 @@ import numpy as np  # noqa: E402
 import scipy.stats  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 
-HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from run import slug  # noqa: E402
+
 LEVELS = (0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)  # of expected reward, at which KL is compared
 REWARD, KL = "samples/reward", "samples/kl"
 STEPS = (("seqkl/chosen", "SeqKL of chosen"), ("seqkl/rejected", "SeqKL of rejected"), ("seqkl/margin", "SeqKL margin, chosen - rejected"))
@@ -36,9 +39,8 @@ class Run(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw and tabulate a frontier.")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--task", default="reviews")
     arguments = parser.parse_args()
-    task = OmegaConf.load(HERE / f"{arguments.task}.yaml")
+    task = OmegaConf.load(arguments.folder / "task.yaml")
     runs = read_runs(arguments.folder, list(task.methods))
     if not runs:
         sys.exit(f"error: {arguments.folder} has no measured runs")
@@ -56,7 +58,7 @@ def main() -> None:
 def read_runs(folder: Path, methods: list[str]) -> list[Run]:
     runs = []
     for method in methods:
-        for file in sorted(folder.glob(f"{method.lower().replace(' ', '_')}/*/measured.json")):
+        for file in sorted(folder.glob(f"{slug(method)}/*/measured.json")):
             content = json.loads(file.read_text())
             runs.append(Run(method, content["seed"], content["beta"], content["lr"], content["points"]))
     return runs
@@ -64,7 +66,7 @@ def read_runs(folder: Path, methods: list[str]) -> list[Run]:
 
 def least_kl(runs: list[Run], level: float) -> Optional[float]:
     """The least KL at which any of the runs has the reward, between two measurements by linear interpolation; None: none reaches it."""
-    found = []
+    found = [run.points[0][KL] for run in runs if run.points[0][REWARD] >= level]
     for run in runs:
         for before, after in zip(run.points, run.points[1:]):
             low, high = before[REWARD], after[REWARD]
@@ -160,10 +162,12 @@ def draw(runs: list[Run], methods: list[str], shown, file: Path) -> None:
         best = np.maximum.accumulate([reward for _, reward in envelope])
         axes[0, 0].step([kl for kl, _ in envelope], best, where="post", color=f"C{i}", label=method)
         for axis, (key, _) in zip(axes.flat[1:], STEPS):
-            curves = [[point[key] for point in run.points] for run in runs_shown(runs, method, shown)]
-            if curves:
-                examples = [point["examples"] for point in runs_shown(runs, method, shown)[0].points]
-                mean, spread = np.mean(curves, axis=0), np.std(curves, axis=0)
+            own = runs_shown(runs, method, shown)
+            if own:
+                # Of all seeds the same; a run that was interrupted has one checkpoint more.
+                examples = sorted(set.intersection(*({point["examples"] for point in run.points} for run in own)))
+                curves = [[point[key] for point in run.points if point["examples"] in examples] for run in own]
+                mean, spread = np.mean(curves, axis=0), np.std(curves, axis=0, ddof=min(1, len(own) - 1))
                 axis.plot(examples, mean, color=f"C{i}", label=method, marker="o", markersize=3)
                 axis.fill_between(examples, mean - spread, mean + spread, color=f"C{i}", alpha=0.15, linewidth=0)
     axes[0, 0].set(xscale="symlog", xlabel="KL(pi || pi_ref), nats a response", ylabel="expected reward", title="reward and KL, all runs")

@@ -32,17 +32,22 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=None, help="some of the task's methods (default: all)")
     parser.add_argument("overrides", nargs="*", help="keys of the task's file: seeds=[0,1,2,3]")
     arguments = parser.parse_args()
-    task = OmegaConf.merge(OmegaConf.load(HERE / f"{arguments.task}.yaml"), OmegaConf.from_dotlist(arguments.overrides))
+    task = OmegaConf.load(HERE / f"{arguments.task}.yaml")
+    given = OmegaConf.from_dotlist(arguments.overrides)
+    if unknown := sorted(set(given) - set(task)):
+        sys.exit(f"error: unknown key {', '.join(unknown)}: {arguments.task}.yaml has {', '.join(task)}")
+    task = OmegaConf.merge(task, given)
     if unknown := sorted(set(arguments.methods or ()) - set(task.methods)):
         sys.exit(f"error: --methods {', '.join(unknown)}: {arguments.task} has {', '.join(task.methods)}")
     task.methods = {name: command for name, command in task.methods.items() if name in (arguments.methods or task.methods)}
     out = Path(arguments.out or f"runs/frontier-{arguments.task}").resolve()
     workers = arguments.workers or torch.cuda.device_count() or len(os.sched_getaffinity(0))
     (out / "logs").mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(task, out / "task.yaml")
     began = time.monotonic()
     prepare(task, out)
     failed = sweep(task, out, workers)
-    reported = subprocess.run([sys.executable, HERE / "report.py", out, "--task", arguments.task]).returncode
+    reported = subprocess.run([sys.executable, HERE / "report.py", out]).returncode
     if not reported:
         print(f"{(time.monotonic() - began) / 60:.1f} minutes; results in {out}")
     if failed:
@@ -88,7 +93,8 @@ def sweep(task: DictConfig, out: Path, workers: int) -> list[str]:
         threads = max(1, len(os.sched_getaffinity(0)) // workers)
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         if torch.cuda.is_available():
-            environment["CUDA_VISIBLE_DEVICES"] = str(worker % torch.cuda.device_count())
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+            environment["CUDA_VISIBLE_DEVICES"] = visible[worker % len(visible)]
         while True:
             try:
                 name = waiting.get_nowait()
@@ -98,7 +104,8 @@ def sweep(task: DictConfig, out: Path, workers: int) -> list[str]:
                 if quietly(f"{name} {what}", out, command, environment):
                     failed.append(f"{name} {what}")
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(workers)]
+    # Daemons: they end with this process, as their children do, where it is interrupted.
+    threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(workers)]
     for thread in threads:
         thread.start()
     total = len(task.methods) * len(task.seeds) * len(task.betas) * len(task.lrs)
