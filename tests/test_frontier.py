@@ -57,13 +57,13 @@ def test_pairs_are_best_and_worst(tmp_path):
 
 def test_the_whole_in_small(tmp_path):
     """One method, one seed: the reward rises, KL with it, and the start is the reference."""
-    data = "datasets.reviews.n_train=640"
+    data = "datasets.reviews.n_train=640,datasets.reviews.n_test=64"
     small = [
         f"common=[model=tiny,'datasets=[reviews]',{data},eval_batch_size=64,n_eval_examples=64,sample_during_eval=false,wandb.enabled=false]"
     ]
     small += ["preference=[n_epochs=1,batch_size=32,eval_every=100000,do_first_eval=false,warmup_steps=5]"]
     small += [
-        "sft=[n_epochs=8,batch_size=64,eval_every=100000]",
+        "sft=[n_epochs=6,batch_size=64,eval_every=100000]",
         "seeds=[0]",
         "betas=[0.1]",
         "lrs=[5e-4]",
