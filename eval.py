@@ -3,7 +3,7 @@
     python eval.py run=runs/tdpo2
     python eval.py run=[runs/dpo,runs/tdpo2] n_prompts=128 out=eval.json
 
-Every key is in config/eval.yaml. A table has a column a model; each value is a mean with its 95% bootstrap interval over examples.
+Every key is in config/eval.yaml. A table has a column a model; each value is a mean with its 95% bootstrap interval over prompts.
 """
 
 import json
