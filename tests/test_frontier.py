@@ -61,7 +61,7 @@ def test_the_whole_in_small(tmp_path):
     small = [
         f"common=[model=tiny,'datasets=[reviews]',{data},eval_batch_size=64,n_eval_examples=64,sample_during_eval=false,wandb.enabled=false]"
     ]
-    small += ["preference=[n_epochs=1,batch_size=32,eval_every=100000,do_first_eval=false,warmup_steps=5]"]
+    small += ["preference=[batch_size=32,eval_every=100000,do_first_eval=false,warmup_steps=5]", "examples=512", "completion_prompts=null"]
     small += [
         "sft=[n_epochs=6,batch_size=64,eval_every=100000]",
         "seeds=[0]",

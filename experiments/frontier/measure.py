@@ -1,12 +1,15 @@
 """Reward, KL and SeqKL at every checkpoint of the runs in a folder, into measured.json of each run.
 
-python experiments/frontier/measure.py RUNS --pairs pairs.jsonl --prompts_of runs/sft
+    python experiments/frontier/measure.py RUNS
+
+What a run started from is its reference, whose test prompts are continued; its eval split has the pairs.
 """
 
 import argparse
 import json
 import os
 import sys
+from itertools import groupby
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -27,8 +30,6 @@ from utils import UserError, batched  # noqa: E402
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure every checkpoint of the runs in a folder.")
     parser.add_argument("runs", type=Path)
-    parser.add_argument("--pairs", required=True, help="held-out pairs, as datasets=[jsonl] reads them")
-    parser.add_argument("--prompts_of", required=True, help="run whose test prompts are continued; its weights are the reference")
     parser.add_argument("--n_prompts", type=int, default=128, help="test prompts, and pairs")
     parser.add_argument("--n", type=int, default=4, help="continuations of a prompt")
     parser.add_argument("--batch_size", type=int, default=64, help="prompts, or pairs, at a time")
@@ -37,10 +38,15 @@ def main() -> None:
     runs = [path.parent for path in sorted(arguments.runs.glob("*/LATEST")) if (path / "hf").exists()]
     runs = [run for run in runs if not is_measured(run, sizes_of(arguments))]
     try:
-        if runs:
-            Measures(arguments, find_trained(str(runs[0])).config).measure(runs)
+        for _, same in groupby(sorted(runs, key=started_from), key=started_from):
+            some = list(same)
+            Measures(arguments, find_trained(str(some[0])).config).measure(some)
     except UserError as error:
         sys.exit(f"error: {error}")
+
+
+def started_from(run: Path) -> str:
+    return find_trained(str(run)).config.model.archive
 
 
 def sizes_of(arguments: argparse.Namespace) -> dict:
@@ -54,22 +60,23 @@ def is_measured(run: Path, sizes: dict) -> bool:
 
 
 class Measures:
-    """What is the same for all runs: the reference, the prompts and the pairs.
+    """What is the same for runs of the same start: the reference, the prompts and the pairs.
 
     Args:
-        config: of one of the runs.
+        config: of one of them.
     """
 
     def __init__(self, arguments: argparse.Namespace, config: DictConfig):
         self.arguments = arguments
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.sft = find_trained(arguments.prompts_of)
+        self.sft = find_trained(os.path.dirname(config.model.archive))
         data, cache_dir, add_bos = self.sft.datasets(None), self.sft.cache_dir(), config.model.add_bos
         self.reward = gold_reward_of(list(data)) if arguments.reward is None else reward_model(arguments.reward, self.device, cache_dir)
         self.lengths = config.max_length, config.max_prompt_length
         self.reference, _, self.tokenizer, self.fast = load_compared(self.sft, None, self.device, config.max_length)
-        jsonl = {"jsonl": {**OmegaConf.to_container(config.datasets.jsonl), "path": arguments.pairs, "eval_path": arguments.pairs}}
-        self.split = load_split(jsonl, "test", self.tokenizer, *self.lengths, False, add_bos, silent=True)
+        pairs = OmegaConf.to_container(config.datasets)
+        self.split = load_split(pairs, "test", self.tokenizer, *self.lengths, False, add_bos, silent=True)
+        self.seed = config.seed
         self.prompts = load_prompts(data, "test", self.tokenizer, self.lengths[1], add_bos, cache_dir)[: arguments.n_prompts]
 
     def measure(self, runs: list[Path]) -> None:
@@ -85,13 +92,13 @@ class Measures:
             print(run, *(f"{p['examples']}: {p['samples/reward']:.3f} at {p['samples/kl']:.2f}" for p in points), flush=True)
 
     def of(self, trained: Trained) -> dict[str, float]:
-        """Means over prompts and pairs; the same random numbers for every model."""
+        """Means over prompts and pairs; with the same random numbers for every model."""
         size, n = self.arguments.batch_size, self.arguments.n
         policy, _ = load_trained(trained, self.device, max_length=self.lengths[0])
         settings = own_distribution(self.tokenizer, self.lengths[0])
         rows = []
         for first, some in batched(self.prompts, size):
-            rows += sample_batch(policy, self.tokenizer, some, first, n, settings, seed=0)
+            rows += sample_batch(policy, self.tokenizer, some, first, n, settings, self.seed)
         measures = measure_samples(policy, self.reference, rows, self.reward, self.fast, size)
         examples = next(self.split.epochs(0, shuffle=False))[: self.arguments.n_prompts]
         pairs = measure_pairs(policy, self.reference, None, self.split, examples, self.fast, size)

@@ -3,8 +3,9 @@
     python experiments/frontier/run.py                                   embedded reviews, on CPU cores
     python experiments/frontier/run.py --task imdb --out runs/imdb       the paper's size, on GPUs
 
-SFT; completions by the SFT model, ranked by the reward, are the pairs; every method over the same grid; every run measured along the way.
-The same command goes on where it was interrupted, or tries again what failed. A task is a file <task>.yaml beside this one.
+For each seed SFT, and completions by the SFT model, which ranked by the reward are the pairs; every method over the same grid; every run
+measured along the way. The same command goes on where it was interrupted, or tries again what failed. A task is a file <task>.yaml beside
+this one.
 """
 
 import argparse
@@ -14,7 +15,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import tqdm
@@ -29,7 +32,9 @@ def main() -> None:
     parser.add_argument("--task", default="reviews", choices=sorted(path.stem for path in HERE.glob("*.yaml")))
     parser.add_argument("--out", default=None, help="folder of the runs and results (default: runs/frontier-<task>)")
     parser.add_argument("--workers", type=int, default=None, help="runs at the same time (default: GPUs, or else CPU cores)")
-    parser.add_argument("--methods", nargs="+", default=None, help="some of the task's methods (default: all)")
+    parser.add_argument(
+        "--methods", type=lambda names: names.split(","), help="some of the task's methods, as 'DPO,TDPO2 0.5' (default: all)"
+    )
     parser.add_argument("overrides", nargs="*", help="keys of the task's file: seeds=[0,1,2,3]")
     arguments = parser.parse_args()
     task = OmegaConf.load(HERE / f"{arguments.task}.yaml")
@@ -45,8 +50,14 @@ def main() -> None:
     (out / "logs").mkdir(parents=True, exist_ok=True)
     OmegaConf.save(task, out / "task.yaml")
     began = time.monotonic()
-    prepare(task, out)
-    failed = sweep(task, out, workers)
+    prepared = [preparation(task, out, seed) for seed in task.seeds]
+    failed = run_jobs("SFT, completions, pairs", prepared, workers, out, ["seed*/pairs/test.jsonl"], len(task.seeds))
+    if failed:
+        log = (out / "logs" / f"{failed[0]}.log").read_text().splitlines()
+        sys.exit("\n".join([*log[-3:], f"error: {', '.join(failed)} failed, see {out}/logs"]))
+    swept = [[train_step(task, out, name), measure_step(task, out, name)] for name in task.methods]
+    runs = len(task.methods) * len(task.seeds) * len(task.betas) * len(task.lrs)
+    failed = run_jobs("Training and measuring", swept, workers, out, ["*/*/LATEST/hf", "*/*/measured.json"], len(task.seeds) + 2 * runs)
     reported = subprocess.run([sys.executable, HERE / "report.py", out]).returncode
     if not reported:
         print(f"{(time.monotonic() - began) / 60:.1f} minutes; results in {out}")
@@ -55,112 +66,107 @@ def main() -> None:
         sys.exit(f"error: {len(failed)} of the sweep's parts did not end well, {tail}")
 
 
-def prepare(task: DictConfig, out: Path) -> None:
-    """SFT, completions of the train prompts, and pairs of them."""
-    sft = [*task.common, *task.sft, "loss=sft", "exp_name=sft", f"local_run_dir={out}/sft", "resume=auto"]
-    call("SFT", out, "train.py", *sft)
+class Step(NamedTuple):
+    """A process, and the name of its log."""
+
+    name: str
+    command: list[str]
+
+
+def preparation(task: DictConfig, out: Path, seed: int) -> list[Step]:
+    """A seed's SFT model, its completions of the train and test prompts, and pairs of them."""
+    folder = out / f"seed{seed}"
+    run = f"local_run_dir={folder}/sft"
+    steps = [Step(f"seed{seed}_sft", ["train.py", *task.common, *task.sft, "loss=sft", "exp_name=sft", f"seed={seed}", run, "resume=auto"])]
     for split in ("train", "test"):
-        samples = str(out / f"completions-{split}.jsonl")
-        call(
-            f"completions {split}",
-            out,
-            "sample.py",
-            f"run={out}/sft",
-            f"split={split}",
-            f"n={task.completions}",
-            "batch_size=256",
-            f"out={samples}",
-        )
-    call("pairs", out, "experiments/frontier/pairs.py", str(out), f"--margin={task.min_margin}", *reward_of(task))
+        prompts = task.completion_prompts if split == "train" else None
+        sizes = [f"n={task.completions}", f"n_prompts={'null' if prompts is None else prompts}", f"batch_size={task.completion_batch_size}"]
+        where = [f"run={folder}/sft", f"split={split}", f"out={folder}/completions-{split}.jsonl"]
+        steps.append(Step(f"seed{seed}_completions_{split}", ["sample.py", *where, *sizes, f"seed={seed}"]))
+    pairs = ["experiments/frontier/pairs.py", str(folder), f"--margin={task.min_margin}", *reward_of(task)]
+    return [*steps, Step(f"seed{seed}_pairs", pairs)]
 
 
 def reward_of(task: DictConfig) -> list[str]:
     return [] if task.reward is None else [f"--reward={task.reward}"]
 
 
-def sweep(task: DictConfig, out: Path, workers: int) -> list[str]:
-    """Train every method over the grid and measure its runs; the names of those that did not end well.
-
-    A method is a sweep of Hydra's (--multirun), and then one process that measures; `workers` of them at a time, on a share of the cores or
-    a GPU each.
-    """
-    waiting: queue.SimpleQueue = queue.SimpleQueue()
-    for name in task.methods:
-        waiting.put(name)
-    failed = []
-
-    def work(worker: int) -> None:
-        threads = max(1, len(os.sched_getaffinity(0)) // workers)
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        if torch.cuda.is_available():
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
-            environment["CUDA_VISIBLE_DEVICES"] = visible[worker % len(visible)]
-        while True:
-            try:
-                name = waiting.get_nowait()
-            except queue.Empty:
-                return
-            for what, command in (("train", train_command(task, out, name)), ("measure", measure_command(task, out, name))):
-                if quietly(f"{name} {what}", out, command, environment):
-                    failed.append(f"{name} {what}")
-
-    # Daemons: they end with this process, as their children do, where it is interrupted.
-    threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(workers)]
-    for thread in threads:
-        thread.start()
-    total = len(task.methods) * len(task.seeds) * len(task.betas) * len(task.lrs)
-    with tqdm.tqdm(total=2 * total, desc="Training and measuring", unit=" runs", disable=None) as progress:
-        while any(thread.is_alive() for thread in threads):
-            time.sleep(1)
-            progress.update(len(list(out.glob("*/*/LATEST/hf"))) + len(list(out.glob("*/*/measured.json"))) - progress.n)
-    return failed
-
-
-def train_command(task: DictConfig, out: Path, name: str) -> list[str]:
-    pairs = ["datasets=[jsonl]", f"datasets.jsonl.path={out}/pairs/train.jsonl", f"datasets.jsonl.eval_path={out}/pairs/test.jsonl"]
-    examples = len((out / "pairs" / "train.jsonl").read_text().splitlines())
+def train_step(task: DictConfig, out: Path, name: str) -> Step:
+    """A method's runs, a sweep of Hydra's (--multirun): where one fails, the others go on."""
+    base = f"{out}/seed${{seed}}"
+    data = ["datasets=[jsonl]", f"datasets.jsonl.path='{base}/pairs/train.jsonl'", f"datasets.jsonl.eval_path='{base}/pairs/test.jsonl'"]
     grid = [f"seed={','.join(map(str, task.seeds))}", f"loss.beta={','.join(map(str, task.betas))}", f"lr={','.join(map(str, task.lrs))}"]
     folder = f"local_run_dir='{out}/{slug(name)}/beta${{loss.beta}}_lr${{lr}}_seed${{seed}}'"
     common = [override for override in task.common if not override.startswith("datasets")]
-    every = max(1, examples * epochs_of(task) // task.checkpoints)
-    archive = f"model.archive={out}/sft/LATEST/policy.pt"
-    rest = [*common, *pairs, *task.preference, f"save_every={every}", archive, *task.methods[name].split()]
-    return [str(ROOT / "train.py"), "--multirun", *rest, *grid, folder, "resume=auto", "exp_name=frontier"]
+    length = ["n_epochs=null", f"n_examples={task.examples}", f"save_every={task.examples // task.checkpoints}"]
+    archive = f"model.archive='{base}/sft/LATEST/policy.pt'"
+    rest = [*common, *data, *task.preference, *length, archive, *task.methods[name].split()]
+    return Step(f"{slug(name)}_train", ["train.py", "--multirun", *rest, *grid, folder, "resume=auto", "exp_name=frontier"])
 
 
-def epochs_of(task: DictConfig) -> int:
-    return next((int(override.split("=")[1]) for override in task.preference if override.startswith("n_epochs=")), 1)
-
-
-def measure_command(task: DictConfig, out: Path, name: str) -> list[str]:
+def measure_step(task: DictConfig, out: Path, name: str) -> Step:
     sizes = [f"--n_prompts={task.n_prompts}", f"--n={task.n}", f"--batch_size={task.batch_size}"]
-    return [
-        str(HERE / "measure.py"),
-        str(out / slug(name)),
-        f"--pairs={out}/pairs/test.jsonl",
-        f"--prompts_of={out}/sft",
-        *sizes,
-        *reward_of(task),
-    ]
+    command = ["experiments/frontier/measure.py", str(out / slug(name)), *sizes, *reward_of(task)]
+    return Step(f"{slug(name)}_measure", command)
 
 
 def slug(name: str) -> str:
     return name.lower().replace(" ", "_")
 
 
-def call(what: str, out: Path, script: str, *arguments: str) -> None:
-    """Run a script of the repository; its output goes to a log. Ends the program where that fails."""
-    print(f"{what} ...", flush=True)
-    if quietly(what, out, [str(ROOT / script), *arguments], dict(os.environ)):
-        log = (out / "logs" / f"{slug(what)}.log").read_text().splitlines()
-        sys.exit("\n".join([*log[-3:], f"error: {what} failed, see {out}/logs/{slug(what)}.log"]))
+def run_jobs(title: str, jobs: Sequence[Sequence[Step]], workers: int, out: Path, marks: Sequence[str], total: int) -> list[str]:
+    """Run every job's steps one after another, `workers` jobs at a time, on a share of the cores or a GPU each.
+
+    Args:
+        marks: patterns of the files in `out` by which progress is counted, to `total`.
+
+    Returns:
+        names of the steps that failed; what comes after them is run all the same.
+    """
+    waiting: queue.SimpleQueue = queue.SimpleQueue()
+    for job in jobs:
+        waiting.put(job)
+    failed = []
+
+    def work(worker: int) -> None:
+        environment = environment_of(worker, workers)
+        while True:
+            try:
+                job = waiting.get_nowait()
+            except queue.Empty:
+                return
+            failed.extend(step.name for step in job if ended_badly(step, out, environment))
+
+    # Daemons: they end with this process, as their children do, where it is interrupted.
+    threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(workers)]
+    for thread in threads:
+        thread.start()
+    with tqdm.tqdm(total=total, desc=title, disable=None) as progress:
+        while any(thread.is_alive() for thread in threads):
+            time.sleep(1)
+            progress.update(sum(len(list(out.glob(mark))) for mark in marks) - progress.n)
+    return failed
 
 
-def quietly(what: str, out: Path, command: list[str], environment: dict[str, str]) -> int:
-    with open(out / "logs" / f"{slug(what)}.log", "w") as log:
-        return subprocess.run(
-            [sys.executable, "-u", *command], stdout=log, stderr=log, env=environment, stdin=subprocess.DEVNULL
-        ).returncode
+def environment_of(worker: int, workers: int) -> dict[str, str]:
+    """A worker's share of the machine."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // workers))}
+    if torch.cuda.is_available():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+        environment["CUDA_VISIBLE_DEVICES"] = visible[worker % len(visible)]
+    return environment
+
+
+def ended_badly(step: Step, out: Path, environment: dict[str, str]) -> bool:
+    """Run a script of the repository; its output goes to a log."""
+    script, *arguments = step.command
+    try:
+        with open(out / "logs" / f"{step.name}.log", "w") as log:
+            command = [sys.executable, "-u", str(ROOT / script), *arguments]
+            return subprocess.run(command, stdout=log, stderr=log, env=environment, stdin=subprocess.DEVNULL).returncode != 0
+    except OSError as error:  # a full disk
+        print(f"{step.name}: {error}", file=sys.stderr)
+        return True
 
 
 if __name__ == "__main__":
