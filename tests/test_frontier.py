@@ -40,6 +40,7 @@ def test_ratios_are_of_the_same_seed():
     ratios = report.ratio_to(base, other)
     assert ratios["0.8"] == pytest.approx({"mean": 0.5, "low": 0.5, "high": 0.5, "seeds": 3})
     assert ratios["0.9"] is None  # one seed has no spread
+    assert report.ratio_to({"0.6": {0: 0.0, 1: 2.0, 2: 1.0}}, {"0.6": {0: 0.0, 1: 1.0, 2: 0.5}})["0.6"]["seeds"] == 2  # one starts there
     spread = report.interval([0.4, 0.5, 0.6])
     assert spread["high"] - spread["mean"] == pytest.approx(4.302653 * 0.1 / 3**0.5)  # Student's t with two degrees of freedom
 

@@ -83,10 +83,13 @@ def kl_at_levels(runs: list[Run]) -> dict[str, dict[int, Optional[float]]]:
 
 
 def ratio_to(base: dict, other: dict) -> dict[str, Optional[dict]]:
-    """KL of the other method over the base's at the same level and seed: mean over seeds, with Student's 95% interval."""
+    """KL of the other method over the base's at the same level and seed: mean over seeds, with Student's 95% interval.
+
+    A seed whose start has the reward already, at a KL of 0, is left out.
+    """
     result = {}
     for level, by_seed in other.items():
-        ratios = [kl / base[level][seed] for seed, kl in by_seed.items() if kl is not None and base[level].get(seed) is not None]
+        ratios = [kl / base[level][seed] for seed, kl in by_seed.items() if kl is not None and base[level].get(seed)]
         result[level] = {**interval(ratios), "seeds": len(ratios)} if len(ratios) > 1 else None
     return result
 
