@@ -255,7 +255,7 @@ def load_tensors(world: World, folder: str, tensors: Mapping[str, Any]) -> None:
     """
     with world.agreed():
         saved, own = saved_tensors(folder), dict(_flat(tensors))
-        wrong = [name for name in saved if name.startswith(("policy.", "optimizer.")) and name not in own]
+        wrong = [name for name in saved if name.startswith(("policy.", "optimizer.", "reference.")) and name not in own]
         for name, tensor in own.items():
             entry = saved.get(name)
             if entry is None or entry.size != tensor.size() or entry.properties.dtype != tensor.dtype:

@@ -109,10 +109,14 @@ class RowScores:
 
         return cls(zeros(True), zeros(objective.needs_reference), zeros(objective.needs_kl))
 
-    def by_role(self, num_tokens: torch.Tensor, objective: Objective) -> dict[str, ResponseScores]:
-        """As an objective takes them; `num_tokens` is (B, R)."""
-        columns = (self.logps, num_tokens, self.reference_logps, self.kl)
-        return {role: ResponseScores(*(None if x is None else x[:, r] for x in columns)) for r, role in enumerate(objective.roles)}
+    def by_role(self, rows: PromptRows, objective: Objective, part: slice = slice(None)) -> dict[str, ResponseScores]:
+        """As an objective takes them; these are scores of a part of the rows."""
+        annotations = None if rows.annotations is None else rows.annotations[part]
+        columns = (self.logps, rows.num_tokens[part], self.reference_logps, self.kl, annotations)
+        return {
+            role: ResponseScores(*(None if x is None else x[:, r] for x in columns), rows.baseline)
+            for r, role in enumerate(objective.roles)
+        }
 
 
 @torch.no_grad()
@@ -159,7 +163,7 @@ class _LossOfRows(torch.autograd.Function):
             for chunk in chunks:
                 distributions = work.compute(chunk, rows)
                 distributions.add_to(scores, rows.responses[chunk])
-            value, *coefficients = _coefficients(scores, rows.num_tokens, objective, part, counted)
+            value, *coefficients = _coefficients(scores, rows, objective, part, counted)
             total += value
             for chunk in chunks:
                 if len(chunks) > 1:
@@ -178,12 +182,12 @@ class _LossOfRows(torch.autograd.Function):
         return *(None if x is None else x.mul_(factor) for x in gradients), None, None, None, None, None
 
 
-def _coefficients(scores: RowScores, num_tokens: torch.Tensor, objective: Objective, part: slice, counted: int) -> tuple:
+def _coefficients(scores: RowScores, rows: PromptRows, objective: Objective, part: slice, counted: int) -> tuple:
     """Of some rows: the sum of their losses, and its derivatives by logps and by kl, (rows, R) each."""
     logps, reference_logps, kl = (None if x is None else x[part].clone() for x in (scores.logps, scores.reference_logps, scores.kl))
     inputs = [x.requires_grad_() for x in (logps, kl) if x is not None]
     with torch.enable_grad():
-        losses = objective(RowScores(logps, reference_logps, kl).by_role(num_tokens[part], objective)).losses
+        losses = objective(RowScores(logps, reference_logps, kl).by_role(rows, objective, part)).losses
         total = losses[: max(0, counted - part.start)].sum()
     g, h = (*torch.autograd.grad(total, inputs, allow_unused=True, materialize_grads=True), None)[:2]
     return total.detach(), g, h

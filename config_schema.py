@@ -4,7 +4,7 @@ import inspect
 import os
 import re
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Literal, Optional, Union
+from typing import Annotated, Any, Literal, Optional, Union
 
 import pydantic
 import torch
@@ -34,6 +34,16 @@ HYPERPARAMETERS = {
     "label_smoothing": (Annotated[float, Field(ge=0, lt=0.5)], ...),
     "reference_free": (StrictBool, ...),
     "average_log_prob": (StrictBool, ...),
+    "dpop_lambda": (NonNegativeFloat, ...),
+    "gamma": (NonNegativeFloat, ...),
+    "kl_weight": (NonNegativeFloat, ...),
+    "delta": (PositiveFloat, ...),
+    "sft_weight": (NonNegativeFloat, ...),
+    "desirable_weight": (NonNegativeFloat, ...),
+    "undesirable_weight": (NonNegativeFloat, ...),
+    "z0": (Literal["batch", 0], ...),
+    "parts": (Annotated[int, Field(ge=2)], ...),
+    "order": (Literal["given", "easy_to_hard"], ...),
 }
 
 
@@ -66,17 +76,32 @@ class Parallel(Node):
     timeout_secs: PositiveInt
 
 
+class Reference(Node):
+    update_every: Optional[PositiveInt]
+    mixup: Annotated[float, Field(gt=0, le=1)]
+
+
 class Corpus(Node):
     """Keys of every dataset."""
 
     invalid_rows: Literal["error", "skip", "keep"]
     truncation_mode: Literal["keep_start", "keep_end"]
+    unpair: StrictBool = False
 
 
 class Published(Corpus):
     loader: Literal["hh", "shp", "se"]
     path: str
     escape_special_tokens: StrictBool
+
+
+class Columns(Node):
+    """Of rows=labelled and scored."""
+
+    prompt: str
+    completion: str
+    score: str
+    label: str
 
 
 class Jsonl(Corpus):
@@ -88,6 +113,12 @@ class Jsonl(Corpus):
     eval_path: Optional[str]
     eval_fraction: Annotated[float, Field(gt=0, lt=1)]
     escape_special_tokens: StrictBool
+    rows: Literal["pairs", "labelled", "scored", "segments"]
+    columns: Columns
+    separator: str
+    pairs_by: Literal["all", "extremes"]
+    min_margin: NonNegativeFloat
+    segments: Literal["refuse", "cut"]
 
 
 class Imdb(Corpus):
@@ -130,6 +161,8 @@ class Config(Node):
     tokens_per_microbatch: Optional[PositiveInt]
     scoring: Literal["auto", "fast", "plain"]
     compile: StrictBool
+    reference: Reference
+    log_kl: StrictBool
     reference_cache: StrictBool
     max_grad_norm: PositiveFloat
     max_length: PositiveInt
@@ -293,7 +326,7 @@ def flat_keys(values: Mapping, prefix: str = "") -> list[str]:
 def _loss_problems(loss: Optional[Mapping], config: DictConfig) -> list[str]:
     """The loss's name, and its hyperparameters by the signature of its function."""
     if not isinstance(loss, Mapping) or "name" not in loss:
-        return ["missing: loss=... (sft, dpo, ipo, tdpo)"]
+        return [f"missing: loss=... ({', '.join(losses.OBJECTIVES)})"]
     values = dict(loss)
     switches = [key for key in ("if_tdpo2", "reference_free") if not isinstance(values.get(key, False), bool)]
     if switches:
@@ -305,7 +338,7 @@ def _loss_problems(loss: Optional[Mapping], config: DictConfig) -> list[str]:
     except ValueError as error:
         return [str(error)]
     known = list(inspect.signature(losses.OBJECTIVES[name].function).parameters)[1:]
-    schema = pydantic.create_model(name, __base__=Node, **{key: HYPERPARAMETERS[key] for key in known})
+    schema = pydantic.create_model(name, __base__=Node, **{key: HYPERPARAMETERS.get(key, (Any, ...)) for key in known})
     try:
         config.loss.merge_with(schema.model_validate(values).model_dump())
     except pydantic.ValidationError as error:
@@ -332,8 +365,7 @@ def _joint_problems(config: DictConfig) -> list[str]:
         )
     if config.n_epochs is None and config.n_examples is None:
         problems.append("n_epochs and n_examples are both null: give one of them")
-    if config.reference_cache and config.scoring == "plain":
-        problems.append("reference_cache=true needs fast scoring: scoring=auto, or reference_cache=false")
+    problems += _reference_problems(config)
     if config.model.name_or_path is None and config.model.from_config is None:
         problems.append("model.name_or_path is null: name a model on the hub or a local folder")
     if config.model.name_or_path is not None and config.model.from_config is not None:
@@ -343,6 +375,28 @@ def _joint_problems(config: DictConfig) -> list[str]:
         )
     if config.model.from_config is not None and not config.model.tokenizer_name_or_path:
         problems.append("model.from_config needs model.tokenizer_name_or_path")
+    return problems
+
+
+def _reference_problems(config: DictConfig) -> list[str]:
+    """What a loss asks of the reference, and what is asked of it beside."""
+    problems = []
+    objective = losses.objective_of(OmegaConf.to_container(config.loss), config.log_kl)
+    if config.reference_cache and config.scoring == "plain":
+        problems.append("reference_cache=true needs fast scoring: scoring=auto, or reference_cache=false")
+    if config.reference_cache and objective.needs_baseline:
+        problems.append("reference_cache=true: loss=kto asks the reference for other responses too; loss.z0=0, or reference_cache=false")
+    if objective.needs_baseline and config.batch_size < 2:
+        problems.append("batch_size=1: loss=kto takes z0 over the batch's other examples; batch_size of 2 at least, or loss.z0=0")
+    moves = config.reference.update_every is not None
+    if moves and not objective.needs_reference:
+        problems.append(f"reference.update_every={config.reference.update_every}: loss={objective.name} has no reference")
+    if config.reference_cache and (moves or objective.in_parts):
+        problems.append("reference_cache=true is for a reference that stays as it is: set reference_cache=false")
+    if objective.in_parts and (moves or config.n_epochs is None):
+        problems.append(
+            f"loss={objective.name} replaces the reference after n_epochs of each part: set n_epochs, and reference.update_every=null"
+        )
     return problems
 
 
@@ -362,14 +416,17 @@ def _round_down(config: DictConfig, problems: list[str]) -> list[str]:
 
 def _warnings(config: DictConfig, overrides: list[str]) -> list[str]:
     notes = []
-    name, _ = losses.resolve(config.loss.name, {key: value for key, value in config.loss.items() if key != "name"})
+    objective = losses.objective_of(OmegaConf.to_container(config.loss), config.log_kl)
+    name = objective.name
     if name == "tdpo1" and any(re.match(r"\+*loss\.alpha=", override) for override in overrides):
         notes.append("warning: TDPO1 has no alpha; loss.alpha is ignored")
     if config.tokens_per_microbatch is not None and config.gradient_accumulation_steps > 1:
         notes.append("tokens_per_microbatch is set; gradient_accumulation_steps is ignored")
-    if config.reference_cache and not losses.OBJECTIVES[name].needs_reference:
+    if config.reference_cache and not objective.needs_reference:
         notes.append(f"warning: {name} has no reference; reference_cache is ignored")
-    if losses.OBJECTIVES[name].needs_reference and config.model.archive is None:
+    if name == "tdpo2" and objective.hyperparameters["alpha"] == 0:
+        notes.append("loss=tdpo2 with loss.alpha=0 is DPO")
+    if objective.needs_reference and config.model.archive is None:
         notes.append(f"warning: {name} without model.archive: policy and reference start from the model as it is, without SFT")
     return notes
 

@@ -64,7 +64,7 @@ def measure(trained: Trained, inputs: Inputs, config: DictConfig, reward: Option
     size, add_bos, cache_dir = config.batch_size, trained.model.add_bos, trained.cache_dir()
     measures = {}
     if reference is not None and config.n_pairs != 0:
-        options = {"sft_mode": False, "add_bos": add_bos, "silent": trained is not inputs.models[0], "cache_dir": cache_dir}
+        options = {"add_bos": add_bos, "silent": trained is not inputs.models[0], "cache_dir": cache_dir}
         split = load_split(inputs.data, config.split, tokenizer, *inputs.lengths, **options)
         examples = next(split.epochs(EVAL_SEED))[: config.n_pairs]
         pairs = measure_pairs(policy, reference, trained.objective(), split, examples, fast, size)

@@ -120,8 +120,9 @@ def measure_pairs(
     found: list[dict[str, np.ndarray]] = []
     for _, some in tqdm.tqdm(batched(examples, batch_size), "Scoring pairs", leave=False, disable=None):
         tokens = [split.tokens(example) for example in some]
-        counts = [len(response) for _, responses in tokens for response in responses]
-        sums = of_responses(token_statistics(policy, reference, tokens, fast), counts)
+        masks = [split.masks(example) for example in some] if split.has_masks else None
+        counts = [sum(mask) for pair in masks for mask in pair] if masks else [len(ids) for _, responses in tokens for ids in responses]
+        sums = of_responses(token_statistics(policy, reference, tokens, fast, masks), counts)
         found.append({name: values.reshape(-1, 2) for name, values in {**sums, "tokens": np.array(counts)}.items()})
     table = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
     ratio = table["logps"] - table["reference_logps"]

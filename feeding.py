@@ -1,6 +1,7 @@
 """From examples to what the scorer takes, on the device: each process's microbatches of a batch, prepared ahead of the step."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import NamedTuple, Optional, Union
 
@@ -10,12 +11,22 @@ from batching import Example, TokenizedSplit, balanced_parts
 from reference_cache import ReferenceCache
 from shared_prompt import PromptRows, prompt_rows
 
+Batch = Union[PromptRows, Mapping]  # what the scorer takes, on the device
+
 
 class Microbatch(NamedTuple):
-    """Examples that are scored together; `batch` is what the scorer takes, on the device."""
+    """Examples that are scored together."""
 
     examples: list[Example]
-    batch: Union[PromptRows, Mapping]
+    batch: Batch
+    mismatched: Optional[Batch] = None  # the same prompts with the responses of other ones
+
+    def with_baseline(self, baseline: torch.Tensor) -> "Microbatch":
+        """For an objective that needs one."""
+        rows = isinstance(self.batch, PromptRows)
+        return self._replace(
+            batch=replace(self.batch, baseline=baseline) if rows else MappingProxyType({**self.batch, "baseline": baseline})
+        )
 
 
 class Feeder:
@@ -44,6 +55,7 @@ class Feeder:
         self.data, self.collate, self.device = data, collate, device
         self.part, self.parts, self.tokens, self.placeholders = part, parts, tokens, placeholders
         self.fast = True  # rows for fast scoring, else collated batches
+        self.mismatched = False  # whether prompts are wanted with the responses of other ones too
         self.reference_caches: Mapping[str, ReferenceCache] = {}  # by split
 
     def share(self, items: list) -> list:
@@ -57,22 +69,33 @@ class Feeder:
         One may be empty where another process's is not: its forward and backward are then needed all the same.
         """
         rank, ranks = self.part
-        rounds = balanced_parts(self.data["train"].lengths(examples), ranks, self.parts, self.tokens)
+        lengths = self.data["train"].lengths(examples)
+        if self.mismatched:  # whichever of its two rows is longer
+            others = (self.data["train"].tokens(example, mismatched=True) for example in examples)
+            lengths = [max(n, len(prompt) + len(response)) for n, (prompt, (response,)) in zip(lengths, others)]
+        rounds = balanced_parts(lengths, ranks, self.parts, self.tokens)
         return [self._microbatch([examples[i] for i in microbatches[rank]], "train") for microbatches in rounds]
 
-    def eval(self, examples: list[Example]) -> Microbatch:
+    def whole(self, split: str, examples: list[Example]) -> Microbatch:
         """These examples together."""
-        return self._microbatch(examples, "eval")
+        return self._microbatch(examples, split)
 
     def _microbatch(self, examples: list[Example], split: str) -> Microbatch:
-        data, scored = self.data[split], examples or [self.placeholders[split]]
+        scored = examples or [self.placeholders[split]]
+        return Microbatch(examples, self._batch(scored, split), self._batch(scored, split, mismatched=True) if self.mismatched else None)
+
+    def _batch(self, examples: list[Example], split: str, mismatched: bool = False) -> Batch:
+        data = self.data[split]
         if not self.fast:
             # A proxy, because FSDP would move a dict's labels to the device too, and finding the response tokens would wait for it.
-            return Microbatch(examples, MappingProxyType(self.collated([data.element(example) for example in scored])))
-        rows = prompt_rows([data.tokens(example) for example in scored])
+            return MappingProxyType(self.collated([data.element(example, mismatched) for example in examples]))
+        tokens = [data.tokens(example, mismatched) for example in examples]
+        masks = [data.masks(example, mismatched) for example in examples] if data.has_masks else None
+        annotations = [data.annotations(example) for example in examples]
+        rows = prompt_rows(tokens, masks, annotations if all(annotations) else None)
         if split in self.reference_caches:
-            rows = self.reference_caches[split].add_to(rows, scored)
-        return Microbatch(examples, (rows.pin_memory() if self.device.type == "cuda" else rows).to(self.device))
+            rows = self.reference_caches[split].add_to(rows, examples)
+        return (rows.pin_memory() if self.device.type == "cuda" else rows).to(self.device)
 
     def collated(self, elements: list[dict]) -> dict:
         """Token ids and masks on the device; labels stay, so that finding the response tokens does not wait for it."""

@@ -29,14 +29,15 @@ class Curve(NamedTuple):
         return next((value for x, value in zip(reversed(self.examples), reversed(self.values)) if x <= examples), self.values[0])
 
 
-def findings(logs: Sequence[Mapping]) -> list[Finding]:
+def findings(logs: Sequence[Mapping], implicit_rewards: bool = True) -> list[Finding]:
     """Answers for a run, of its evals: train steps are each of other pairs, and say more about these than about the policy.
 
     Args:
         logs: of metrics.jsonl.
+        implicit_rewards: whether the loss's rewards compare with the reference.
     """
     evals = [log for log in logs if log["split"] == "eval"]
-    answers = [_finite(logs), _start(logs)]
+    answers = [_finite(logs), _start(logs) if implicit_rewards else None]
     if len(evals) > 1:
         answers += [_chosen(evals), _parting(evals), _runaway(evals)]
     return [answer for answer in answers if answer is not None]

@@ -11,7 +11,7 @@ All log-probabilities and divergences are in nats. B is the number of examples (
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Optional
 
 import torch
@@ -26,6 +26,8 @@ class ResponseScores:
     num_tokens: torch.Tensor  # |y|, the number of response tokens, end-of-sequence included
     reference_logps: Optional[torch.Tensor] = None  # the same sum under the reference, without gradient, nats
     kl: Optional[torch.Tensor] = None  # SeqKL K(y), nats
+    annotation: Optional[torch.Tensor] = None  # float64, what the data says of y: its score (odpo), or its label, 1 desirable or 0 (kto)
+    baseline: Optional[torch.Tensor] = None  # z0 of kto, nats, the same for all
 
     @property
     def log_ratio(self) -> torch.Tensor:
@@ -117,10 +119,130 @@ def tdpo2(scores: Scores, beta: float, alpha: float = 0.5) -> LossOutput:
 
 def _tdpo_output(scores: Scores, beta: float, kl_difference: torch.Tensor) -> LossOutput:
     """Both TDPO variants differ only in kl_difference, shape (B,), nats."""
-    logits = beta * (scores["chosen"].log_ratio - scores["rejected"].log_ratio - kl_difference)
+    logits = beta * (_difference_of_log_ratios(scores) - kl_difference)
     # The published rewards are beta (r + K) whatever alpha is. Kept under their name; `logits` is what is trained.
     rewards = {role: beta * (score.log_ratio + score.kl).detach() for role, score in scores.items()}
     return LossOutput(-F.logsigmoid(logits), rewards, logits.detach())
+
+
+def rdpo(scores: Scores, beta: float, label_smoothing: float = 0.1) -> LossOutput:
+    """Robust DPO, [-(1-e) log sigmoid(beta D) + e log sigmoid(-beta D)] / (1-2e): https://arxiv.org/abs/2403.00409.
+
+    The second term has the opposite sign of conservative DPO's: the loss is unbiased where a fraction e of the labels is flipped.
+
+    Args:
+        scores: roles "chosen" and "rejected", with reference_logps.
+        beta: as in DPO.
+        label_smoothing: e, the fraction of labels that are flipped, 0 <= e < 0.5; 0 is DPO.
+    """
+    logits = beta * _difference_of_log_ratios(scores)
+    losses = (label_smoothing * F.logsigmoid(-logits) - (1 - label_smoothing) * F.logsigmoid(logits)) / (1 - 2 * label_smoothing)
+    return LossOutput(losses, _log_ratio_rewards(scores, beta), logits.detach())
+
+
+def dpop(scores: Scores, beta: float, dpop_lambda: float = 50.0) -> LossOutput:
+    """DPO-Positive, -log sigmoid(beta [D - lambda max(0, -r(y_w))]): eq. 3 of https://arxiv.org/abs/2402.13228 (July 2024).
+
+    The penalty stands within the bracket that beta multiplies, as in the paper; variants outside of it are in use.
+
+    Args:
+        scores: roles "chosen" and "rejected", with reference_logps.
+        beta: as in DPO.
+        dpop_lambda: weight of the penalty for a chosen response less likely than under the reference, >= 0; 0 is DPO.
+    """
+    penalty = F.relu(-scores["chosen"].log_ratio)
+    logits = beta * (_difference_of_log_ratios(scores) - dpop_lambda * penalty)
+    return LossOutput(-F.logsigmoid(logits), _log_ratio_rewards(scores, beta), logits.detach())
+
+
+def simpo(scores: Scores, beta: float = 2.0, gamma: float = 0.5) -> LossOutput:
+    """SimPO, -log sigmoid(beta [log pi(y_w)/|y_w| - log pi(y_l)/|y_l|] - gamma): eq. 6 of https://arxiv.org/abs/2405.14734. No reference.
+
+    Args:
+        scores: roles "chosen" and "rejected".
+        beta: scale of the reward beta log pi(y)/|y|, > 0; 2 to 10 in the paper.
+        gamma: margin by which the rewards should differ, >= 0; in units of the reward.
+    """
+    rewards = {role: beta * scores[role].logps / scores[role].num_tokens for role in ("chosen", "rejected")}
+    logits = rewards["chosen"] - rewards["rejected"] - gamma
+    return LossOutput(-F.logsigmoid(logits), {role: reward.detach() for role, reward in rewards.items()}, logits.detach())
+
+
+def odpo(scores: Scores, beta: float, alpha: float = 1.0, kl_weight: float = 0.0) -> LossOutput:
+    """DPO with an offset, -log sigmoid(beta D - alpha log(s_w - s_l)): https://arxiv.org/abs/2402.10571, s the data's scores.
+
+    Args:
+        scores: roles "chosen" and "rejected", with reference_logps and annotation, the scores, s_w > s_l; with kl where kl_weight is not 0.
+        beta: as in DPO.
+        alpha: weight of the offset, >= 0; 0 is DPO.
+        kl_weight: lambda of a penalty that some notes add, lambda KL(pi, pi_ref), >= 0. Here the divergence is the mean of SeqKL of the two
+            responses, the forward direction, the one that can be had exactly on responses that pi did not draw.
+    """
+    chosen, rejected = scores["chosen"], scores["rejected"]
+    difference = _difference_of_log_ratios(scores)
+    offset = (chosen.annotation - rejected.annotation).log()  # in float64: scores may differ by less than float32 can say
+    logits = beta * difference - alpha * offset.to(difference.dtype)
+    losses = -F.logsigmoid(logits)
+    if kl_weight:
+        losses = losses + kl_weight * (chosen.kl + rejected.kl) / 2
+    return LossOutput(losses, _log_ratio_rewards(scores, beta), logits.detach())
+
+
+def slic(scores: Scores, delta: float = 1.0, sft_weight: float = 0.1) -> LossOutput:
+    """SLiC-HF, max(0, delta - log pi(y_w) + log pi(y_l)) - lambda log pi(y_ref): https://arxiv.org/abs/2305.10425. No reference model.
+
+    Args:
+        scores: roles "chosen", "rejected" and "target", y_ref, the prompt's SFT target.
+        delta: margin, nats, > 0.
+        sft_weight: lambda, weight of the SFT target's log-likelihood, >= 0.
+    """
+    margin = scores["chosen"].logps - scores["rejected"].logps
+    losses = F.relu(delta - margin) - sft_weight * scores["target"].logps
+    # It has no implicit reward: what it ranks by is the log-probability.
+    return LossOutput(losses, {role: scores[role].logps.detach() for role in ("chosen", "rejected")}, margin.detach())
+
+
+def kto(scores: Scores, beta: float, desirable_weight: float = 1.0, undesirable_weight: float = 1.0, z0: object = "batch") -> LossOutput:
+    """KTO, of single responses: eq. 7 of https://arxiv.org/abs/2402.01306.
+
+    Desirable: w_D (1 - sigmoid(beta (r - z0))); undesirable: w_U (1 - sigmoid(beta (z0 - r))).
+
+    Args:
+        scores: role "completion", with reference_logps, annotation (1 desirable, 0 undesirable) and, where z0 is "batch", baseline: the
+            mean of r over responses to other prompts, at least 0, without gradient.
+        beta: as in DPO.
+        desirable_weight, undesirable_weight: w_D and w_U, >= 0.
+        z0: "batch", or 0 for none.
+    """
+    score = scores["completion"]
+    desirable = score.annotation > 0.5
+    ratio = score.log_ratio if score.baseline is None else score.log_ratio - score.baseline
+    logits = beta * torch.where(desirable, ratio, -ratio)
+    weights = torch.where(desirable, torch.full_like(logits, desirable_weight), torch.full_like(logits, undesirable_weight))
+    return LossOutput(weights * torch.sigmoid(-logits), _log_ratio_rewards(scores, beta), logits.detach())
+
+
+def sdpo_stepwise(scores: Scores, beta: float, parts: int = 3, order: str = "given") -> LossOutput:
+    """sDPO, DPO on consecutive parts of the data, each against the model that the part before has left: https://arxiv.org/abs/2403.19270.
+
+    Of a pair it is DPO's loss; `parts` and `order` are heeded by the trainer.
+    """
+    return dpo(scores, beta)
+
+
+def sdpo_segment(scores: Scores, beta: float) -> LossOutput:
+    """SDPO, -log sigmoid(sum over the turns t of a segment of beta [r(w_t|h_t^w) - r(l_t|h_t^l)]): https://arxiv.org/abs/2501.01821.
+
+    Args:
+        scores: DPO's, whose sums go over the tokens of the segment's turns alone; the turns between are history.
+        beta: as in DPO.
+    """
+    return dpo(scores, beta)
+
+
+def _difference_of_log_ratios(scores: Scores) -> torch.Tensor:
+    """D, (B,), nats."""
+    return scores["chosen"].log_ratio - scores["rejected"].log_ratio
 
 
 def _per_response(values: torch.Tensor, score: ResponseScores, average: bool) -> torch.Tensor:
@@ -133,13 +255,18 @@ def _log_ratio_rewards(scores: Scores, beta: float) -> Mapping[str, torch.Tensor
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss and what scoring must compute for it. Call it with scores."""
+    """A loss, and what data and scoring must bring for it. Call it with scores."""
 
     name: str
     function: Callable[..., LossOutput]
-    roles: tuple[str, ...] = ("chosen", "rejected")
+    roles: tuple[str, ...] = ("chosen", "rejected")  # of an example's responses
     needs_reference: bool = True
     needs_kl: bool = False
+    needs_scores: bool = False  # of both responses of a pair, from the data
+    needs_baseline: bool = False  # z0, of the whole batch
+    needs_segments: bool = False  # responses of which some turns alone are scored
+    in_parts: bool = False  # whether the data come in parts, and the reference is replaced after each
+    implicit_rewards: bool = True  # whether rewards compare with the reference, and so are 0 at the start
     hyperparameters: Mapping[str, object] = field(default_factory=dict)
 
     def __call__(self, scores: Scores) -> LossOutput:
@@ -149,11 +276,19 @@ class Objective:
 OBJECTIVES = {
     objective.name: objective
     for objective in (
-        Objective("sft", sft, roles=("chosen",), needs_reference=False),
+        Objective("sft", sft, roles=("chosen",), needs_reference=False, implicit_rewards=False),
         Objective("dpo", dpo),
         Objective("ipo", ipo),
         Objective("tdpo1", tdpo1, needs_kl=True),
         Objective("tdpo2", tdpo2, needs_kl=True),
+        Objective("rdpo", rdpo),
+        Objective("dpop", dpop),
+        Objective("simpo", simpo, needs_reference=False, implicit_rewards=False),
+        Objective("odpo", odpo, needs_scores=True),
+        Objective("slic", slic, roles=("chosen", "rejected", "target"), needs_reference=False, implicit_rewards=False),
+        Objective("kto", kto, roles=("completion",), needs_baseline=True),
+        Objective("sdpo_stepwise", sdpo_stepwise, in_parts=True),
+        Objective("sdpo_segment", sdpo_segment, needs_segments=True),
     )
 }
 
@@ -180,11 +315,28 @@ def resolve(name: str, hyperparameters: Mapping) -> tuple[str, dict]:
     return name, values
 
 
-def get_objective(name: str, **hyperparameters) -> Objective:
-    """The objective of that name with its hyperparameters bound; `tdpo` as in `resolve`, whose errors it raises."""
+def get_objective(name: str, *, log_kl: bool = False, **hyperparameters) -> Objective:
+    """The objective of that name with its hyperparameters bound; `tdpo` as in `resolve`, whose errors it raises.
+
+    Args:
+        log_kl: SeqKL, and so the reference, are wanted as metrics, also where the loss needs neither.
+    """
     name, values = resolve(name, hyperparameters)
     known = OBJECTIVES[name]
-    return Objective(known.name, known.function, known.roles, known.needs_reference, known.needs_kl, values)
+    needs_kl = known.needs_kl or log_kl or values.get("kl_weight", 0) > 0
+    return replace(
+        known,
+        needs_reference=known.needs_reference or log_kl,
+        needs_kl=needs_kl,
+        needs_baseline=known.needs_baseline and values.get("z0", "batch") == "batch",
+        hyperparameters=values,
+    )
+
+
+def objective_of(loss: Mapping, log_kl: bool = False) -> Objective:
+    """The same from a config's `loss`: its name and hyperparameters in one mapping."""
+    values = dict(loss)
+    return get_objective(values.pop("name"), log_kl=log_kl, **values)
 
 
 # The published signatures, for forks that call them. They are thin: the objectives above do the work.

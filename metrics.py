@@ -5,7 +5,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from typing import Any, Optional, Protocol
+from typing import Any, NamedTuple, Optional, Protocol, Union
 
 import torch
 import tqdm
@@ -15,14 +15,26 @@ from losses import LossOutput, ResponseScores
 from utils import formatted_dict
 
 
-def example_metrics(scores: Mapping[str, ResponseScores], output: LossOutput, split: str) -> dict[str, torch.Tensor]:
+class Weighted(NamedTuple):
+    """Values of which some do not count, (B,) each."""
+
+    values: torch.Tensor
+    counts: torch.Tensor  # whether a value does
+
+
+def example_metrics(scores: Mapping[str, ResponseScores], output: LossOutput, split: str) -> dict[str, Union[torch.Tensor, Weighted]]:
     """What is logged of each example, (B,) a name, detached; `split` is train or eval.
 
     loss/<split>, logps_<split>/<role>; for pairs also rewards_<split>/{chosen,rejected,accuracies,margins} as published, for TDPO
     kl_<split>/{chosen,rejected,margin} (SeqKL), and two that the published code lacks: logits_<split>/{margins,accuracies}, the margin that
-    is trained, and logratio_<split>/accuracies, by D alone, which compares across losses.
+    is trained, and logratio_<split>/accuracies, by D alone, which compares across losses (without a reference by log pi(w) - log pi(l)).
+    Of single responses with labels (kto), chosen and rejected stand for the desirable and the undesirable ones of the batch, logits are
+    positive where a response is on its label's side of z0, and kl_<split>/baseline is z0.
     """
-    metrics = {f"loss/{split}": output.losses}
+    metrics: dict[str, Union[torch.Tensor, Weighted]] = {f"loss/{split}": output.losses}
+    if "completion" in scores:
+        metrics |= _by_label(scores["completion"], output, split)
+        return {name: _detached(values) for name, values in metrics.items()}
     for role, score in scores.items():
         metrics[f"logps_{split}/{role}"] = score.logps
     if output.rewards:
@@ -33,13 +45,36 @@ def example_metrics(scores: Mapping[str, ResponseScores], output: LossOutput, sp
         metrics[f"rewards_{split}/margins"] = chosen - rejected
         metrics[f"logits_{split}/margins"] = output.logits
         metrics[f"logits_{split}/accuracies"] = output.logits > 0
-        metrics[f"logratio_{split}/accuracies"] = scores["chosen"].log_ratio > scores["rejected"].log_ratio
-    if scores["chosen"].kl is not None:
-        chosen, rejected = scores["chosen"].kl, scores["rejected"].kl
-        metrics[f"kl_{split}/chosen"] = chosen
-        metrics[f"kl_{split}/rejected"] = rejected
-        metrics[f"kl_{split}/margin"] = chosen - rejected
-    return {name: values.detach() for name, values in metrics.items()}
+        chosen, rejected = (
+            scores[role].logps if scores[role].reference_logps is None else scores[role].log_ratio for role in ("chosen", "rejected")
+        )
+        metrics[f"logratio_{split}/accuracies"] = chosen > rejected
+    divergences = {role: scores[role].kl for role in ("chosen", "rejected") if role in scores and scores[role].kl is not None}
+    for role, kl in divergences.items():
+        metrics[f"kl_{split}/{role}"] = kl
+    if len(divergences) == 2:
+        metrics[f"kl_{split}/margin"] = divergences["chosen"] - divergences["rejected"]
+    return {name: _detached(values) for name, values in metrics.items()}
+
+
+def _by_label(score: ResponseScores, output: LossOutput, split: str) -> dict[str, Union[torch.Tensor, Weighted]]:
+    desirable = score.annotation > 0.5
+    of_each = {"logps": score.logps, "rewards": output.rewards["completion"], "kl": score.kl}
+    metrics = {
+        f"{name}_{split}/{role}": Weighted(values, counts)
+        for name, values in of_each.items()
+        if values is not None
+        for role, counts in (("chosen", desirable), ("rejected", ~desirable))
+    }
+    metrics[f"logits_{split}/margins"] = output.logits
+    metrics[f"logits_{split}/accuracies"] = output.logits > 0
+    if score.baseline is not None:
+        metrics[f"kl_{split}/baseline"] = score.baseline.expand_as(score.logps)
+    return metrics
+
+
+def _detached(values: Union[torch.Tensor, Weighted]) -> Union[torch.Tensor, Weighted]:
+    return Weighted(*(x.detach() for x in values)) if isinstance(values, Weighted) else values.detach()
 
 
 class MetricSums:
@@ -47,24 +82,36 @@ class MetricSums:
 
     def __init__(self):
         self._sums: dict[str, Any] = defaultdict(float)
-        self._counts: dict[str, int] = defaultdict(int)
+        self._counts: dict[str, Any] = defaultdict(int)  # of Weighted a tensor
 
-    def add(self, metrics: Mapping[str, torch.Tensor]) -> None:
+    def add(self, metrics: Mapping[str, Union[torch.Tensor, Weighted]], counted: Optional[int] = None) -> None:
+        """`counted`: examples, from the first, that are; None: all."""
         for name, values in metrics.items():
+            counts: Any = None
+            if isinstance(values, Weighted):
+                values, counts = values.values[:counted], values.counts[:counted]
+                values = torch.where(counts, values, 0)
+            else:
+                values = values[:counted]
             self._sums[name] = self._sums[name] + values.sum(dtype=torch.float64)
-            self._counts[name] += values.numel()
+            self._counts[name] = self._counts[name] + (values.numel() if counts is None else counts.sum())
 
     def sum(self, name: str) -> torch.Tensor:
         return self._sums[name]
 
     def means(self, reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums) -> dict[str, float]:
-        """The means by name. `reduce` sums a tensor over the processes that had other examples; all of them have the same names."""
+        """The means by name, without those of which nothing counted. `reduce` sums a tensor over the processes that had other examples; all
+        of them have the same names."""
         names = list(self._sums)
         if not names:
             return {}
         sums = torch.stack([self._sums[name] for name in names])
-        counts = torch.tensor([self._counts[name] for name in names], dtype=sums.dtype, device=sums.device)
-        return {name: total / count for name, total, count in zip(names, *reduce(torch.stack([sums, counts])).tolist())}
+        known = {name: count for name, count in self._counts.items() if isinstance(count, int)}
+        counts = torch.tensor([known.get(name, 0) for name in names], dtype=sums.dtype, device=sums.device)
+        if others := [i for i, name in enumerate(names) if name not in known]:
+            counts[others] = torch.stack([self._counts[names[i]] for i in others]).to(sums.dtype)
+        pairs = zip(names, *reduce(torch.stack([sums, counts])).tolist())
+        return {name: total / count for name, total, count in pairs if count}
 
 
 class Sink(Protocol):

@@ -14,16 +14,16 @@ import os
 import sys
 from typing import BinaryIO, Union
 
-import jinja2
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first)
+from omegaconf import OmegaConf  # noqa: E402
 
 from findings import Finding, findings  # noqa: E402
+from losses import objective_of  # noqa: E402
+from pages import write_page  # noqa: E402
 from utils import UserError  # noqa: E402
-
-TEMPLATES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "templates")
 
 # Title, unit and metric of each panel; {s} is train or eval.
 PANELS = (
@@ -112,17 +112,21 @@ def draw_panel(axis, panel: tuple, runs: list[tuple[str, list[dict]]]) -> None:
     axis.grid(alpha=0.25)
 
 
-def write_page(runs: list[tuple[str, list[dict]]], answers: dict[str, list[Finding]], output: str) -> list[str]:
+def write_curves(runs: list[tuple[str, list[dict]]], answers: dict[str, list[Finding]], output: str) -> list[str]:
     """One file with the curves, for light and dark screens, and the answers; the panels' titles."""
     pictures = {}
     for kind, style in (("light", "default"), ("dark", "dark_background")):
         buffer = io.BytesIO()
         panels = draw(runs, buffer, style)
         pictures[kind] = base64.b64encode(buffer.getvalue()).decode()
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True)
-    with open(output, "w", encoding="utf-8") as file:
-        file.write(environment.get_template("curves.html").render(pictures=pictures, runs=answers))
+    write_page("curves", output, pictures=pictures, runs=answers)
     return panels
+
+
+def has_implicit_rewards(run: str) -> bool:
+    """By the run's config; where there is none, as of most losses."""
+    file = os.path.join(run if os.path.isdir(run) else os.path.dirname(run), "config.yaml")
+    return not os.path.exists(file) or objective_of(OmegaConf.to_container(OmegaConf.load(file).loss)).implicit_rewards
 
 
 def main() -> None:
@@ -134,9 +138,9 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         runs = [read_run(path) for path in arguments.runs]
-        answers = {name: findings(logs) for name, logs in runs}
+        answers = {name: findings(logs, has_implicit_rewards(path)) for path, (name, logs) in zip(arguments.runs, runs)}
         page = arguments.output.endswith((".html", ".htm"))
-        panels = write_page(runs, answers, arguments.output) if page else draw(runs, arguments.output)
+        panels = write_curves(runs, answers, arguments.output) if page else draw(runs, arguments.output)
     except (UserError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     for name, said in [(name, said) for name, said in answers.items() if said]:

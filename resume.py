@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from checkpoints import damaged_files, holds_a_run, list_checkpoints, point_latest, read_progress, set_aside
 from config_schema import flat_keys
+from losses import OBJECTIVES
 from parallel import World
 from utils import UserError, get_local_dir, some_of
 
@@ -113,10 +114,14 @@ def _check_same_config(resumed: Resumed, config: DictConfig) -> None:
 def differing_keys(saved: Mapping, current: Mapping) -> dict[str, tuple[Any, Any]]:
     """Keys that make this another run, or (WARNED) another continuation: (saved, current) values, None for a missing one."""
     keys = dict.fromkeys([*flat_keys(saved), *flat_keys(current)])
+    free = set(FREE)
+    loss = OBJECTIVES.get(_value(current, ["loss", "name"]))
+    if loss is not None and loss.in_parts:  # how often each part of the data is given decides what comes after it
+        free.remove("n_epochs")
     different = {}
     for key in keys:
         parts = key.split(".")
-        if any(".".join(parts[: i + 1]) in FREE for i in range(len(parts))) or (parts[0] == "datasets" and parts[-1].endswith("path")):
+        if any(".".join(parts[: i + 1]) in free for i in range(len(parts))) or (parts[0] == "datasets" and parts[-1].endswith("path")):
             continue
         was, now = _value(saved, parts), _value(current, parts)
         if was != now:

@@ -8,14 +8,14 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from checkpoints import PROGRESS, read_progress
-from losses import Objective, get_objective
+from losses import Objective, get_objective, objective_of
 from models import build_model, check_model, load_model_config, load_tokenizer, prepare_hub
 from parallel import fingerprint
 from scoring import Scorer, fast_scoring_problem
+from token_cache import PAIRS
 from utils import DTYPES, UserError, get_local_dir
 
-BLANK_MODEL = os.path.join(os.path.dirname(os.path.abspath(__file__)), "config", "model", "blank_model.yaml")
-LENGTHS = {"max_length": 512, "max_prompt_length": 256}  # as in config/config.yaml
+CONFIG = os.path.join(os.path.dirname(os.path.abspath(__file__)), "config")
 
 
 class Trained(NamedTuple):
@@ -29,7 +29,7 @@ class Trained(NamedTuple):
 
     def length(self, key: str, given: Optional[int]) -> int:
         """max_length or max_prompt_length: what is given, else the run's, else config/config.yaml's default."""
-        return given or (LENGTHS[key] if self.config is None else self.config[key])
+        return given or (OmegaConf.load(os.path.join(CONFIG, "config.yaml")) if self.config is None else self.config)[key]
 
     def lengths(self, max_length: Optional[int], max_prompt_length: Optional[int]) -> tuple[int, int]:
         """Both.
@@ -53,9 +53,14 @@ class Trained(NamedTuple):
         return OmegaConf.to_container(self.config.datasets if given is None else given)
 
     def objective(self) -> Optional[Objective]:
-        """Of pairs, with which the model was trained; None where there was none, or it is not known."""
+        """Of pairs alone, with which the model was trained; None where it needs more of the data, or is not known."""
         objective = None if self.config is None else _objective_of(self.config)
-        return objective if objective is not None and "rejected" in objective.roles else None
+        return objective if objective is not None and objective.roles == PAIRS.roles and not objective.needs_scores else None
+
+    def moved_its_reference(self) -> bool:
+        return self.config is not None and (
+            _objective_of(self.config).in_parts or OmegaConf.select(self.config, "reference.update_every") is not None
+        )
 
     def cache_dir(self) -> str:
         return get_local_dir(self.config.local_dirs if self.config is not None else [".cache"])
@@ -66,8 +71,7 @@ class Trained(NamedTuple):
 
 
 def _objective_of(config: DictConfig) -> Objective:
-    loss = OmegaConf.to_container(config.loss)
-    return get_objective(loss.pop("name"), **loss)
+    return objective_of(OmegaConf.to_container(config.loss), config.get("log_kl", False))
 
 
 def find_trained(path: str) -> Trained:
@@ -80,7 +84,7 @@ def find_trained(path: str) -> Trained:
     if not os.path.isdir(folder):
         raise UserError(f"run={path}: no such folder")
     if os.path.exists(os.path.join(folder, "config.json")):
-        model = OmegaConf.load(BLANK_MODEL)
+        model = OmegaConf.load(os.path.join(CONFIG, "model", "blank_model.yaml"))
         model.name_or_path = folder
         return Trained(folder, model, None, None)
     checkpoint = folder if os.path.exists(os.path.join(folder, "policy.pt")) else os.path.join(folder, "LATEST")
@@ -94,7 +98,8 @@ def find_trained(path: str) -> Trained:
     if os.path.exists(os.path.join(checkpoint, PROGRESS)):  # an absolute path, whatever the folder in which the run was started
         noted = read_progress(checkpoint)["reference"]
         archive, identity = noted["archive"], noted["fingerprint"]
-    known = _objective_of(config).needs_reference and (archive is not None or config.model.from_config is None)
+    # What a loss without reference has started from will do as well.
+    known = _objective_of(config).name != "sft" and (archive is not None or config.model.from_config is None)
     return Trained(folder, model, config, OmegaConf.merge(config.model, {"archive": archive}) if known else None, identity)
 
 
@@ -160,6 +165,8 @@ def load_compared(trained: Trained, archive: Optional[str], device: torch.device
     node = trained.reference if archive is None else OmegaConf.merge(trained.model, {"archive": archive})
     reference = None
     if node is not None:
+        if archive is None and trained.moved_its_reference():
+            print(f"{trained.name}: its reference has moved while it was trained; it is compared with the one that it started from")
         model = trained.model
         dtype = DTYPES[model.reference_dtype or model.fsdp_policy_mp or model.policy_dtype]
         reference = _built(node, trained.cache_dir(), tokenizer, dtype, max_length)

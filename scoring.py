@@ -69,8 +69,8 @@ class Scorer(nn.Module):
 
         Args:
             batch: PromptRows, a row a pair (SFT: an example), or what the collate function returns,
-                `<role>_{input_ids,attention_mask,labels}`. Of the latter, labels may stay on the CPU: where the response tokens lie is then
-                known without waiting for the device.
+                `<role>_{input_ids,attention_mask,labels}` and, where the objective needs them, `<role>_annotation` and `baseline`. Labels
+                may stay on the CPU: where the response tokens lie is then known without waiting for the device.
             counted: examples, from the first, whose losses are summed; None: all.
         """
         if isinstance(batch, Probe):
@@ -96,7 +96,7 @@ class Scorer(nn.Module):
                 loss, table = loss_of_rows(states, head, reference, rows, self.objective, counted)
             else:
                 loss, table = None, score_rows(states, head, reference, rows, self.objective)
-        scores = table.by_role(rows.num_tokens, self.objective)
+        scores = table.by_role(rows, self.objective)
         output = self.objective(scores)
         return Scored(output.losses[:counted].sum() if loss is None else loss, output, scores)
 
@@ -170,8 +170,13 @@ def plain_scores(
     else:
         logps = _get_batch_logps(logits, labels)
     num_tokens = (labels[:, 1:] != IGNORED).sum(-1).to(logps.device)
+    annotations = {role: batch.get(f"{role}_annotation") for role in objective.roles}
     return {
-        role: ResponseScores(*(None if x is None else x[part] for x in (logps, num_tokens, reference_logps, kl)))
+        role: ResponseScores(
+            *(None if x is None else x[part] for x in (logps, num_tokens, reference_logps, kl)),
+            None if annotations[role] is None else torch.tensor(annotations[role], dtype=torch.float64, device=logps.device),
+            batch.get("baseline"),
+        )
         for role, part in _parts(batch, objective.roles)
     }
 
@@ -188,18 +193,23 @@ class TokenStatistics(NamedTuple):
 
 @torch.inference_mode()
 def token_statistics(
-    policy: nn.Module, reference: Optional[nn.Module], examples: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], fast: bool
+    policy: nn.Module,
+    reference: Optional[nn.Module],
+    examples: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]],
+    fast: bool,
+    masks: Optional[Sequence[Sequence[Sequence[int]]]] = None,
 ) -> TokenStatistics:
     """What can be said of every response token; for evaluation.
 
     Args:
         policy, reference: on their device.
-        examples: (prompt, responses) in tokens, as for `prompt_rows`.
+        examples, masks: (prompt, responses) in tokens, and which of these are scored, as for `prompt_rows`.
         fast: rows of several responses, which fast_scoring_problem must have found right for the model; else each response by itself.
     """
     if not fast:
         examples = [(prompt, [response]) for prompt, responses in examples for response in responses]
-    rows = prompt_rows(examples).to(policy.device)
+        masks = None if masks is None else [[mask] for some in masks for mask in some]
+    rows = prompt_rows(examples, masks).to(policy.device)
     logits_of = [_logits_at(model, rows, fast) for model in (policy, reference) if model is not None]
     parts = []
     for chunk in chunked_head.pieces(0, len(rows.labels), chunked_head.CHUNK.get(policy.device.type, chunked_head.CHUNK["cuda"])):

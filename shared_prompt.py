@@ -30,6 +30,8 @@ class PromptRows:
     num_tokens: torch.Tensor  # (B, R): response tokens
     counts: tuple[int, ...]  # response tokens of each row, for who must know them without waiting for the device
     reference_states: Optional[torch.Tensor] = None  # (N, H): the reference's hidden states at `states`, where they are known already
+    annotations: Optional[torch.Tensor] = None  # (B, R), float64: what the data says of each response
+    baseline: Optional[torch.Tensor] = None  # z0 of kto, a scalar, nats
 
     def to(self, device: torch.device) -> "PromptRows":
         """On a device; without waiting for it where the tensors are in pinned memory."""
@@ -59,15 +61,23 @@ class PromptRows:
         return visible
 
 
-def prompt_rows(rows: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> PromptRows:
+def prompt_rows(
+    rows: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]],
+    masks: Optional[Sequence[Sequence[Sequence[int]]]] = None,
+    annotations: Optional[Sequence[Sequence[float]]] = None,
+) -> PromptRows:
     """From (prompt, responses) in tokens, neither ever empty, and the same number of responses in each row.
+
+    Args:
+        masks: of each row's responses, 1 for the tokens that are scored; None: all are.
+        annotations: of each row's responses, what the data says of them.
 
     prompt_rows([([5, 6], [[7, 8], [9]])]): input_ids [[5, 6, 7]], states [1, 2, 1], labels [7, 8, 9].
     """
     lengths = [len(prompt) + sum(len(response) - 1 for response in responses) for prompt, responses in rows]
     shape = len(rows), max(lengths)
     input_ids, position_ids, segments = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.full(shape, -1)
-    states, labels, owners = [], [], []
+    states, labels, owners, num_tokens = [], [], [], np.zeros((len(rows), len(rows[0][1])), np.int64)
     for b, (prompt, responses) in enumerate(rows):
         n = end = len(prompt)
         input_ids[b, :n], position_ids[b, :n], segments[b, :n] = prompt, np.arange(n), 0
@@ -78,12 +88,18 @@ def prompt_rows(rows: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) -
                 np.arange(n, n + end - start),
                 r + 1,
             )
-            states += [[b * shape[1] + n - 1], b * shape[1] + np.arange(start, end)]
-            labels.append(response)
-            owners.append(np.full(len(response), b * len(responses) + r))
+            keep = slice(None) if masks is None else np.array(masks[b][r], bool)
+            labels.append(np.array(response)[keep])
+            states.append(b * shape[1] + np.concatenate([[n - 1], np.arange(start, end)])[keep])
+            num_tokens[b, r] = len(labels[-1])
+            owners.append(np.full(num_tokens[b, r], b * len(responses) + r))
     tensors = (input_ids, position_ids, segments, *(np.concatenate(parts).astype(np.int64) for parts in (states, labels, owners)))
-    num_tokens = torch.tensor([[len(response) for response in responses] for _, responses in rows])
-    return PromptRows(*map(torch.from_numpy, tensors), num_tokens, tuple(num_tokens.sum(-1).tolist()))
+    return PromptRows(
+        *map(torch.from_numpy, tensors),
+        torch.from_numpy(num_tokens),
+        tuple(num_tokens.sum(-1).tolist()),
+        annotations=None if annotations is None else torch.tensor(annotations, dtype=torch.float64),
+    )
 
 
 def sliding_window(config) -> Optional[int]:

@@ -1,8 +1,9 @@
 """Texts to tokens once: by all cores, into an Arrow table that is memory-mapped, and found again by the next run.
 
-A row of the table is a prompt: {dataset, prompt, texts, prompt_ids, response_ids, pairs, hashes, truncation_mode}. `pairs` are (chosen,
-rejected) indices into texts and response_ids (SFT: one text, no pair); `hashes` tell examples apart. Tokens are whole: each run truncates
-them for itself.
+A row of the table is a prompt: {dataset, prompt, texts, prompt_ids, response_ids, masks, examples, annotations, hashes, truncation_mode}.
+`examples` are indices into texts and response_ids, one a role; `annotations` what the data says of these (scores, labels), [] for nothing;
+`masks`, one a response, are 1 for the tokens that are scored, [] for all; `hashes` tell examples apart. Tokens are whole: each run
+truncates them for itself.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import datasets
 import numpy as np
@@ -27,6 +28,7 @@ Dataset = dict[str, dict]  # what a loader returns, see preference_datasets.py
 TEXTS_A_CORE = 10_000  # for fewer, starting another process takes longer than it saves; for fewer in all, so does a cache
 CODE = ("preference_datasets.py", "rows.py", "chat.py", "tokenization.py", "reviews.py", "token_cache.py")  # what tokens depend on
 PART = 20_000  # prompts
+SPANS = datasets.List(datasets.List(datasets.List(datasets.Value("int32"))))
 IDS = datasets.List(datasets.Value("int32"))
 FEATURES = datasets.Features(
     {
@@ -35,24 +37,65 @@ FEATURES = datasets.Features(
         "texts": datasets.List(datasets.Value("string")),
         "prompt_ids": IDS,
         "response_ids": datasets.List(IDS),
-        "pairs": datasets.List(IDS),
+        "masks": datasets.List(datasets.List(datasets.Value("int8"))),
+        "examples": datasets.List(IDS),
+        "annotations": datasets.List(datasets.List(datasets.Value("float64"))),
         "hashes": datasets.List(datasets.Value("int64")),
         "truncation_mode": datasets.Value("string"),
     }
 )
 
 
-def _texts(entry: dict, sft_mode: bool) -> list[str]:
-    return [entry["sft_target"]] if sft_mode else entry["responses"]
+class Form(NamedTuple):
+    """What an example is made of."""
+
+    roles: tuple[str, ...]  # of its responses
+    scored: bool = False  # whether the data must give each response of a pair a score
+    segments: bool = False  # whether the data must say which turns of a response are scored
 
 
-def count_texts(data: Dataset, sft_mode: bool) -> int:
+SFT, PAIRS, PAIRS_AND_TARGET, COMPLETIONS = (
+    Form(("chosen",)),
+    Form(("chosen", "rejected")),
+    Form(("chosen", "rejected", "target")),
+    Form(("completion",)),
+)
+
+
+class Examples(NamedTuple):
+    """Of one prompt."""
+
+    texts: list[str]
+    spans: list[list[tuple[int, int]]]  # of each text: where it is scored, characters; [] for all of it
+    indices: list[tuple[int, ...]]  # of each example's texts, one a role
+    annotations: list[list[float]]  # of each example, one a role or none
+
+
+def examples_of(entry: Mapping, form: Form) -> Examples:
+    """What a prompt's entry in the data contract (preference_datasets.py) gives in that form."""
+    texts, scores = list(entry["responses"]), entry.get("scores")
+    spans = list(entry.get("spans") or [[]] * len(texts))
+    if form.roles == SFT.roles:
+        target = entry["sft_target"]
+        return Examples([target], [spans[texts.index(target)] if target in texts else []], [(0,)], [[]])
+    if form.roles == COMPLETIONS.roles:
+        return Examples(texts, spans, [(i,) for i in range(len(texts))], [[float(label)] for label in entry["labels"]])
+    indices = [tuple(pair) for pair in entry["pairs"]]
+    annotations = [[float(scores[i]) for i in pair] if form.scored else [] for pair in indices]
+    if "target" in form.roles:
+        if (target := entry["sft_target"]) not in texts:
+            texts, spans = [*texts, target], [*spans, []]
+        indices = [(*pair, texts.index(target)) for pair in indices]
+    return Examples(texts, spans, indices, annotations)
+
+
+def count_texts(data: Dataset, form: Form) -> int:
     """Prompts and responses."""
-    return sum(1 + len(_texts(entry, sft_mode)) for entry in data.values())
+    return sum(1 + len(examples_of(entry, form).texts) for entry in data.values())
 
 
 def tokenize(
-    name: str, data: Dataset, options: Mapping, tokenizer, add_bos: bool, sft_mode: bool, silent: bool = False, file: Optional[str] = None
+    name: str, data: Dataset, options: Mapping, tokenizer, add_bos: bool, form: Form, silent: bool = False, file: Optional[str] = None
 ) -> datasets.Dataset:
     """The table of a dataset, in memory or, where `file` is given, in it.
 
@@ -61,17 +104,22 @@ def tokenize(
         data, options: its contract and options.
         tokenizer: of Transformers.
         add_bos: begin every prompt with beginning-of-sequence.
-        sft_mode: one text a prompt, its sft_target, and no pairs.
+        form: of its examples.
         silent: no progress bar.
 
     Raises:
         UserError: a prompt has no tokens.
     """
-    texts = [_texts(entry, sft_mode) for entry in data.values()]
-    pairs = [[] if sft_mode else [list(pair) for pair in entry["pairs"]] for entry in data.values()]
-    columns = {"prompt": list(data), "texts": [[trim_after_eos(text, tokenizer) for text in some] for some in texts], "pairs": pairs}
-    features = datasets.Features({column: FEATURES[column] for column in columns})
-    processes = min(cores(), count_texts(data, sft_mode) // TEXTS_A_CORE)
+    found = [examples_of(entry, form) for entry in data.values()]
+    columns = {
+        "prompt": list(data),
+        "texts": [[trim_after_eos(text, tokenizer) for text in some.texts] for some in found],
+        "spans": [some.spans for some in found],
+        "examples": [some.indices for some in found],
+        "annotations": [some.annotations for some in found],
+    }
+    features = datasets.Features({column: FEATURES.get(column, SPANS) for column in columns})
+    processes = min(cores(), (len(found) + sum(len(some.texts) for some in found)) // TEXTS_A_CORE)
     settings = {
         "name": name,
         "tokenizer": tokenizer,
@@ -81,12 +129,13 @@ def tokenize(
     }
     with _progress_bars(shown=not silent):
         # In parts, because Arrow takes 2 GB of text at a time.
-        parts = [{column: values[i : i + PART] for column, values in columns.items()} for i in range(0, len(texts), PART)]
+        parts = [{column: values[i : i + PART] for column, values in columns.items()} for i in range(0, len(found), PART)]
         return datasets.concatenate_datasets([datasets.Dataset.from_dict(part, features=features) for part in parts]).map(
             _tokenize_rows,
             batched=True,
             fn_kwargs=settings,
             features=FEATURES,
+            remove_columns=["spans"],
             num_proc=processes if processes > 1 else None,
             desc=f"Tokenizing {name}",
             keep_in_memory=file is None,
@@ -103,20 +152,49 @@ def _tokenize_rows(columns: Mapping[str, list], name: str, tokenizer, escape: bo
     for prompt, ids in zip(prompts, prompt_ids):
         if not ids:
             raise UserError(f"{name}: prompt {prompt!r} has no tokens: the first response token would have nothing to be predicted from")
-    flat = iter(encode([text for some in texts for text in some], tokenizer, escape))
+    responses = _encode_responses(texts, columns["spans"], tokenizer, escape)
     return {
         "dataset": [name] * len(prompts),
         "prompt": prompts,
         "texts": texts,
         "prompt_ids": prompt_ids,
-        "response_ids": [[with_eos(next(flat), tokenizer) for _ in some] for some in texts],
-        "pairs": columns["pairs"],
+        "response_ids": [[ids for ids, _ in some] for some in responses],
+        "masks": [[mask for _, mask in some] for some in responses],
+        "examples": columns["examples"],
+        "annotations": columns["annotations"],
         "hashes": [
-            [_hash([prompt, *(some[i] for i in pair)]) for pair in pairs or [(0,)]]
-            for prompt, some, pairs in zip(prompts, texts, columns["pairs"])
+            [_hash([prompt, *(some[i] for i in indices)]) for indices in examples]
+            for prompt, some, examples in zip(prompts, texts, columns["examples"])
         ],
         "truncation_mode": [truncation_mode] * len(prompts),
     }
+
+
+def _encode_responses(texts: Sequence[Sequence[str]], spans: Sequence, tokenizer, escape: bool) -> list[list[tuple[list[int], list[int]]]]:
+    """(tokens, mask) of each response. One with spans is cut at their ends, and each piece is tokenized by itself."""
+    cut = [[_pieces(text, some) for text, some in zip(*both)] for both in zip(texts, spans)]
+    encoded = iter(encode([piece for some in cut for pieces in some for piece, _ in pieces], tokenizer, escape))
+
+    def joined(pieces: list[tuple[str, bool]]) -> tuple[list[int], list[int]]:
+        parts = [(next(encoded), scored) for _, scored in pieces]
+        ids = with_eos([token for part, _ in parts for token in part], tokenizer)
+        if len(pieces) == 1 and pieces[0][1]:
+            return ids, []
+        mask = [int(scored) for part, scored in parts for _ in part]
+        return ids, mask + [int(parts[-1][1])] * (len(ids) - len(mask))
+
+    return [[joined(pieces) for pieces in some] for some in cut]
+
+
+def _pieces(text: str, spans: Sequence[Sequence[int]]) -> list[tuple[str, bool]]:
+    """The text in order, piece by piece, and whether a piece is scored."""
+    if not spans:
+        return [(text, True)]
+    pieces, end = [], 0
+    for start, stop in spans:
+        pieces += [(text[end:start], False), (text[start:stop], True)]
+        end = stop
+    return [piece for piece in [*pieces, (text[end:], False)] if piece[0]]
 
 
 def _hash(texts: Sequence[str]) -> int:
@@ -178,7 +256,7 @@ class TokenCache:
         return loaded[0] if loaded else make(None)
 
 
-def cache_key(name: str, options: Mapping, split: str, tokenizer, add_bos: bool, sft_mode: bool, cache_dir: Optional[str]) -> dict:
+def cache_key(name: str, options: Mapping, split: str, tokenizer, add_bos: bool, form: Form, cache_dir: Optional[str]) -> dict:
     """Everything that a split's tokens depend on; data by their content, wherever they lie."""
     folder = os.path.dirname(os.path.abspath(__file__))
     code = hashlib.sha256()
@@ -197,7 +275,7 @@ def cache_key(name: str, options: Mapping, split: str, tokenizer, add_bos: bool,
         "tokenizer": backend.to_str() if backend is not None else [sorted(tokenizer.get_vocab().items()), repr(tokenizer)],
         "special": [tokenizer.special_tokens_map, tokenizer.chat_template],
         "add_bos": add_bos,
-        "sft_mode": sft_mode,
+        "form": form,
     }
 
 
@@ -213,8 +291,9 @@ def flat(table: datasets.Dataset, column: str, depth: int) -> np.ndarray:
 def digest_of(table: datasets.Dataset) -> str:
     """A hash of all tokens and pairs, whatever the chunks in which a table holds them."""
     digest = hashlib.sha256()
-    for column, deep in (("prompt_ids", 1), ("response_ids", 2), ("pairs", 2)):
+    for column, deep in (("prompt_ids", 1), ("response_ids", 2), ("masks", 2), ("examples", 2), ("annotations", 2)):
         for depth in range(deep + 1):
-            digest.update(flat(table, column, depth).astype(np.int32).tobytes())
+            values = flat(table, column, depth)
+            digest.update(values.astype(np.float64 if values.dtype == np.float64 else np.int32).tobytes())
     digest.update(repr(sorted(table.unique("truncation_mode"))).encode())
     return digest.hexdigest()

@@ -8,8 +8,8 @@ arXiv 2404.12358): the reward of a response is the sum of beta (log pi - log pi_
 
 import os
 from collections.abc import Mapping, Sequence
+from typing import Optional
 
-import jinja2
 import numpy as np
 import torch
 from omegaconf import DictConfig
@@ -17,12 +17,12 @@ from omegaconf import DictConfig
 from batching import EVAL_SEED, Example, TokenizedSplit
 from command_line import run_command
 from config_schema import TokenReport, check_tool_config
+from pages import write_page
 from preference_datasets import load_split
 from runs import Trained, find_inputs, load_compared
 from scoring import token_statistics
 from utils import UserError, batched
 
-TEMPLATES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "templates")
 ROLES = ("chosen", "rejected")
 COLUMNS = {"logps": "logps", "reference": "reference_logps", "kl": "kl"}  # of the page, of TokenStatistics
 FULL = 98  # percentile of the tokens at which colour and bar are full
@@ -46,35 +46,43 @@ def run(config: DictConfig, overrides: Sequence[str] = ()) -> str:
         policy, reference, tokenizer, fast = load_compared(trained, config.reference, device, lengths[0])
         if reference is None:
             raise UserError(f"run={trained.name}: no reference is known, with which it could be compared: reference=<weights>")
-        options = {"sft_mode": False, "add_bos": trained.model.add_bos, "silent": True, "cache_dir": trained.cache_dir()}
+        options = {"add_bos": trained.model.add_bos, "silent": True, "cache_dir": trained.cache_dir()}
         split = load_split(data, config.split, tokenizer, *lengths, **options)
         examples = next(split.epochs(EVAL_SEED))[: config.n_pairs]
         tokens = [split.tokens(example) for example in examples]
+        masks = [split.masks(example) for example in examples] if split.has_masks else None
         if shown is not None and tokens != shown:
             raise UserError(f"run={trained.name} has another tokenizer than {models[0].name}: their tokens cannot stand side by side")
         if shown is None:
             page["pairs"] = [described(split, example, tokenizer) for example in examples]
         shown = tokens
-        values.append(by_pair(policy, reference, tokens, fast, config.batch_size))
+        values.append(by_pair(policy, reference, tokens, masks, fast, config.batch_size))
         page["runs"].append({"name": trained.name, "beta": config.beta or beta_of(trained)})
     for pair, *columns in zip(page["pairs"], *values):
         pair["values"] = columns
     page["scale"] = scale_of(page)
     if not np.isfinite(list(page["scale"].values())).all():
         raise UserError("a model gives values that are not finite: there is nothing to show")
-    write(page, config.out)
+    write_page("token_report", config.out, data=page)
     print(f"{config.out}: {len(page['pairs'])} pairs, {os.path.getsize(config.out) / 1e6:.2f} MB")
     return config.out
 
 
 def beta_of(trained: Trained) -> float:
-    return BETA if trained.config is None else trained.config.loss.get("beta", BETA)
+    """Of the run's reward; BETA where that is not known, or does not compare with the reference."""
+    objective = trained.objective()
+    return BETA if objective is None or not objective.implicit_rewards else objective.hyperparameters["beta"]
 
 
 def described(split: TokenizedSplit, example: Example, tokenizer) -> dict:
     """What is the same for all runs."""
     element, (prompt, responses) = split.element(example), split.tokens(example)
-    tokens = {role: pieces_of(tokenizer, prompt[-1], ids) for role, ids in zip(ROLES, responses)}
+    # Of conversations the segment's turns alone.
+    masks = split.masks(example) or [[1] * len(ids) for ids in responses]
+    tokens = {
+        role: [piece for piece, scored in zip(pieces_of(tokenizer, prompt[-1], ids), mask) if scored]
+        for role, ids, mask in zip(ROLES, responses, masks)
+    }
     return {"id": element["example_id"], "prompt": tokenizer.decode(prompt), "tokens": tokens}
 
 
@@ -88,12 +96,15 @@ def pieces_of(tokenizer, before: int, ids: Sequence[int]) -> list[str]:
     return pieces
 
 
-def by_pair(policy, reference, tokens: Sequence, fast: bool, batch_size: int) -> list[dict[str, dict[str, list[float]]]]:
+def by_pair(
+    policy, reference, tokens: Sequence, masks: Optional[Sequence], fast: bool, batch_size: int
+) -> list[dict[str, dict[str, list[float]]]]:
     """Of every pair, by role: columns of the page, a value a token."""
     pairs = []
-    for _, some in batched(tokens, batch_size):
-        statistics = token_statistics(policy, reference, some, fast)
-        ends = np.cumsum([len(response) for _, responses in some for response in responses])
+    for first, some in batched(tokens, batch_size):
+        scored = masks and masks[first : first + len(some)]
+        statistics = token_statistics(policy, reference, some, fast, scored)
+        ends = np.cumsum([sum(mask) for pair in scored for mask in pair] if scored else [len(ids) for _, two in some for ids in two])
         columns = {name: np.split(getattr(statistics, key).double().cpu().numpy().round(4), ends[:-1]) for name, key in COLUMNS.items()}
         responses = [{name: parts[i].tolist() for name, parts in columns.items()} for i in range(len(ends))]
         pairs += [dict(zip(ROLES, two)) for _, two in batched(responses, len(ROLES))]
@@ -109,15 +120,6 @@ def scale_of(page: Mapping) -> dict[str, float]:
                 rewards += [run["beta"] * abs(a - b) for a, b in zip(values[role]["logps"], values[role]["reference"])]
                 kls += values[role]["kl"]
     return {"reward": max(float(np.percentile(rewards, FULL)), 1e-3), "kl": max(float(np.percentile(kls, FULL)), 1e-3)}
-
-
-def write(page: Mapping, out: str) -> None:
-    """One file with all that it needs."""
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True)
-    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
-    os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
-    with open(out, "w", encoding="utf-8") as file:
-        file.write(environment.get_template("token_report.html").render(data=page))
 
 
 def main() -> None:

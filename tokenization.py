@@ -80,13 +80,20 @@ def truncated_lengths(lengths: np.ndarray, max_length: int, max_prompt_length: i
     return np.concatenate([prompts, cut], axis=1)
 
 
-def batch_element(prompt: str, responses: dict[str, str], prompt_ids: list[int], response_ids: dict[str, list[int]]) -> dict:
+def batch_element(
+    prompt: str,
+    responses: dict[str, str],
+    prompt_ids: list[int],
+    response_ids: dict[str, list[int]],
+    masks: Optional[dict[str, list[int]]] = None,
+) -> dict:
     """One example in the published form: texts, and `<role>_{input_ids,attention_mask,labels}` of prompt + response.
 
     Args:
         prompt: text.
         responses: text by role (chosen, rejected).
         prompt_ids, response_ids: tokens after truncation.
+        masks: 1 for the response tokens that are scored; None: all are.
     """
     element: dict = {"prompt": prompt}
     for role, text in responses.items():
@@ -95,7 +102,8 @@ def batch_element(prompt: str, responses: dict[str, str], prompt_ids: list[int],
     for role, ids in response_ids.items():
         element[f"{role}_input_ids"] = prompt_ids + ids
         element[f"{role}_attention_mask"] = [1] * (len(prompt_ids) + len(ids))
-        element[f"{role}_labels"] = [IGNORED] * len(prompt_ids) + ids
+        labels = ids if masks is None else [token if scored else IGNORED for token, scored in zip(ids, masks[role])]
+        element[f"{role}_labels"] = [IGNORED] * len(prompt_ids) + labels
     element["prompt_input_ids"] = prompt_ids
     element["prompt_attention_mask"] = [1] * len(prompt_ids)
     return element

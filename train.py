@@ -1,4 +1,4 @@
-"""Train a language model: SFT, or preference training with TDPO, DPO or IPO.
+"""Train a language model: SFT, or preference training with TDPO, DPO and their relatives (config/loss).
 
     python -u train.py exp_name=sft
     python -u train.py exp_name=tdpo loss=tdpo model.archive=<folder of the SFT run>/LATEST/policy.pt
@@ -21,13 +21,14 @@ from batching import TokenizedSplit
 from command_line import run_command, silence_unless
 from config_schema import check_config
 from launch import joined, processes_to_start, start_ranks
-from losses import Objective, get_objective
+from losses import Objective, objective_of
 from metrics import Sink, open_sinks
 from models import Models, check_model, load_model_config, load_tokenizer, prepare_hub
 from parallel import World
 from preference_datasets import load_split
 from resume import FolderLock, Resumed, archive_of, check_same_data, check_seen_by_all, choose_run_dir, find_checkpoint, prepare_run_dir
 from tensor_parallel import TensorParallelTrainer
+from token_cache import Form
 from trainers import BasicTrainer, FSDPTrainer
 from utils import Stopped, UserError, get_local_dir, plural
 from watch import Watch
@@ -62,8 +63,7 @@ def train(config: DictConfig, world: World, notes: Sequence[str]) -> str:
     """The run, in each of its processes. What rank 0 reads or makes for all, it sends to the others."""
     run_dir = world.from_first(lambda: choose_run_dir(config))
     resumed = find_checkpoint(world, run_dir, config)
-    hyperparameters = OmegaConf.to_container(config.loss)
-    objective = get_objective(hyperparameters.pop("name"), **hyperparameters)
+    objective = objective_of(OmegaConf.to_container(config.loss), config.log_kl)
     print("\n".join([*notes, OmegaConf.to_yaml(config), f"loss: {objective.name} {objective.hyperparameters}"]))
     seed_everything(config)
     inputs = read_inputs(config, world, objective, archive_of(resumed, config.model.archive))
@@ -161,7 +161,7 @@ def load_data(config: DictConfig, split: str, tokenizer, objective: Objective, c
         tokenizer,
         config.max_length,
         config.max_prompt_length,
-        sft_mode="rejected" not in objective.roles,
+        Form(objective.roles, objective.needs_scores, objective.needs_segments),
         add_bos=config.model.add_bos,
         cache_dir=cache_dir,
     )
@@ -169,6 +169,11 @@ def load_data(config: DictConfig, split: str, tokenizer, objective: Objective, c
         raise UserError(
             f"{plural(len(data), 'train example')}, fewer than batch_size={config.batch_size}: lower it, or set drop_last=false"
         )
+    if objective.needs_baseline and len(data.prompts) < 2:
+        raise UserError(f"the {split} split has one prompt alone: loss.z0=batch needs responses to other ones; more data, or loss.z0=0")
+    parts = objective.hyperparameters.get("parts", 1)
+    if split == "train" and len(data) // parts < (config.batch_size if config.drop_last else 1):
+        raise UserError(f"{plural(len(data), 'train example')} in loss.parts={parts}: fewer than batch_size={config.batch_size} each")
     print(f"{split}: {data.describe()}")
     return data
 

@@ -8,7 +8,7 @@ import inspect
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Optional
@@ -23,7 +23,7 @@ from batching import EVAL_SEED, BatchStream, Example, TokenizedSplit, ahead, get
 from checkpoints import add_export, remove_old, save_checkpoint
 from chunked_head import HeadOnly
 from feeding import Feeder, Microbatch
-from losses import get_objective, preference_loss, tdpo_loss
+from losses import objective_of, preference_loss, tdpo_loss
 from metrics import MetricSums, Sink, example_metrics
 from parallel import World, find_blocks, fingerprint, load_weights, shard_scorer, whole_state
 from reference_cache import ReferenceCache, identity_of
@@ -94,8 +94,7 @@ class BasicTrainer:
         self.data = {"train": train_data, "eval": eval_data}
         self.tokenizer, self.sinks = tokenizer, sinks
         self.device = self.world.device
-        loss = OmegaConf.to_container(config.loss)
-        self.objective = get_objective(loss.pop("name"), **loss)
+        self.objective = objective_of(OmegaConf.to_container(config.loss), config.log_kl)
         mp = config.model.fsdp_policy_mp
         self.compute_dtype = DTYPES[mp] if mp not in (None, config.model.policy_dtype) else None
         if config.activation_checkpointing:
@@ -112,13 +111,15 @@ class BasicTrainer:
         self.scorer = self.place(Scorer(policy, reference_model, self.objective, config.compile), weights or {})
         self.policy, self.reference_model = self.scorer.policy, self.scorer.reference
 
-        self.batches = BatchStream(train_data, config.batch_size, seed, config.n_epochs, config.n_examples, config.drop_last)
+        self.moves_reference = self.objective.in_parts or config.reference.update_every is not None
+        self.order: Optional[list[int]] = None  # of the train examples by number, where loss.order is not the data's
+        self.batches = self.batch_stream()
         eval_order = next(eval_data.epochs(EVAL_SEED))
         self.eval_examples = eval_order[: config.n_eval_examples]
         placeholders = {"train": next(iter(self.batches))[0], "eval": self.eval_examples[0]}
         cut = config.gradient_accumulation_steps, config.tokens_per_microbatch
         self.feeder = Feeder(self.data, get_collate_fn(tokenizer), self.device, self.data_rank, *cut, placeholders)
-        self.feeder.fast = self.choose_scoring()
+        self.feeder.fast, self.feeder.mismatched = self.choose_scoring(), self.objective.needs_baseline
         self.generation_config = own_distribution(tokenizer, config.max_length)
         with self.world.agreed():
             self.optimizer = self.make_optimizer()
@@ -154,6 +155,16 @@ class BasicTrainer:
         print(f"scoring: {slow or 'fast'}")
         return not problems
 
+    def batch_stream(self) -> BatchStream:
+        """The train data: in parts for sdpo_stepwise."""
+        config, data, parts = self.config, self.data["train"], None
+        if self.objective.in_parts:
+            examples = next(data.epochs(self.seed, shuffle=False))
+            ordered = examples if self.order is None else [examples[i] for i in self.order]
+            n = self.objective.hyperparameters["parts"]
+            parts = [ordered[len(ordered) * i // n : len(ordered) * (i + 1) // n] for i in range(n)]
+        return BatchStream(data, config.batch_size, self.seed, config.n_epochs, config.n_examples, config.drop_last, parts=parts)
+
     # --- schedule ---
 
     def train(self) -> None:
@@ -166,6 +177,9 @@ class BasicTrainer:
             try:
                 if self.config.reference_cache and self.reference_model is not None:
                     self.cache_reference()
+                if self.objective.hyperparameters.get("order") == "easy_to_hard":
+                    self.order = self.order or self.easy_to_hard()
+                    self.batches = self.batch_stream()
                 for examples, microbatches in ahead(self.feeder.train, self.batches.after(self.batches_given)):
                     self.between_steps()
                     metrics = self.train_step(examples, microbatches)
@@ -224,6 +238,7 @@ class BasicTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         with self.computing():
+            microbatches = self.with_baseline(microbatches)
             for i, microbatch in enumerate(microbatches):
                 self.before_backward(is_last=i == len(microbatches) - 1)
                 what = partial(self.described, microbatch.examples, "train")
@@ -235,16 +250,65 @@ class BasicTrainer:
         if self.is_finite(sums.sum("loss/train"), grad_norm, [x for microbatch in microbatches for x in microbatch.examples], losses):
             self.optimizer.step()
             self.batch_counter += 1
+            every = self.config.reference.update_every
+            if every is not None and self.batch_counter % every == 0:
+                self.move_reference(self.config.reference.mixup)
         self.optimizer.zero_grad(set_to_none=True)
         self.eval_metrics = {}  # they were the weights' before this step
         self.batches_given += 1
+        if self.batches.ends_part(self.batches_given):
+            self.move_reference(1.0)
         self.previous_counter, self.example_counter = self.example_counter, self.example_counter + len(examples)
         self.step_values = {"grad_norm": grad_norm, "lr": lr, "examples_per_second": len(examples) / (time.perf_counter() - started)}
         return sums
 
+    @torch.no_grad()
+    def move_reference(self, share: float) -> None:
+        """pi_ref <- share pi + (1 - share) pi_ref, weight by weight: https://arxiv.org/abs/2404.09656, where share is called alpha."""
+        for mine, theirs in zip(self.reference_model.parameters(), self.policy.parameters(), strict=True):
+            mine.lerp_(theirs.to(mine.dtype), share)
+
+    def easy_to_hard(self) -> list[int]:
+        """Numbers of the train examples by log pi(chosen) - log pi(rejected) of the policy as it is, largest first."""
+        data, size = self.data["train"], self.config.eval_batch_size
+        examples = sorted(next(data.epochs(self.seed, shuffle=False)), key=lambda example: data.lengths([example]))
+        batches = [self.feeder.share(examples[start : start + size]) for start in range(0, len(examples), size)]
+        found = []
+        self.policy.eval()
+        with torch.no_grad(), self.computing():
+            for some, microbatch in self.prepared(batches, "train", "Ordering"):
+                self.world.passes += 1
+                scores = self.scorer(microbatch.batch).scores
+                margins = (scores["chosen"].logps - scores["rejected"].logps).tolist()
+                found += zip(margins, map(data.index, some))  # of a placeholder none
+        by_rank = self.world.gather(found)[: self.data_rank[1]]
+        return [index for _, index in sorted((pair for some in by_rank for pair in some), key=lambda pair: (-pair[0], pair[1]))]
+
     def learning_rate(self) -> float:
         """Of the next step: rises linearly over the first warmup_steps, as published. A step that was left out is none of the schedule."""
         return self.config.lr * min(1.0, (self.batch_counter + 1) / (self.config.warmup_steps + 1))
+
+    def with_baseline(self, microbatches: Sequence[Microbatch]) -> Sequence[Microbatch]:
+        """For an objective with z0, the mean over all ranks' examples of r(response to another prompt), at least 0: it is computed, and put
+        into them, before any is scored, so that it depends neither on the ranks nor on how the batch is cut."""
+        if not self.objective.needs_baseline:
+            return microbatches
+        baseline = self.baseline(microbatches, "train", "a smaller tokens_per_microbatch")
+        return [microbatch.with_baseline(baseline) for microbatch in microbatches]
+
+    def baseline(self, microbatches: Iterable[Microbatch], split: str, remedy: str) -> torch.Tensor:
+        """z0 of these microbatches of all ranks, a scalar, nats."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        with torch.no_grad():
+            for microbatch in microbatches:
+                self.world.passes += 1
+                with self.explained_out_of_memory(partial(self.described, microbatch.examples, split), remedy):
+                    (score,) = self.scorer(microbatch.mismatched).scores.values()
+                ratios = score.log_ratio[: len(microbatch.examples)]
+                sums[0] += ratios.sum(dtype=torch.float64)
+                sums[1] += len(ratios)
+        total, count = self.reduce(sums)
+        return (total / count).clamp(min=0)
 
     def score(self, microbatch: Microbatch, sums: MetricSums, split: str) -> Scored:
         """Loss and scores, and the metrics of those examples that count; `split` is train or eval."""
@@ -252,7 +316,7 @@ class BasicTrainer:
         counted = len(microbatch.examples)
         scored = self.scorer(microbatch.batch, counted)
         metrics = example_metrics(scored.scores, scored.output, split)
-        sums.add({name: values[:counted] for name, values in metrics.items()})
+        sums.add(metrics, counted)
         return scored
 
     @contextmanager
@@ -310,9 +374,12 @@ class BasicTrainer:
         sums = MetricSums()
         batches = self.eval_batches()
         with torch.no_grad(), self.computing():
-            prepared = ahead(self.feeder.eval, batches)
-            for examples, microbatch in tqdm.tqdm(prepared, "Evaluating", len(batches), leave=False, disable=self.hide_progress):
-                self.check_stop()
+            baseline = None
+            if self.objective.needs_baseline:  # that of the whole split, so that it does not depend on eval_batch_size
+                prepared = self.prepared(batches, "eval", "Baseline")
+                baseline = self.baseline((microbatch for _, microbatch in prepared), "eval", "a smaller eval_batch_size")
+            for examples, microbatch in self.prepared(batches, "eval", "Evaluating"):
+                microbatch = microbatch if baseline is None else microbatch.with_baseline(baseline)
                 with self.explained_out_of_memory(partial(self.described, examples, "eval"), "a smaller eval_batch_size"):
                     self.score(microbatch, sums, "eval")
             metrics = sums.means(self.reduce)
@@ -322,6 +389,13 @@ class BasicTrainer:
             sink.log(metrics, "eval", self.example_counter)
             if rows:
                 sink.samples(rows, self.example_counter)
+
+    def prepared(self, batches: list[list[Example]], split: str, title: str) -> Iterator[tuple[list[Example], Microbatch]]:
+        """(batch, microbatch) of each batch of this rank's, with a progress bar; ends where a signal asks for it."""
+        found = ahead(partial(self.feeder.whole, split), batches)
+        for item in tqdm.tqdm(found, title, len(batches), leave=False, disable=self.hide_progress):
+            self.check_stop()
+            yield item
 
     def eval_batches(self) -> list[list[Example]]:
         """This rank's parts of eval_batch_size examples each; those of like length together, so that little is padded."""
@@ -352,8 +426,8 @@ class BasicTrainer:
             for split, some in examples.items()
         }
         microbatches = {
-            "train": (microbatch for batch in stream for microbatch in self.feeder.train(batch)),
-            "eval": map(self.feeder.eval, self.eval_batches()),
+            "train": (microbatch[:2] for batch in stream for microbatch in self.feeder.train(batch)),
+            "eval": (self.feeder.whole("eval", batch)[:2] for batch in self.eval_batches()),
         }
         for split, cache in caches.items():
             there = self.world.from_first(cache.is_there)
@@ -416,13 +490,14 @@ class BasicTrainer:
         for sink in self.sinks:
             sink.log(metrics, "train", self.example_counter)
         shown = {"loss": f"{metrics['loss/train']:.4f}"}
-        if "rewards_train/accuracies" in metrics:
-            shown["accuracy"] = f"{metrics['rewards_train/accuracies']:.2f}"
+        accuracy = metrics.get("rewards_train/accuracies", metrics.get("logits_train/accuracies"))
+        if accuracy is not None:
+            shown["accuracy"] = f"{accuracy:.2f}"
         progress.set_postfix(shown, refresh=False)
 
     def check_start(self, metrics: dict[str, float]) -> None:
         """At the first step policy and reference are the same model: say so where their scores differ."""
-        if self.previous_counter != 0 or "rewards_train/chosen" not in metrics:
+        if self.previous_counter != 0 or not self.objective.implicit_rewards:
             return
         beta = self.objective.hyperparameters["beta"]
         differences = {name: abs(metrics.get(name, 0.0)) for name in ("rewards_train/chosen", "rewards_train/rejected", "kl_train/chosen")}
@@ -442,7 +517,7 @@ class BasicTrainer:
                 self.example_counter,
                 state,
                 self.eval_metrics,
-                training_tensors(self.world, self.policy, self.optimizer),
+                training_tensors(self.world, self.policy, self.optimizer, self.moving_reference),
                 self.progress(),
                 (lambda folder: self.export(folder, state)) if final else None,
             )
@@ -467,6 +542,7 @@ class BasicTrainer:
             "updates": self.batch_counter,
             "skipped_steps": self.skipped_steps,
             "batches": self.batches_given,
+            "order": self.order,
             "evaluated_at": self.evaluated_at,
             "eval_metrics": self.eval_metrics,
             "ranks": self.ranks(),
@@ -475,6 +551,11 @@ class BasicTrainer:
             "reference": {"fingerprint": self.reference_identity, "archive": self.archive},
             "config": OmegaConf.to_container(self.config),
         }
+
+    @property
+    def moving_reference(self) -> Optional[nn.Module]:
+        """The reference, where training changes it."""
+        return self.reference_model if self.moves_reference else None
 
     def ranks(self) -> str:
         return f"{plural(self.world.size, 'process', 'processes')} on {self.device.type}"
@@ -488,11 +569,12 @@ class BasicTrainer:
         self.example_counter, self.previous_counter = progress["examples"], progress["previous_examples"]
         self.batch_counter, self.skipped_steps = progress["updates"], progress["skipped_steps"]
         self.batches_given, self.wandb_id = progress["batches"], progress["wandb_id"]
+        self.order = progress.get("order")
         self.evaluated_at, self.eval_metrics = progress["evaluated_at"], progress["eval_metrics"]
         self.saved_at, self.checkpoint, self.resumed_from = progress["examples"], resumed.folder, resumed.folder
         self.archive = archive_of(resumed, self.config.model.archive)
         same_ranks = progress["ranks"] == self.ranks()
-        restore_tensors(self.world, resumed.folder, self.policy, self.optimizer, with_random=same_ranks)
+        restore_tensors(self.world, resumed.folder, self.policy, self.optimizer, self.moving_reference, with_random=same_ranks)
         if not same_ranks:
             torch.manual_seed(mixed_seed(self.seed, self.batches_given, self.world.rank))
             print(f"until now {progress['ranks']}, from now {self.ranks()}: random numbers start anew from seed, step and rank")

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Mapping
+from typing import Optional
 
 import numpy as np
 import torch
@@ -12,17 +13,23 @@ from checkpoints import load_tensors, saved_tensors
 from parallel import World
 
 
-def training_tensors(world: World, policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict]:
-    """{"policy": by name, "optimizer": by parameter and kind, "random": of this rank}, sharded where the policy is."""
+def training_tensors(
+    world: World, policy: nn.Module, optimizer: torch.optim.Optimizer, moving_reference: Optional[nn.Module]
+) -> dict[str, dict]:
+    """{"policy": by name, "optimizer": by parameter and kind, "random": of this rank}, sharded where the policy is; where the reference
+    moves, also "reference"."""
     names = {parameter: name for name, parameter in policy.named_parameters()}
     state = {
         names[parameter]: {key: value for key, value in values.items() if torch.is_tensor(value)}
         for parameter, values in optimizer.state.items()
     }
-    return {"policy": policy.state_dict(), "optimizer": state, "random": {str(world.rank): random_state(world.device)}}
+    reference = {} if moving_reference is None else {"reference": moving_reference.state_dict()}
+    return {"policy": policy.state_dict(), "optimizer": state, "random": {str(world.rank): random_state(world.device)}, **reference}
 
 
-def restore_tensors(world: World, folder: str, policy: nn.Module, optimizer: torch.optim.Optimizer, with_random: bool) -> None:
+def restore_tensors(
+    world: World, folder: str, policy: nn.Module, optimizer: torch.optim.Optimizer, moving_reference: Optional[nn.Module], with_random: bool
+) -> None:
     """The inverse of saving training_tensors in a checkpoint, on any number of ranks; random numbers where `with_random`.
 
     Raises:
@@ -30,7 +37,7 @@ def restore_tensors(world: World, folder: str, policy: nn.Module, optimizer: tor
     """
     if any(name.startswith("optimizer.") for name in saved_tensors(folder)):
         get_optimizer_state_dict(policy, optimizer)  # makes the optimizer's state, which it otherwise does in its first step
-    tensors = training_tensors(world, policy, optimizer)
+    tensors = training_tensors(world, policy, optimizer, moving_reference)
     if not with_random:
         del tensors["random"]
     load_tensors(world, folder, tensors)

@@ -59,7 +59,7 @@ def cpu_seconds() -> float:
 
 def timed_load(options: dict, tokenizer, cache: str):
     started, cpu = time.perf_counter(), cpu_seconds()
-    split = load_split(options, "train", tokenizer, 512, 256, False, cache_dir=cache)
+    split = load_split(options, "train", tokenizer, 512, 256, cache_dir=cache)
     elapsed = time.perf_counter() - started
     return split, elapsed, (cpu_seconds() - cpu) / elapsed
 

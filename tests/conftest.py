@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Optional
@@ -21,7 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: E402
 
 import train  # noqa: E402
 from batching import TokenizedSplit  # noqa: E402
-from token_cache import tokenize  # noqa: E402
+from token_cache import PAIRS, SFT, tokenize  # noqa: E402
 
 torch.set_num_threads(2)
 
@@ -47,8 +48,9 @@ FAMILIES = {
 
 def tokenized(data: dict, tokenizer, max_length: int = 64, max_prompt_length: int = 32, sft_mode: bool = False, add_bos: bool = False):
     """A split of datasets given as {name: (contract, options)}."""
-    tables = [tokenize(name, contract, options, tokenizer, add_bos, sft_mode, silent=True) for name, (contract, options) in data.items()]
-    return TokenizedSplit(tables, tokenizer, max_length, max_prompt_length, sft_mode, add_bos)
+    form = SFT if sft_mode else PAIRS
+    tables = [tokenize(name, contract, options, tokenizer, add_bos, form, silent=True) for name, (contract, options) in data.items()]
+    return TokenizedSplit(tables, tokenizer, max_length, max_prompt_length, form, add_bos)
 
 
 def compose(*overrides: str, name: str = "config"):
@@ -65,6 +67,15 @@ def run(*overrides: str) -> Path:
     """A run as the command line would make it, in this process or from it, without wandb and samples; its folder."""
     overrides = [*QUIET, *overrides]
     return Path(train.run(compose(*overrides), overrides))
+
+
+def run_together(runs: list[list[str]], ranks: int, folder: Path) -> None:
+    """Runs of several ranks, which torchrun starts once for all of them: a start takes longer than a small run."""
+    (folder / "runs.json").write_text(json.dumps(runs))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [*launcher, str(ROOT / "tests" / "runs_together.py"), str(folder / "runs.json")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 def logs_of(run_dir: Path, split: Optional[str] = None) -> list[dict]:
@@ -109,7 +120,7 @@ CHAT_TEMPLATE = (
 @pytest.fixture(scope="session")
 def chat_tokenizer():
     """A tokenizer of bytes-like characters whose end of sequence, <|end|>, is also the template's end of turn."""
-    vocabulary = {chr(i): i for i in range(32, 127)} | {"\n": 127, "<|start|>": 128, "<|end|>": 129, "<|bos|>": 130}
+    vocabulary = {"<unused>" if i == 10 else chr(i): i for i in range(127)} | {"\n": 127, "<|start|>": 128, "<|end|>": 129, "<|bos|>": 130}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
     inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer = PreTrainedTokenizerFast(

@@ -78,6 +78,58 @@ def tdpo2(chosen, rejected, beta, alpha=0.5):
     return softplus(-z), (slope, 0.0), (-slope, -slope * alpha)
 
 
+def rdpo(chosen, rejected, beta, label_smoothing=0.1):
+    """2403.00409: [-(1-e) log s(beta D) + e log s(-beta D)] / (1-2e)."""
+    (w, w_ref, _, _), (r, r_ref, _, _) = score(chosen), score(rejected)
+    d, e = (w - w_ref) - (r - r_ref), label_smoothing
+    loss = ((1 - e) * softplus(-beta * d) - e * softplus(beta * d)) / (1 - 2 * e)
+    slope = beta * (-(1 - e) * sigmoid(-beta * d) - e * sigmoid(beta * d)) / (1 - 2 * e)
+    return loss, (slope, 0.0), (-slope, 0.0)
+
+
+def dpop(chosen, rejected, beta, dpop_lambda=50.0):
+    """2402.13228 eq. 3: the penalty is within beta's bracket."""
+    (w, w_ref, _, _), (r, r_ref, _, _) = score(chosen), score(rejected)
+    z = beta * ((w - w_ref) - (r - r_ref) - dpop_lambda * max(0.0, w_ref - w))
+    slope = -beta * sigmoid(-z)
+    return softplus(-z), (slope * (1 + (dpop_lambda if w < w_ref else 0)), 0.0), (-slope, 0.0)
+
+
+def simpo(chosen, rejected, beta=2.0, gamma=0.5):
+    """2405.14734 eq. 6."""
+    (w, _, _, n_w), (r, _, _, n_r) = score(chosen), score(rejected)
+    z = beta * w / n_w - beta * r / n_r - gamma
+    slope = -beta * sigmoid(-z)
+    return softplus(-z), (slope / n_w, 0.0), (-slope / n_r, 0.0)
+
+
+def odpo(chosen, rejected, beta, annotations, alpha=1.0, kl_weight=0.0):
+    """2402.10571: -log s(beta D - alpha log(s_w - s_l)); and, where a weight is given, that times the mean of both SeqKL."""
+    (w, w_ref, w_kl, _), (r, r_ref, r_kl, _) = score(chosen), score(rejected)
+    z = beta * ((w - w_ref) - (r - r_ref)) - alpha * math.log(annotations[0] - annotations[1])
+    slope = -beta * sigmoid(-z)
+    return softplus(-z) + kl_weight * (w_kl + r_kl) / 2, (slope, kl_weight / 2), (-slope, kl_weight / 2)
+
+
+def slic(chosen, rejected, target, delta=1.0, sft_weight=0.1):
+    """2305.10425: max(0, delta - log pi(w) + log pi(l)) - lambda log pi(y_ref)."""
+    (w, _, _, _), (r, _, _, _), (t, _, _, _) = score(chosen), score(rejected), score(target)
+    hinge = delta - w + r
+    slope = -1.0 if hinge > 0 else 0.0
+    return max(0.0, hinge) - sft_weight * t, (slope, 0.0), (-slope, 0.0), (-sft_weight, 0.0)
+
+
+def kto(completion, beta, label, z0, desirable_weight=1.0, undesirable_weight=1.0):
+    """2402.01306 eq. 7; z0 is a number."""
+    y, y_ref, _, _ = score(completion)
+    sign, weight = (1, desirable_weight) if label else (-1, undesirable_weight)
+    s = sigmoid(sign * beta * ((y - y_ref) - z0))
+    return weight * (1 - s), (-weight * s * (1 - s) * sign * beta, 0.0)
+
+
+sdpo_stepwise = sdpo_segment = dpo
+
+
 def logit_gradient(response, g, h):
     """dL/dlogits of a response, given g = dL/d log pi(y) and h = dL/dSeqKL: g (1[v = y] - p_v) + h (p_v - q_v)."""
     rows = []

@@ -360,4 +360,4 @@ def test_imdb_prompts_are_how_reviews_begin(tmp_path, capsys):
     assert {prompt: entry["sft_target"] for prompt, entry in data.items()} == {"one two three": " and more", "a": " b", "x y z": " w"}
     assert "4 rows read, 4 kept; 1 review left out, because others begin with the same words" in capsys.readouterr().out
     with pytest.raises(UserError, match="imdb has no pairs: it is for loss=sft"):
-        load_split({"imdb": options}, "train", None, 64, 32, sft_mode=False, silent=True)
+        load_split({"imdb": options}, "train", None, 64, 32, silent=True)

@@ -88,7 +88,7 @@ def test_measures_of_pairs_by_hand():
     """Two pairs, prompt 0. Policy P after token 0 and Q after others; the reference Q after token 0 and P after others."""
     policy, reference = ByToken(P, Q, Q), ByToken(Q, P, P)
     pairs = {"a": ([0], [[1, 1], [0]]), "b": ([0], [[0], [1, 1]])}
-    split = SimpleNamespace(tokens=pairs.__getitem__)
+    split = SimpleNamespace(tokens=pairs.__getitem__, has_masks=False)
     objective = get_objective("tdpo2", beta=0.5, alpha=0.5)
     found = measure_pairs(policy, reference, objective, split, ["a", "b"], False, 1)
     # Of [1, 1]: log-ratio of the first token log(P1/Q1), of the second log(Q1/P1): 0 together; KL both ways. Of [0]: log(P0/Q0) < 0.

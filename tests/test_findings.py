@@ -3,7 +3,7 @@
 import pytest
 
 from findings import findings
-from plot import curve, write_page
+from plot import curve, write_curves
 
 
 def logs(examples: list[int], split: str = "eval", **curves: list[float]) -> list[dict]:
@@ -77,7 +77,7 @@ def test_what_is_not_finite_is_a_concern():
 
 def test_the_page_of_curves(tmp_path):
     some = logs([0, 100, 200, 300, 400], kl_s__chosen=[0, 0, 0, 0, 1], kl_s__rejected=[0, 4, 8, 9, 20])
-    panels = write_page([("<run>", some)], {"<run>": findings(some)}, str(tmp_path / "curves.html"))
+    panels = write_curves([("<run>", some)], {"<run>": findings(some)}, str(tmp_path / "curves.html"))
     page = (tmp_path / "curves.html").read_text()
     assert panels == ["SeqKL of chosen", "SeqKL of rejected"] and page.count("data:image/png;base64,") == 2
     assert '<li class="look">KL runs away (SeqKL of rejected 9.0 nats' in page and "<h2>&lt;run&gt;</h2>" in page

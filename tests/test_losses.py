@@ -6,6 +6,7 @@ import math
 import random
 import subprocess
 import sys
+from dataclasses import replace
 
 import oracle
 import pytest
@@ -14,6 +15,7 @@ from conftest import ROOT
 
 import losses
 import trainers
+from config_schema import HYPERPARAMETERS
 from losses import ResponseScores, get_objective
 from scoring import _get_batch_logps, _tdpo_get_batch_logps
 
@@ -29,6 +31,21 @@ CASES = [
     ("tdpo1", {"beta": 0.7}),
     ("tdpo2", {"beta": 0.1}),
     ("tdpo2", {"beta": 0.5, "alpha": 1.5}),
+    ("rdpo", {"beta": 0.1}),
+    ("rdpo", {"beta": 0.6, "label_smoothing": 0.3}),
+    ("dpop", {"beta": 0.1}),
+    ("dpop", {"beta": 0.4, "dpop_lambda": 3.0}),
+    ("simpo", {}),
+    ("simpo", {"beta": 5.0, "gamma": 1.0}),
+    ("odpo", {"beta": 0.1}),
+    ("odpo", {"beta": 0.3, "alpha": 0.4, "kl_weight": 0.2}),
+    ("slic", {}),
+    ("slic", {"delta": 20.0, "sft_weight": 0.5}),
+    ("kto", {"beta": 0.1}),
+    ("kto", {"beta": 0.5, "desirable_weight": 1.3, "undesirable_weight": 0.6}),
+    ("kto", {"beta": 0.5, "z0": 0}),
+    ("sdpo_stepwise", {"beta": 0.2}),
+    ("sdpo_segment", {"beta": 0.2}),
 ]
 VOCABULARY = 7
 
@@ -55,16 +72,35 @@ def scores_of(logits, reference, labels) -> ResponseScores:
     return ResponseScores(logps, (labels[:, 1:] != -100).sum(-1), reference_logps, kl)
 
 
+def with_data(name: str, hyperparameters: dict, scores: dict, rng: random.Random) -> tuple[dict, dict]:
+    """What beside log-probabilities the loss is given: (scores, the oracle's arguments)."""
+    if name == "odpo":
+        annotations = (rng.uniform(1, 2), rng.uniform(0, 1))
+        given = {r: replace(s, annotation=torch.tensor([a], dtype=torch.float64)) for (r, s), a in zip(scores.items(), annotations)}
+        return given, {**hyperparameters, "annotations": annotations}
+    if name == "kto":
+        label, z0 = rng.random() < 0.5, 0.0 if hyperparameters.get("z0") == 0 else rng.uniform(0, 3)
+        baseline = None if hyperparameters.get("z0") == 0 else torch.tensor(z0, dtype=torch.float64)
+        score = replace(scores["completion"], annotation=torch.tensor([float(label)]), baseline=baseline)
+        return {"completion": score}, {**{k: v for k, v in hyperparameters.items() if k != "z0"}, "label": label, "z0": z0}
+    return scores, hyperparameters
+
+
 @pytest.mark.parametrize("name,hyperparameters", CASES)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(4))
 def test_value_and_gradient_are_the_papers(name, hyperparameters, seed):
     rng = random.Random(f"{name}{seed}")
-    responses = {"chosen": random_response(rng, 2, 1 + seed * 3), "rejected": random_response(rng, 2, 5 - seed)}
+    lengths = {"chosen": 1 + seed * 3, "rejected": 5 - seed, "target": 3, "completion": 4}
+    objective = get_objective(name, **hyperparameters)
+    # SFT's oracle takes a pair too.
+    roles = ("chosen", "rejected") if name == "sft" else objective.roles
+    responses = {role: random_response(rng, 2, lengths[role]) for role in roles}
     inputs = {role: tensors(response) for role, response in responses.items()}
-    output = get_objective(name, **hyperparameters)({role: scores_of(*values) for role, values in inputs.items()})
+    scores, arguments = with_data(name, hyperparameters, {role: scores_of(*values) for role, values in inputs.items()}, rng)
+    output = objective(scores)
     output.losses.sum().backward()
 
-    loss, *slopes = getattr(oracle, name)(responses["chosen"], responses["rejected"], **hyperparameters)
+    loss, *slopes = getattr(oracle, name)(*responses.values(), **arguments)
     assert output.losses.item() == pytest.approx(loss, rel=1e-10, abs=1e-12)
     for role, slope in zip(responses, slopes):
         expected = torch.tensor(oracle.logit_gradient(responses[role], *slope), dtype=torch.float64)
@@ -95,7 +131,46 @@ def test_alpha_0_is_dpo_and_alpha_1_is_tdpo1_with_another_gradient():
     assert torch.autograd.grad(two.losses.sum(), kl, allow_unused=True)[0] is None  # TDPO2 does not
 
 
-@pytest.mark.parametrize("name", ["dpo", "tdpo1", "tdpo2"])
+def test_relatives_that_are_dpo():
+    """Hyperparameters with which a loss is DPO, value and gradient; what each adds otherwise, by hand."""
+    scores = random_scores(3)
+    annotated = {role: replace(score, annotation=torch.full((6,), float(role == "chosen"))) for role, score in scores.items()}
+    dpo = get_objective("dpo", beta=0.2)(scores)
+    same = {"rdpo": {"label_smoothing": 0.0}, "dpop": {"dpop_lambda": 0.0}, "odpo": {"alpha": 0.0}, "sdpo_stepwise": {"parts": 4}}
+    for name, hyperparameters in same.items():
+        output = get_objective(name, beta=0.2, **hyperparameters)(annotated)
+        torch.testing.assert_close(output.losses, dpo.losses, rtol=1e-12, atol=0)
+        torch.testing.assert_close(output.rewards, dpo.rewards)
+    # Scores that differ by 1 offset nothing, by e^2 as much as a logit of 2 alpha.
+    apart = {role: replace(score, annotation=score.annotation * math.exp(2)) for role, score in annotated.items()}
+    assert torch.equal(get_objective("odpo", beta=0.2)(annotated).logits, dpo.logits)
+    torch.testing.assert_close(get_objective("odpo", beta=0.2, alpha=0.5)(apart).logits, dpo.logits - 1, check_dtype=False)
+
+
+def test_the_readmes_example_of_another_loss(monkeypatch):
+    (code,) = [block for block in (ROOT / "README.md").read_text().split("```python\n")[1:] if block.startswith("def hinge")]
+    monkeypatch.setattr(losses, "OBJECTIVES", dict(losses.OBJECTIVES))
+    exec(code.split("```")[0], vars(losses))
+    scores = random_scores(4)
+    margin = scores["chosen"].log_ratio - scores["rejected"].log_ratio
+    torch.testing.assert_close(get_objective("hinge", beta=0.1)(scores).losses, (1 - 0.1 * margin).clamp(min=0))
+    del losses.hinge
+
+
+def test_hyperparameters_have_ranges():
+    for objective in losses.OBJECTIVES.values():
+        assert set(inspect.signature(objective.function).parameters) - {"scores"} <= set(HYPERPARAMETERS)
+
+
+def test_what_a_loss_needs_is_declared():
+    assert not any(get_objective(name).needs_reference for name in ("sft", "simpo", "slic"))
+    assert get_objective("simpo", log_kl=True).needs_reference and get_objective("dpo", beta=0.1, log_kl=True).needs_kl
+    assert {name for name, objective in losses.OBJECTIVES.items() if objective.needs_kl} == {"tdpo1", "tdpo2"}
+    assert get_objective("odpo", beta=0.1, kl_weight=0.1).needs_kl and not get_objective("odpo", beta=0.1, kl_weight=0.0).needs_kl
+    assert get_objective("kto", beta=0.1).needs_baseline and not get_objective("kto", beta=0.1, z0=0).needs_baseline
+
+
+@pytest.mark.parametrize("name", ["dpo", "tdpo1", "tdpo2", "rdpo", "dpop"])
 def test_loss_is_ln_2_and_rewards_0_where_policy_equals_reference(name):
     same = {role: ResponseScores(s.logps, s.num_tokens, s.logps.detach(), torch.zeros(6)) for role, s in random_scores(1).items()}
     output = get_objective(name, beta=0.1)(same)

@@ -11,9 +11,11 @@ from conftest import ROOT, compose
 from omegaconf import OmegaConf
 
 import memory
+from losses import OBJECTIVES
 from memory import ModelShape, device_memory
 from models import embedded_tokenizer
 from preference_datasets import load_split
+from token_cache import PAIRS, SFT
 
 STATES = {"hidden_size": 768, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 3072}  # weights decide
 # The vocabulary decides; with plain scoring, because fast scoring's part of it is too small to be measured so (see test_fast_scoring.py).
@@ -45,7 +47,7 @@ def measured(sizes: dict, loss: str, batch_size: int, ranks: int, microbatches: 
 def computed(sizes: dict, loss: str, batch_size: int, ranks: int, microbatches: int) -> int:
     config = compose("exp_name=x")
     tokenizer = embedded_tokenizer()
-    options = {"sft_mode": loss == "sft", "silent": True}
+    options = {"form": SFT if loss == "sft" else PAIRS, "silent": True}
     data = load_split(OmegaConf.to_container(config.datasets), "train", tokenizer, config.max_length, config.max_prompt_length, **options)
     elements = [data.element(example) for example in next(data.epochs(0))[:batch_size]]
     labels = [element[name] for element in elements for name in element if name in ("chosen_labels", "rejected_labels")]
@@ -59,8 +61,8 @@ def computed(sizes: dict, loss: str, batch_size: int, ranks: int, microbatches: 
         response_tokens=sum(label != -100 for row in labels for label in row) // parts,
         plain=plain,
         shards=ranks,
-        needs_reference=loss != "sft",
-        needs_kl=loss == "tdpo2",
+        needs_reference=OBJECTIVES[loss].needs_reference,
+        needs_kl=OBJECTIVES[loss].needs_kl,
         compute_bytes=4,
         activation_checkpointing=False,
         accumulates_whole=microbatches > 1,
@@ -74,9 +76,10 @@ def computed(sizes: dict, loss: str, batch_size: int, ranks: int, microbatches: 
     [
         (STATES, "tdpo2", 2, 1, 1),
         (STATES, "tdpo2", 4, 2, 2),
+        (STATES, "simpo", 2, 1, 1),
         (LOGITS, "tdpo2", 2048, 1, 1),
     ],
-    ids=["weights", "weights, two shards, whole gradients", "logits"],
+    ids=["weights", "weights, two shards, whole gradients", "weights, no reference", "logits"],
 )
 def test_computed_is_measured(sizes, loss, batch_size, ranks, microbatches, tmp_path):
     """Within 20%: the interpreter, the tokens and the allocator take 10 to 40 MB of these 500 to 1,000, and PyTorch's versions differ."""

@@ -12,7 +12,7 @@ from typing import Optional
 
 import pytest
 import torch
-from conftest import DATA, MINI, PREFERENCE, QUIET, ROOT, compose, logs_of, run, weights_of
+from conftest import DATA, MINI, PREFERENCE, QUIET, ROOT, compose, logs_of, run, run_together, weights_of
 from test_golden_runs import assert_same_logs, overrides
 
 import launch
@@ -60,34 +60,55 @@ def has_steps(folder: Path, n: int) -> bool:
     return (folder / "metrics.jsonl").exists() and len(logs_of(folder, "train")) >= n
 
 
-@pytest.mark.parametrize("name,n", [("tdpo2", 1), ("sft", 2), ("tdpo2", 2)])
-def test_the_recorded_runs_sharded(name, n, tmp_path):
-    recorded, arguments = golden(name)
+TENSOR = ["trainer=TensorParallelTrainer"]
+LOW_PRECISION = [*PREFERENCE, "n_examples=8", "model.fsdp_policy_mp=bfloat16"]
+EXACT = [*PREFERENCE, "optimizer=SGD", "lr=0.1", "warmup_steps=0", "model.policy_dtype=float64", "do_first_eval=false"]
+EXACT += ["batch_size=40", "drop_last=false", "gradient_accumulation_steps=5", "n_eval_examples=3"]
+SAMPLING = [*PREFERENCE, "n_examples=8", "sample_during_eval=true", "n_eval_model_samples=6", "eval_batch_size=5"]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> Path:
+    """A folder with runs by name, of two ranks."""
+    folder = tmp_path_factory.mktemp("two")
+    halves = {
+        f"bfloat16-{whole}": [*SHARDED, "gradient_accumulation_steps=4", f"parallel.reduce_once_a_step={whole}"] for whole in (True, False)
+    }
+    runs = {
+        "sft": [*golden("sft")[1], *SHARDED],
+        "tdpo2": [*golden("tdpo2")[1], *SHARDED, "tokens_per_microbatch=300", "activation_checkpointing=true"],
+        "tensor": [*golden("tdpo2")[1], *TENSOR, "reference_cache=true"],
+        **{name: [*LOW_PRECISION, *options] for name, options in halves.items()},
+        "bfloat16-tensor": [*LOW_PRECISION, *TENSOR, "sample_during_eval=true", "n_eval_model_samples=3"],
+        "samples": [*SAMPLING, *SHARDED],
+    }
+    run_together([[*options, f"local_run_dir={folder}/{name}", f"local_dirs=[{folder}]"] for name, options in runs.items()], 2, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def four_ranks(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("four")
+    hybrid = [*SHARDED, "eval_batch_size=5", "parallel.replicas=2", "parallel.reduce_once_a_step=false", "reference_cache=true"]
+    runs = {"tdpo2": [*golden("tdpo2")[1], *hybrid], "exact": [*EXACT, *SHARDED]}
+    run_together([[*options, f"local_run_dir={folder}/{name}", f"local_dirs=[{folder}]"] for name, options in runs.items()], 4, folder)
+    return folder
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_the_recorded_run_in_processes_that_it_starts(n, tmp_path):
+    recorded, arguments = golden("tdpo2")
     assert_same_logs(recorded, run(*arguments, *SHARDED, f"nproc_per_node={n}", f"local_run_dir={tmp_path}/run"))
 
 
-def test_the_recorded_run_on_four_ranks(tmp_path):
+@pytest.mark.parametrize("name", ["sft", "tdpo2", "tensor"])
+def test_the_recorded_runs_under_torchrun(name, two_ranks):
+    assert_same_logs(golden("tdpo2" if name == "tensor" else name)[0], two_ranks / name)
+
+
+def test_the_recorded_run_on_four_ranks(four_ranks):
     """As two replicas of two shards. Five eval pairs a batch: ranks without a row take part."""
-    recorded, arguments = golden("tdpo2")
-    options = [*SHARDED, "nproc_per_node=4", "eval_batch_size=5", "parallel.replicas=2", "parallel.reduce_once_a_step=false"]
-    options += ["reference_cache=true", f"local_run_dir={tmp_path}/run", f"local_dirs=[{tmp_path}]"]
-    assert_same_logs(recorded, run(*arguments, *options))
-
-
-@pytest.mark.parametrize(
-    "trainer,extra",
-    [
-        ("FSDPTrainer", ["tokens_per_microbatch=300", "activation_checkpointing=true"]),
-        ("TensorParallelTrainer", ["reference_cache=true"]),
-    ],
-    ids=["FSDPTrainer", "TensorParallelTrainer"],
-)
-def test_the_recorded_run_under_torchrun(trainer, extra, tmp_path):
-    recorded, arguments = golden("tdpo2")
-    process = start([*arguments, f"trainer={trainer}", *extra, f"local_run_dir={tmp_path}/run", f"local_dirs=[{tmp_path}]"], STANDALONE)
-    output, _ = process.communicate(timeout=180)
-    assert process.returncode == 0, output
-    assert_same_logs(recorded, tmp_path / "run")
+    assert_same_logs(golden("tdpo2")[0], four_ranks / "tdpo2")
 
 
 def test_sharded_models_of_every_family():
@@ -101,12 +122,9 @@ def test_sharded_models_of_every_family():
         assert f"refused {family} trainer=TensorParallelTrainer: Transformers has no plan that splits the layers of {model}" in done.stdout
 
 
-def test_weights_do_not_depend_on_the_number_of_ranks(tmp_path):
+def test_weights_do_not_depend_on_the_number_of_ranks(four_ranks, tmp_path):
     """Batches of 40, 40 and 16 pairs, the last cut into 20 parts of which four are empty: SGD in float64 hides nothing."""
-    options = [*PREFERENCE, "optimizer=SGD", "lr=0.1", "warmup_steps=0", "model.policy_dtype=float64", "do_first_eval=false"]
-    options += ["batch_size=40", "drop_last=false", "gradient_accumulation_steps=5", "n_eval_examples=3"]
-    one = run(*options, f"local_run_dir={tmp_path}/one")
-    four = run(*options, *SHARDED, "nproc_per_node=4", f"local_run_dir={tmp_path}/four")
+    one, four = run(*EXACT, f"local_run_dir={tmp_path}/one"), four_ranks / "exact"
     assert weights_of(four).keys() == weights_of(one).keys()
     for name, tensor in weights_of(one).items():
         torch.testing.assert_close(weights_of(four)[name], tensor, rtol=0, atol=1e-12)
@@ -115,27 +133,24 @@ def test_weights_do_not_depend_on_the_number_of_ranks(tmp_path):
         assert {name: theirs[name] for name in numbers} == pytest.approx(numbers, rel=1e-9, abs=1e-12)
 
 
-@pytest.mark.parametrize("whole", ["true", "false"])
-def test_mixed_precision_is_that_of_one_device(whole, tmp_path):
+@pytest.mark.parametrize("whole", [True, False])
+def test_mixed_precision_is_that_of_one_device(whole, two_ranks, tmp_path):
     """bfloat16 copies compute, float32 weights are trained, gradients are summed in float32: with the same microbatches (and threads, by
     whose number bfloat16 kernels round) the gradient's norm is the same to float32's rounding; a sum in bfloat16 is off by 1e-5."""
-    options = [*PREFERENCE, "n_examples=8", "model.fsdp_policy_mp=bfloat16"]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        one = run(*options, "gradient_accumulation_steps=8", f"local_run_dir={tmp_path}/one")
+        one = run(*LOW_PRECISION, "gradient_accumulation_steps=8", f"local_run_dir={tmp_path}/one")
     finally:
         torch.set_num_threads(threads)
-    sharded = [*SHARDED, "nproc_per_node=2", "gradient_accumulation_steps=4", f"parallel.reduce_once_a_step={whole}"]
-    two = run(*options, *sharded, f"local_run_dir={tmp_path}/two")
+    two = two_ranks / f"bfloat16-{whole}"
     assert logs_of(two, "eval")[0]["kl_eval/chosen"] == 0 and all(tensor.dtype == torch.float32 for tensor in weights_of(two).values())
     ours, theirs = (logs_of(folder, "train")[0]["grad_norm"] for folder in (one, two))
     assert theirs == pytest.approx(ours, rel=1e-6)
 
 
-def test_tensor_parallelism_computes_in_bfloat16_and_samples(tmp_path):
-    options = [*PREFERENCE, "trainer=TensorParallelTrainer", "nproc_per_node=2", "n_examples=8", "model.fsdp_policy_mp=bfloat16"]
-    run_dir = run(*options, "sample_during_eval=true", "n_eval_model_samples=3", f"local_run_dir={tmp_path}/run")
+def test_tensor_parallelism_computes_in_bfloat16_and_samples(two_ranks):
+    run_dir = two_ranks / "bfloat16-tensor"
     assert logs_of(run_dir, "eval")[0]["kl_eval/chosen"] == 0
     rows = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
     assert len(rows) == 6 and len({row["prompt"] for row in rows}) == 3 and all(row["policy"] for row in rows)
@@ -151,11 +166,9 @@ def test_a_step_that_is_not_finite_names_examples_and_ranks(tmp_path, capfd):
     assert [log["counters/examples"] for log in logs_of(tmp_path / "run", "train")] == [8]
 
 
-def test_samples_of_several_ranks(tmp_path):
+def test_samples_of_several_ranks(two_ranks, tmp_path):
     """Every prompt once, in order, in batches that leave a rank without one; texts of different lengths end together."""
-    options = [*PREFERENCE, "n_examples=8", "sample_during_eval=true", "n_eval_model_samples=6", "eval_batch_size=5"]
-    one = run(*options, f"local_run_dir={tmp_path}/one")
-    two = run(*options, *SHARDED, "nproc_per_node=2", f"local_run_dir={tmp_path}/two")
+    one, two = run(*SAMPLING, f"local_run_dir={tmp_path}/one"), two_ranks / "samples"
     ours, theirs = ([json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()] for folder in (one, two))
     assert [row["prompt"] for row in ours] == [row["prompt"] for row in theirs] and len(ours) == 12
     texts = [row["policy"].removeprefix(row["prompt"]) for row in theirs]

@@ -6,7 +6,7 @@ from conftest import ROOT
 
 # From the bottom up: a file imports files of rows above its own only.
 ORDER = [
-    {"utils", "losses", "shared_prompt", "reviews", "signals", "findings"},
+    {"utils", "losses", "shared_prompt", "reviews", "signals", "findings", "pages"},
     {"chunked_head"},
     {"scoring", "rows", "tokenization", "parallel", "sampling"},
     {"token_cache"},

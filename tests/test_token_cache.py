@@ -14,6 +14,7 @@ from batching import Example
 from losses import get_objective
 from parallel import World
 from preference_datasets import default_options, get_dataset, load_split
+from token_cache import PAIRS, PAIRS_AND_TARGET, SFT
 from tokenization import truncate
 from utils import UserError
 
@@ -29,11 +30,9 @@ def load(data, tmp_path, mini_tokenizer, monkeypatch):
     """load_split of that folder, with a cache also for these few rows."""
     monkeypatch.setattr(preference_datasets, "TEXTS_A_CORE", 1)
 
-    def call(
-        tokenizer=mini_tokenizer, sft_mode=False, split="train", name="hh", add_bos=False, cache_dir=str(tmp_path / "cache"), **options
-    ):
+    def call(tokenizer=mini_tokenizer, form=PAIRS, split="train", name="hh", add_bos=False, cache_dir=str(tmp_path / "cache"), **options):
         options = {name: {**default_options("hh"), "path": str(data), **options}}
-        return load_split(options, split, tokenizer, 64, 32, sft_mode, add_bos, cache_dir=cache_dir)
+        return load_split(options, split, tokenizer, 64, 32, form, add_bos, cache_dir=cache_dir)
 
     return call
 
@@ -86,7 +85,7 @@ def test_what_tokens_depend_on_makes_other_ones(change, load, no_reading, data, 
         arguments["tokenizer"] = AutoTokenizer.from_pretrained(MINI / "model")
         arguments["tokenizer"].chat_template = "{{ messages }}"
     elif change in ("sft", "split", "name", "bos"):
-        arguments |= {"sft": {"sft_mode": True}, "split": {"split": "test"}, "name": {"name": "helpful"}, "bos": {"add_bos": True}}[change]
+        arguments |= {"sft": {"form": SFT}, "split": {"split": "test"}, "name": {"name": "helpful"}, "bos": {"add_bos": True}}[change]
     else:
         monkeypatch.setattr(token_cache, "CODE", token_cache.CODE[1:])
     with pytest.raises(AssertionError, match="read again"):
@@ -122,7 +121,7 @@ def test_a_disk_that_takes_nothing(load, tmp_path, capsys):
 
 def test_few_rows_are_not_kept(tmp_path, mini_tokenizer):
     load_split(
-        {"hh": {**default_options("hh"), "path": str(MINI / "data")}}, "train", mini_tokenizer, 64, 32, False, cache_dir=str(tmp_path)
+        {"hh": {**default_options("hh"), "path": str(MINI / "data")}}, "train", mini_tokenizer, 64, 32, PAIRS, cache_dir=str(tmp_path)
     )
     assert not list(tmp_path.iterdir())
 
@@ -168,12 +167,12 @@ def test_ranks_that_do_not_see_the_files_are_sent_the_tokens(data, tmp_path, mon
 
 
 def test_lengths_are_those_of_the_tokens(load):
-    for sft_mode in (False, True):
-        split = load(sft_mode=sft_mode)
+    for form in (PAIRS, SFT, PAIRS_AND_TARGET):
+        split = load(form=form)
         examples = next(split.epochs(0))
         tokens = [split.tokens(example) for example in examples]
         assert split.lengths(examples) == [len(prompt) + sum(map(len, responses)) for prompt, responses in tokens]
         assert sorted(map(split.index, examples)) == list(range(len(split)))
         row = split.prompts[examples[0].prompt]
-        whole = [row["response_ids"][i] for i in ((0,) if sft_mode else row["pairs"][examples[0].pair])]
+        whole = [row["response_ids"][i] for i in row["examples"][examples[0].pair]]
         assert tokens[0] == truncate(row["prompt_ids"], whole, "keep_end", 64, 32)

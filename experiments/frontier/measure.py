@@ -75,7 +75,7 @@ class Measures:
         self.lengths = config.max_length, config.max_prompt_length
         self.reference, _, self.tokenizer, self.fast = load_compared(self.sft, None, self.device, config.max_length)
         pairs = OmegaConf.to_container(config.datasets)
-        self.split = load_split(pairs, "test", self.tokenizer, *self.lengths, False, add_bos, silent=True)
+        self.split = load_split(pairs, "test", self.tokenizer, *self.lengths, add_bos=add_bos, silent=True)
         self.seed = config.seed
         self.prompts = load_prompts(data, "test", self.tokenizer, self.lengths[1], add_bos, cache_dir)[: arguments.n_prompts]
 
