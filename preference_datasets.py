@@ -198,9 +198,13 @@ def _jsonl_pairs(source: Source, rows: Iterable[Row]) -> tuple[Dataset, Words]:
     for row in rows:
         found = _texts_of(source, row, "prompt", "chosen", "rejected")
         scores = [row.fields.get(f"{role}_score") for role in ("chosen", "rejected")]
-        if source.form.scored and not _in_order(scores):
+        if found is None:
+            continue
+        if source.form.scored and scores == [None, None]:
+            source.report.refuse(row, "no chosen_score and rejected_score, which this loss needs")
+        elif source.form.scored and not _in_order(scores):
             source.report.refuse(row, "chosen_score and rejected_score must be numbers, the first one greater")
-        elif found is not None and source.report.usable_pair(row, *found.contents):
+        elif source.report.usable_pair(row, *found.contents):
             prompt, *responses = found.texts
             _add_pair(data[prompt], *responses)
             data[prompt]["scores"] += scores
@@ -227,6 +231,8 @@ def _jsonl_labelled(source: Source, rows: Iterable[Row]) -> tuple[Dataset, Words
     for row in rows:
         found = _completion_of(source, row)
         label = row.fields.get(columns["label"])
+        if not _has_columns(source, row, "prompt", "completion", "label"):
+            continue
         if not isinstance(label, (bool, int)) or label not in (0, 1):
             source.report.refuse(row, f"{columns['label']!r} must be true or false")
         elif found is not None and source.report.usable_answers(row, found.contents[0], found.contents[1:]):
@@ -246,6 +252,8 @@ def _jsonl_scored(source: Source, rows: Iterable[Row]) -> tuple[Dataset, Words]:
     words: Words = {}
     for row in rows:
         found, score = _completion_of(source, row), row.fields.get(column)
+        if not _has_columns(source, row, "prompt", "completion", "score"):
+            continue
         if not _is_number(score):
             source.report.refuse(row, f"{column!r} must be a number")
         elif found is not None and source.report.usable_answers(row, found.contents[0], found.contents[1:]):
@@ -311,9 +319,19 @@ def _check_escaping(source: Source) -> None:
         raise UserError("escape_special_tokens=true would escape the chat template's own tokens too: it is for plain text alone")
 
 
+def _has_columns(source: Source, row: Row, *columns: str) -> bool:
+    """Whether the row has the fields that `columns` names; noted where not, with those that it has."""
+    missing = [f"columns.{name}={field}" for name in columns if (field := source.options["columns"][name]) not in row.fields]
+    if missing:
+        source.report.refuse(row, f"no such field: {', '.join(missing)} (of datasets.{source.report.name}); it has {', '.join(row.fields)}")
+    return not missing
+
+
 def _completion_of(source: Source, row: Row) -> Optional[chat.Rendered]:
     """A prompt and one response, with the separator in front, where it is plain text."""
     columns, separator = source.options["columns"], source.options["separator"]
+    if not {columns["prompt"], columns["completion"]} <= set(row.fields):
+        return None
     found = _texts_of(source, row, columns["prompt"], columns["completion"])
     if found is None or chat.has_messages(row, (columns["prompt"], columns["completion"])):
         return found
@@ -452,6 +470,8 @@ def _in_form(name: str, data: Dataset, form: Form, unpair: bool, lines: list[str
         count = sum(len(entry["pairs"]) for entry in data.values())
         lines.append(f"{name}: {plural(count, 'pair')} taken as {2 * count:,} single responses, the chosen ones desirable (unpair)")
         return {prompt: _unpaired(entry) for prompt, entry in data.items() if entry["pairs"]}
+    if unpair:
+        lines.append(f"{name}: unpair=true is for loss=kto; here its pairs are taken as they are")
     if form.scored and not all("scores" in entry for entry in data.values()):
         raise UserError(f"{name} has no scores, which this loss needs: datasets=[shp], [se], [reviews], or [jsonl] with scores")
     if form.segments and not all("spans" in entry for entry in data.values()):

@@ -49,7 +49,8 @@ def test_scores_of_pairs_reach_the_loss_in_the_order_of_roles(tmp_path, mini_tok
 )
 def test_a_pair_without_scores_in_order_is_a_defect_where_they_are_needed(scores, tmp_path, mini_tokenizer):
     rows = [pair("one", chosen_score=2, rejected_score=1), pair("two", **scores)]
-    with pytest.raises(UserError, match="chosen_score and rejected_score must be numbers, the first one greater: .*rows.jsonl row 2"):
+    what = "must be numbers, the first one greater" if scores else "which this loss needs"
+    with pytest.raises(UserError, match=f"chosen_score and rejected_score,? {what}: .*rows.jsonl row 2"):
         split_of(tmp_path, rows, SCORED, mini_tokenizer)
     assert len(split_of(tmp_path, rows, SCORED, mini_tokenizer, invalid_rows="skip")) == 1
     assert len(split_of(tmp_path, rows, PAIRS, mini_tokenizer)) == 2
@@ -85,6 +86,8 @@ def test_scored_completions_become_pairs_by_score(tmp_path, mini_tokenizer):
     assert data["p"]["pairs"] == [(1, 0)]
     split = split_of(tmp_path, rows, SCORED, mini_tokenizer, rows="scored", min_margin=0.7)
     assert len(split) == 1 and split.annotations(Example(0, 0)) == [0.9, 0.1]
+    with pytest.raises(UserError, match=r"no such field: columns.score=score \(of datasets.jsonl\); it has prompt, completion: .* row 1"):
+        split_of(tmp_path, [completion("p", " x")], SCORED, mini_tokenizer, rows="scored")
     with pytest.raises(UserError, match="'score' must be a number: .*rows.jsonl row 2"):
         split_of(tmp_path, [rows[0], completion("p", " x", score="2")], SCORED, mini_tokenizer, rows="scored")
 
