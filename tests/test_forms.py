@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from batching import Example, with_partners
 from config_schema import check_config
 from losses import get_objective
+from metrics import MetricSums, Weighted
 from preference_datasets import default_options, load_prompts, load_split
 from scoring import Scorer
 from shared_prompt import prompt_rows
@@ -309,6 +310,14 @@ def test_votes_against_the_label_are_a_defect_where_scores_are_needed(tmp_path, 
     write_lines(tmp_path / "train.jsonl", [*rows, {**texts, "score_A": 10, "score_B": 2, "labels": 0}])
     with pytest.raises(UserError, match="the preferred response has the lower score: .*row 3"):
         load_split(options, "train", mini_tokenizer, 64, 16, SCORED, silent=True)
+
+
+def test_metrics_of_some_examples_alone():
+    """Means over those that count, among the first `counted`; of none there is no mean."""
+    sums = MetricSums()
+    sums.add({"x": Weighted(torch.tensor([1.0, 7.0, 5.0, 9.0]), torch.tensor([True, False, True, True]))}, counted=3)
+    sums.add({"x": Weighted(torch.tensor([6.0]), torch.tensor([True])), "y": Weighted(torch.ones(2), torch.zeros(2, dtype=torch.bool))})
+    assert sums.means() == {"x": 4.0}
 
 
 # --- what goes together ---
