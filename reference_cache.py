@@ -35,7 +35,7 @@ def identity_of(config: transformers.PreTrainedConfig) -> str:
 
 
 class ReferenceCache:
-    """One file of (positions, hidden) numbers: of each example in turn its chosen response's positions, then its rejected one's.
+    """One file of (positions, hidden) numbers: of each example in turn the scored positions of its responses, role by role.
 
     Args:
         cache_dir: the user's folder for such things.

@@ -12,7 +12,7 @@ from losses import Objective, get_objective, objective_of
 from models import build_model, check_model, load_model_config, load_tokenizer, prepare_hub
 from parallel import fingerprint
 from scoring import Scorer, fast_scoring_problem
-from token_cache import PAIRS
+from token_cache import PAIRS, SFT
 from utils import DTYPES, UserError, get_local_dir
 
 CONFIG = os.path.join(os.path.dirname(os.path.abspath(__file__)), "config")
@@ -99,7 +99,7 @@ def find_trained(path: str) -> Trained:
         noted = read_progress(checkpoint)["reference"]
         archive, identity = noted["archive"], noted["fingerprint"]
     # What a loss without reference has started from will do as well.
-    known = _objective_of(config).name != "sft" and (archive is not None or config.model.from_config is None)
+    known = _objective_of(config).roles != SFT.roles and (archive is not None or config.model.from_config is None)
     return Trained(folder, model, config, OmegaConf.merge(config.model, {"archive": archive}) if known else None, identity)
 
 

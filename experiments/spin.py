@@ -76,7 +76,7 @@ def spin(own: dict[str, str], overrides: list[str]) -> None:
         where = [f"local_run_dir={folder}/run", "resume=auto", f"exp_name=spin_{k}"]
         call("train.py", "loss=dpo", *overrides, "datasets=[jsonl]", *data, archive, *where)
         present = f"{folder}/run"
-    print(f"done: {present}")
+    print(f"--- SPIN is done: the model of iteration {own['iterations']} is {present}")
 
 
 def data_of(trained: Trained) -> list[str]:
