@@ -13,10 +13,8 @@ from typing import Optional
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from batching import EVAL_SEED
-from command_line import run_command
-from config_schema import Evaluation, check_tool_config
-from evaluation import (
+from preference_datasets import load_prompts, load_split
+from tdpo.analysis.evaluation import (
     MEASURES,
     Estimate,
     by_prompt,
@@ -27,11 +25,13 @@ from evaluation import (
     measure_whole_texts,
     table_of,
 )
-from preference_datasets import load_prompts, load_split
-from rewards import Reward, gold_reward_of, reward_model
-from runs import Inputs, Trained, find_inputs, load_compared
-from sampling import own_distribution, sample_batch
-from utils import batched
+from tdpo.analysis.rewards import Reward, gold_reward_of, reward_model
+from tdpo.analysis.trained import Inputs, Trained, find_inputs, load_compared
+from tdpo.cli.command_line import run_command
+from tdpo.cli.schema import Evaluation, check_tool_config
+from tdpo.data.batching import EVAL_SEED
+from tdpo.models.sampling import own_distribution, sample_batch
+from tdpo.utils import batched
 
 
 def run(config: DictConfig, overrides: Sequence[str] = ()) -> dict[str, dict[str, Estimate]]:

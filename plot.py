@@ -20,10 +20,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first)
 from omegaconf import OmegaConf  # noqa: E402
 
-from findings import Finding, findings  # noqa: E402
-from losses import objective_of  # noqa: E402
-from pages import write_page  # noqa: E402
-from utils import UserError  # noqa: E402
+from tdpo.analysis.findings import Finding, findings  # noqa: E402
+from tdpo.analysis.pages import write_page  # noqa: E402
+from tdpo.losses import objective_of  # noqa: E402
+from tdpo.utils import UserError  # noqa: E402
 
 # Title, unit and metric of each panel; {s} is train or eval.
 PANELS = (

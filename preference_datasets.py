@@ -19,13 +19,12 @@ from typing import NamedTuple, Optional, Union
 import numpy as np
 from omegaconf import OmegaConf
 
-import chat
-import reviews
-from batching import BatchStream, TokenizedSplit, get_collate_fn
-from rows import Row, RowReport, has_split, read_rows
-from token_cache import COMPLETIONS, PAIRS, SFT, TEXTS_A_CORE, Form, TokenCache, cache_key, count_texts, tokenize
-from tokenization import encode, special_token_strings, tokenize_batch_element, truncate, with_bos
-from utils import UserError, nearest, plural, some_of
+from tdpo.data import chat, reviews
+from tdpo.data.batching import BatchStream, TokenizedSplit, get_collate_fn
+from tdpo.data.rows import Row, RowReport, has_split, read_rows
+from tdpo.data.token_cache import COMPLETIONS, PAIRS, SFT, TEXTS_A_CORE, Form, TokenCache, cache_key, count_texts, tokenize
+from tdpo.data.tokenization import encode, special_token_strings, tokenize_batch_element, truncate, with_bos
+from tdpo.utils import CONFIG_DIR, UserError, nearest, plural, some_of
 
 __all__ = ["get_dataset", "get_collate_fn", "get_batch_iterator", "tokenize_batch_element", "load_split"]
 
@@ -395,7 +394,7 @@ def default_options(name: str) -> Mapping:
     Raises:
         UserError: there is no such file.
     """
-    folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "config", "datasets")
+    folder = os.path.join(CONFIG_DIR, "datasets")
     known = [file.removesuffix(".yaml") for file in sorted(os.listdir(folder))]
     if name not in known:
         raise UserError(f"unknown dataset {name!r}{nearest(name, known)}; known: {', '.join(known)}")
@@ -504,7 +503,8 @@ def load_split(
     """
     tables = []
     for name, node in options.items():
-        cache = TokenCache(cache_dir, cache_key(name, node, split, tokenizer, add_bos, form, cache_dir)) if cache_dir else None
+        loader = LOADERS[node["loader"]]
+        cache = TokenCache(cache_dir, cache_key(name, node, split, tokenizer, add_bos, form, cache_dir, loader)) if cache_dir else None
         cached = cache.load() if cache else None
         if cached is None:
             data, lines = _load(name, split, node, cache_dir, tokenizer, form)

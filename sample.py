@@ -18,15 +18,15 @@ import tqdm
 import transformers
 from omegaconf import DictConfig
 
-from command_line import run_command, silence_unless
-from config_schema import Sample, check_tool_config
-from launch import is_rank, process_group
-from models import prepare_hub
-from parallel import World, fingerprint
 from preference_datasets import Prompt, load_prompts
-from runs import check_writable, find_trained, load_trained
-from sampling import own_distribution, sample_batch
-from utils import RunError, UserError, batched, plural
+from tdpo.analysis.trained import check_writable, find_trained, load_trained
+from tdpo.cli.command_line import run_command, silence_unless
+from tdpo.cli.schema import Sample, check_tool_config
+from tdpo.distributed.launch import is_rank, process_group
+from tdpo.distributed.world import World, fingerprint
+from tdpo.models.build import prepare_hub
+from tdpo.models.sampling import own_distribution, sample_batch
+from tdpo.utils import RunError, UserError, batched, plural
 
 STEP_TIMEOUT = 600  # seconds; what takes long here, reading and sampling, is waited for by World's patient group
 

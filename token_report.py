@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 
-from batching import EVAL_SEED, Example, TokenizedSplit
-from command_line import run_command
-from config_schema import TokenReport, check_tool_config
-from pages import write_page
 from preference_datasets import load_split
-from runs import Trained, find_inputs, load_compared
-from scoring import token_statistics
-from utils import UserError, batched
+from tdpo.analysis.pages import write_page
+from tdpo.analysis.trained import Trained, find_inputs, load_compared
+from tdpo.cli.command_line import run_command
+from tdpo.cli.schema import TokenReport, check_tool_config
+from tdpo.data.batching import EVAL_SEED, Example, TokenizedSplit
+from tdpo.scoring.scorer import token_statistics
+from tdpo.utils import UserError, batched
 
 ROLES = ("chosen", "rejected")
 COLUMNS = {"logps": "logps", "reference": "reference_logps", "kl": "kl"}  # of the page, of TokenStatistics

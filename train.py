@@ -17,21 +17,29 @@ from typing import Any, NamedTuple, Optional
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from batching import TokenizedSplit
-from command_line import run_command, silence_unless
-from config_schema import check_config
-from launch import joined, processes_to_start, start_ranks
-from losses import Objective, objective_of
-from metrics import Sink, open_sinks
-from models import Models, check_model, load_model_config, load_tokenizer, prepare_hub
-from parallel import World
 from preference_datasets import load_split
-from resume import FolderLock, Resumed, archive_of, check_same_data, check_seen_by_all, choose_run_dir, find_checkpoint, prepare_run_dir
-from tensor_parallel import TensorParallelTrainer
-from token_cache import Form
-from trainers import BasicTrainer, FSDPTrainer
-from utils import Stopped, UserError, get_local_dir, plural
-from watch import Watch
+from tdpo.checkpointing.resume import (
+    FolderLock,
+    Resumed,
+    archive_of,
+    check_same_data,
+    check_seen_by_all,
+    choose_run_dir,
+    find_checkpoint,
+    prepare_run_dir,
+)
+from tdpo.cli.command_line import run_command, silence_unless
+from tdpo.cli.schema import check_config
+from tdpo.data.batching import TokenizedSplit
+from tdpo.data.token_cache import Form
+from tdpo.distributed.launch import joined, processes_to_start, start_ranks
+from tdpo.distributed.watchdog import Watch
+from tdpo.distributed.world import World
+from tdpo.losses import Objective, objective_of
+from tdpo.models.build import Models, check_model, load_model_config, load_tokenizer, prepare_hub
+from tdpo.training.metrics import Sink, open_sinks
+from tdpo.utils import Stopped, UserError, get_local_dir, plural
+from trainers import BasicTrainer, FSDPTrainer, TensorParallelTrainer
 
 TRAINERS = {trainer.__name__: trainer for trainer in (BasicTrainer, FSDPTrainer, TensorParallelTrainer)}
 
@@ -53,7 +61,7 @@ def run(config: DictConfig, overrides: Sequence[str] = ()) -> str:
     if (n := processes_to_start(config)) > 1:
         run_dir = choose_run_dir(config)
         named = config.resume or config.local_run_dir
-        start_ranks(n, [*overrides, *([] if named else [f"local_run_dir='{run_dir}'"])], config)
+        start_ranks(n, os.path.abspath(__file__), [*overrides, *([] if named else [f"local_run_dir='{run_dir}'"])], config)
         return run_dir
     with joined(config) as world, Watch(world), silence_unless(world.is_first):
         return train(config, world, notes)

@@ -18,18 +18,19 @@ import torch
 import tqdm
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
+from torch.distributed.tensor import DTensor
 
-from batching import EVAL_SEED, BatchStream, Example, TokenizedSplit, ahead, get_collate_fn
-from checkpoints import add_export, remove_old, save_checkpoint
-from chunked_head import HeadOnly
-from feeding import Feeder, Microbatch
-from losses import objective_of, preference_loss, tdpo_loss
-from metrics import MetricSums, Sink, example_metrics
-from parallel import World, find_blocks, fingerprint, load_weights, shard_scorer, whole_state
-from reference_cache import ReferenceCache, identity_of
-from resume import Resumed, archive_of
-from sampling import generate, interleaved, mixed_seed, own_distribution
-from scoring import (
+from tdpo.checkpointing.checkpoints import add_export, remove_old, save_checkpoint
+from tdpo.checkpointing.resume import Resumed, archive_of
+from tdpo.checkpointing.training_state import restore_tensors, training_tensors
+from tdpo.data.batching import EVAL_SEED, BatchStream, Example, TokenizedSplit, ahead, get_collate_fn
+from tdpo.distributed.signals import StopSignals
+from tdpo.distributed.tensor_parallel import split_matrices, tensor_parallel_plan
+from tdpo.distributed.world import World, find_blocks, fingerprint, load_weights, shard_scorer, whole_state
+from tdpo.losses import objective_of, preference_loss, tdpo_loss
+from tdpo.models.sampling import generate, interleaved, mixed_seed, own_distribution
+from tdpo.scoring.chunked_loss import HeadOnly
+from tdpo.scoring.scorer import (
     Scored,
     Scorer,
     _get_batch_logps,
@@ -38,14 +39,16 @@ from scoring import (
     concatenated_inputs,
     fast_scoring_problem,
 )
-from signals import StopSignals
-from training_state import restore_tensors, training_tensors
-from utils import DTYPES, RunError, Stopped, UserError, full_tensor, get_local_dir, plural, some_of
+from tdpo.training.feeder import Feeder, Microbatch
+from tdpo.training.metrics import MetricSums, Sink, example_metrics
+from tdpo.training.reference_cache import ReferenceCache, identity_of
+from tdpo.utils import DTYPES, RunError, Stopped, UserError, full_tensor, get_local_dir, plural, some_of
 
 # preference_loss and the next ones are here for forks of the published code that import them from trainers.
 __all__ = [
     "BasicTrainer",
     "FSDPTrainer",
+    "TensorParallelTrainer",
     "preference_loss",
     "tdpo_loss",
     "_get_batch_logps",
@@ -673,3 +676,40 @@ class FSDPTrainer(BasicTrainer):
 
     def reduce(self, sums: torch.Tensor) -> torch.Tensor:
         return self.world.sum(sums)
+
+
+class TensorParallelTrainer(BasicTrainer):
+    """Trains on several devices that hold and multiply a part of every matrix each, and all work on the whole batch."""
+
+    sharded = True
+
+    @classmethod
+    def check_model(cls, policy: nn.Module, config: DictConfig, world: World) -> None:
+        tensor_parallel_plan(policy, world.size)
+
+    def place(self, scorer: Scorer, weights: Mapping[str, Callable[[], nn.Module]]) -> Scorer:
+        mesh = self.world.mesh()
+        partial = split_matrices(scorer.policy, mesh)
+        load_weights(self.world, scorer.policy, weights["policy"])
+        self.partial = [parameter for name, parameter in scorer.policy.named_parameters() if name in partial]
+        if scorer.reference is not None:
+            split_matrices(scorer.reference, mesh)
+            self.reference_identity = load_weights(self.world, scorer.reference, weights["reference"])
+        return scorer
+
+    def parameter_groups(self) -> list[list[nn.Parameter]]:
+        """Split ones, and whole ones: neither optimizers nor norms take both together."""
+        groups = [], []
+        for parameter in self.policy.parameters():
+            groups[isinstance(parameter, DTensor)].append(parameter)
+        return [group for group in groups if group]
+
+    def clip_gradient(self) -> torch.Tensor:
+        for parameter in self.partial:
+            self.world.sum(parameter.grad)
+        groups = self.parameter_groups()
+        norms = [full_tensor(torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])) for group in groups]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        for group in groups:
+            torch.nn.utils.clip_grads_with_norm_(group, self.config.max_grad_norm, norm)
+        return norm

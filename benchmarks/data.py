@@ -27,12 +27,11 @@ sys.path.insert(0, str(ROOT))
 import hydra  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
-import batching  # noqa: E402
-import reviews  # noqa: E402
 import train  # noqa: E402
 import trainers  # noqa: E402
-from models import embedded_tokenizer  # noqa: E402
 from preference_datasets import default_options, load_split  # noqa: E402
+from tdpo.data import batching, reviews  # noqa: E402
+from tdpo.models.build import embedded_tokenizer  # noqa: E402
 
 
 def write_pairs(folder: Path, pairs: int, rows: str | None) -> None:

@@ -19,10 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 
 from benchmarks.step import Memory  # noqa: E402
-from chunked_head import CHUNK, Head, Reference, loss_of_rows  # noqa: E402
-from losses import get_objective  # noqa: E402
-from shared_prompt import prompt_rows  # noqa: E402
-from utils import DTYPES  # noqa: E402
+from tdpo.losses import get_objective  # noqa: E402
+from tdpo.scoring.chunked_loss import CHUNK, Head, Reference, loss_of_rows  # noqa: E402
+from tdpo.scoring.prefix_sharing import prompt_rows  # noqa: E402
+from tdpo.utils import DTYPES  # noqa: E402
 
 SIDE = 128  # response tokens of chosen, and of rejected
 

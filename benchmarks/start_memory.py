@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-import models  # noqa: E402
+from tdpo.models import build as models  # noqa: E402
 
 IMPORTS = "import sys, time; sys.path.insert(0, {root!r}); import train; print('ready', flush=True); time.sleep(600)"
 

@@ -34,11 +34,11 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import transformers  # noqa: E402
 
-from batching import balanced_parts  # noqa: E402
-from losses import get_objective, tdpo_loss  # noqa: E402
-from scoring import Scorer, cast_parameters, concatenated_inputs  # noqa: E402
-from shared_prompt import prompt_rows  # noqa: E402
-from utils import DTYPES, IGNORED, disable_dropout  # noqa: E402
+from tdpo.data.batching import balanced_parts  # noqa: E402
+from tdpo.losses import get_objective, tdpo_loss  # noqa: E402
+from tdpo.scoring.prefix_sharing import prompt_rows  # noqa: E402
+from tdpo.scoring.scorer import Scorer, cast_parameters, concatenated_inputs  # noqa: E402
+from tdpo.utils import DTYPES, IGNORED, disable_dropout  # noqa: E402
 
 MODELS = {
     "small": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024},

@@ -22,15 +22,15 @@ sys.path.insert(0, str(ROOT))
 import datasets  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 
-from config_schema import flat_keys  # noqa: E402
-from models import load_tokenizer, prepare_hub  # noqa: E402
 from preference_datasets import load_split  # noqa: E402
-from rows import read_rows  # noqa: E402
-from runs import Trained, find_trained  # noqa: E402
-from signals import STOP_SIGNALS  # noqa: E402
-from token_cache import SFT  # noqa: E402
-from tokenization import special_token_strings  # noqa: E402
-from utils import UserError, plural  # noqa: E402
+from tdpo.analysis.trained import Trained, find_trained  # noqa: E402
+from tdpo.cli.schema import flat_keys  # noqa: E402
+from tdpo.data.rows import read_rows  # noqa: E402
+from tdpo.data.token_cache import SFT  # noqa: E402
+from tdpo.data.tokenization import special_token_strings  # noqa: E402
+from tdpo.distributed.signals import STOP_SIGNALS  # noqa: E402
+from tdpo.models.build import load_tokenizer, prepare_hub  # noqa: E402
+from tdpo.utils import UserError, plural  # noqa: E402
 
 OWN = {"run": None, "out": None, "iterations": None, "n_prompts": "null", "sample_batch_size": "64", "temperature": "1.0"}
 

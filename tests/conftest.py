@@ -21,8 +21,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: E402
 
 import train  # noqa: E402
-from batching import TokenizedSplit  # noqa: E402
-from token_cache import PAIRS, SFT, tokenize  # noqa: E402
+from tdpo.data.batching import TokenizedSplit  # noqa: E402
+from tdpo.data.token_cache import PAIRS, SFT, tokenize  # noqa: E402
 
 torch.set_num_threads(2)
 

@@ -8,7 +8,7 @@ import torch
 from conftest import run
 
 import train
-from launch import process_group
+from tdpo.distributed.launch import process_group
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # as of processes that share a machine; bfloat16 kernels round by their number

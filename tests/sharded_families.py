@@ -7,13 +7,13 @@ import torch.distributed as dist
 from conftest import FAMILIES
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from losses import get_objective
-from models import empty_model
-from parallel import World, load_weights, shard_scorer
-from scoring import Scorer
-from shared_prompt import PromptRows, prompt_rows
-from tensor_parallel import split_matrices, tensor_parallel_plan
-from utils import IGNORED, UserError, disable_dropout, full_tensor
+from tdpo.distributed.tensor_parallel import split_matrices, tensor_parallel_plan
+from tdpo.distributed.world import World, load_weights, shard_scorer
+from tdpo.losses import get_objective
+from tdpo.models.build import empty_model
+from tdpo.scoring.prefix_sharing import PromptRows, prompt_rows
+from tdpo.scoring.scorer import Scorer
+from tdpo.utils import IGNORED, UserError, disable_dropout, full_tensor
 
 
 def build(family: str, seed: int, **changes) -> torch.nn.Module:

@@ -10,7 +10,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-from losses import ResponseScores, get_objective
+from tdpo.losses import ResponseScores, get_objective
 
 pytest.importorskip("trl", reason="TRL is not installed")
 

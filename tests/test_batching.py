@@ -9,12 +9,12 @@ import torch
 from conftest import MINI, compose, tokenized
 
 import train
-from batching import BatchStream, TokenizedSplit, ahead, balanced_parts, get_collate_fn
-from losses import get_objective
-from models import embedded_tokenizer
 from preference_datasets import default_options, tokenize_batch_element
-from tokenization import truncate
-from utils import UserError
+from tdpo.data.batching import BatchStream, TokenizedSplit, ahead, balanced_parts, get_collate_fn
+from tdpo.data.tokenization import truncate
+from tdpo.losses import get_objective
+from tdpo.models.build import embedded_tokenizer
+from tdpo.utils import UserError
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,11 @@ import torch.distributed.checkpoint as dcp
 from conftest import FAMILIES, MINI, compose, run
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-import checkpoints
-from checkpoints import check_archive, holds_a_run, load_tensors, read_archive, save_checkpoint
-from models import Models, build_model, check_model, load_model_config, load_tokenizer
-from parallel import World
-from utils import RunError, UserError
+from tdpo.checkpointing import checkpoints
+from tdpo.checkpointing.checkpoints import check_archive, holds_a_run, load_tensors, read_archive, save_checkpoint
+from tdpo.distributed.world import World
+from tdpo.models.build import Models, build_model, check_model, load_model_config, load_tokenizer
+from tdpo.utils import RunError, UserError
 
 STATE = {"weight": torch.arange(6.0).reshape(2, 3)}
 FILES = ["manifest.json", "policy.pt", "state"]

@@ -9,10 +9,10 @@ import torch
 from conftest import MINI, ROOT, compose
 from omegaconf import OmegaConf
 
-import config_schema
-import losses
-from config_schema import check_config, check_tool_config
-from utils import UserError
+from tdpo import losses
+from tdpo.cli import schema as config_schema
+from tdpo.cli.schema import check_config, check_tool_config
+from tdpo.utils import UserError
 
 MODELS = sorted(file.stem for file in (ROOT / "config" / "model").glob("*.yaml"))
 

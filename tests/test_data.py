@@ -10,10 +10,10 @@ import pyarrow.parquet
 import pytest
 from conftest import CHAT_TEMPLATE, MINI, tokenized
 
-from models import embedded_tokenizer
 from preference_datasets import default_options, get_dataset, load_split, strip_html_tags
-from rows import read_rows
-from utils import UserError
+from tdpo.data.rows import read_rows
+from tdpo.models.build import embedded_tokenizer
+from tdpo.utils import UserError
 
 
 def write_lines(path, rows):

@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT, run
 
-from reviews import gold_reward
+from tdpo.data.reviews import gold_reward
 
 SMALL = ["n_examples=256", "n_epochs=null", "batch_size=64", "sample_during_eval=false", "do_first_eval=false", "wandb.enabled=false"]
 

@@ -9,8 +9,8 @@ import torch
 from conftest import DATA, MINI, PREFERENCE, compose, logs_of, run
 
 import eval as evaluate
-from evaluation import by_prompt, estimate
-from utils import UserError
+from tdpo.analysis.evaluation import by_prompt, estimate
+from tdpo.utils import UserError
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,21 @@ from conftest import FAMILIES
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
-from evaluation import distinct, estimate, measure_diversity, measure_pairs, measure_samples, measure_whole_texts, of_responses, self_bleu
-from losses import get_objective
-from reviews import gold_reward
-from rewards import gold_reward_of, reward_model
-from scoring import token_statistics
-from utils import UserError, disable_dropout
+from tdpo.analysis.evaluation import (
+    distinct,
+    estimate,
+    measure_diversity,
+    measure_pairs,
+    measure_samples,
+    measure_whole_texts,
+    of_responses,
+    self_bleu,
+)
+from tdpo.analysis.rewards import gold_reward_of, reward_model
+from tdpo.data.reviews import gold_reward
+from tdpo.losses import get_objective
+from tdpo.scoring.scorer import token_statistics
+from tdpo.utils import UserError, disable_dropout
 
 
 class Fixed(torch.nn.Module):

@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM
 import eval as eval_tool
 import sample
 import token_report
-from batching import BatchStream
-from checkpoints import read_progress
 from preference_datasets import default_options, get_dataset, load_split
-from rows import read_rows
-from token_cache import COMPLETIONS, PAIRS
+from tdpo.checkpointing.checkpoints import read_progress
+from tdpo.data.batching import BatchStream
+from tdpo.data.rows import read_rows
+from tdpo.data.token_cache import COMPLETIONS, PAIRS
 
 ARCHIVE = f"model.archive={MINI}/sft_policy.pt"
 LENGTH = ["n_examples=40", "n_eval_examples=13", "eval_batch_size=5", "eval_every=24"]

@@ -12,14 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import chunked_head
-from chunked_head import Head, HeadOnly, Reference, loss_of_rows, score_rows
-from losses import get_objective
-from memory import head_memory
-from metrics import example_metrics
-from scoring import ReferenceOnly, Scorer, fast_scoring_problem
-from shared_prompt import attention_masks, prompt_rows
-from utils import IGNORED, UserError, disable_dropout
+from tdpo.losses import get_objective
+from tdpo.models.memory import head_memory
+from tdpo.scoring import chunked_loss as chunked_head
+from tdpo.scoring.chunked_loss import Head, HeadOnly, Reference, loss_of_rows, score_rows
+from tdpo.scoring.prefix_sharing import attention_masks, prompt_rows
+from tdpo.scoring.scorer import ReferenceOnly, Scorer, fast_scoring_problem
+from tdpo.training.metrics import example_metrics
+from tdpo.utils import IGNORED, UserError, disable_dropout
 
 GPT_NEO = {
     "vocab_size": 31,

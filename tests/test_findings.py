@@ -2,8 +2,8 @@
 
 import pytest
 
-from findings import findings
 from plot import curve, write_curves
+from tdpo.analysis.findings import findings
 
 
 def logs(examples: list[int], split: str = "eval", **curves: list[float]) -> list[dict]:

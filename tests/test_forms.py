@@ -9,15 +9,15 @@ from conftest import DATA, MINI, ROOT, compose, logs_of, run
 from test_data import load, pair, write_lines
 from transformers import AutoModelForCausalLM
 
-from batching import Example, with_partners
-from config_schema import check_config
-from losses import get_objective
-from metrics import MetricSums, Weighted
 from preference_datasets import default_options, load_prompts, load_split
-from scoring import Scorer
-from shared_prompt import prompt_rows
-from token_cache import COMPLETIONS, PAIRS, PAIRS_AND_TARGET, SFT
-from utils import UserError
+from tdpo.cli.schema import check_config
+from tdpo.data.batching import Example, with_partners
+from tdpo.data.token_cache import COMPLETIONS, PAIRS, PAIRS_AND_TARGET, SFT
+from tdpo.losses import get_objective
+from tdpo.scoring.prefix_sharing import prompt_rows
+from tdpo.scoring.scorer import Scorer
+from tdpo.training.metrics import MetricSums, Weighted
+from tdpo.utils import UserError
 
 SCORED = PAIRS._replace(scored=True)
 IMDB = ROOT.parent / "shared" / "data" / "imdb-scored" / "completions.jsonl.gz"
@@ -240,7 +240,7 @@ def test_a_segment_is_scored_as_its_turns_one_by_one(tmp_path, chat_tokenizer):
     model = AutoModelForCausalLM.from_config(config).double().eval()
     scorer, example = Scorer(model, None, get_objective("simpo", beta=1.0, gamma=0.0)), Example(0, 0)
     rows = prompt_rows([split.tokens(example)], [split.masks(example)])
-    from batching import get_collate_fn
+    from tdpo.data.batching import get_collate_fn
 
     plain = scorer(get_collate_fn(chat_tokenizer)([split.element(example)])).scores
     with torch.no_grad():

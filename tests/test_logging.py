@@ -10,9 +10,9 @@ import torch
 from conftest import MINI, ROOT, run
 
 import plot
-from losses import LossOutput, ResponseScores
-from metrics import MetricSums, example_metrics
-from utils import UserError
+from tdpo.losses import LossOutput, ResponseScores
+from tdpo.training.metrics import MetricSums, example_metrics
+from tdpo.utils import UserError
 
 
 def test_means_are_over_examples_not_batches():

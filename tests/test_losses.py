@@ -13,11 +13,11 @@ import pytest
 import torch
 from conftest import ROOT
 
-import losses
 import trainers
-from config_schema import HYPERPARAMETERS
-from losses import ResponseScores, get_objective
-from scoring import _get_batch_logps, _tdpo_get_batch_logps
+from tdpo import losses
+from tdpo.cli.schema import HYPERPARAMETERS
+from tdpo.losses import ResponseScores, get_objective
+from tdpo.scoring.scorer import _get_batch_logps, _tdpo_get_batch_logps
 
 CASES = [
     ("sft", {}),
@@ -254,7 +254,7 @@ def test_losses_imports_torch_alone():
     """The file can be taken elsewhere: it works where transformers, hydra and wandb are not installed."""
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['transformers', 'hydra', 'omegaconf', 'wandb', 'datasets', 'tqdm', 'pydantic']))\n"
-        "import losses, torch; s = losses.ResponseScores(*(torch.ones(2),) * 4)\n"
+        "import torch; from tdpo import losses; s = losses.ResponseScores(*(torch.ones(2),) * 4)\n"
         "print(losses.get_objective('tdpo2', beta=0.1)({'chosen': s, 'rejected': s}).losses.tolist())"
     )
     output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout

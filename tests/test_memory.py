@@ -10,12 +10,12 @@ import transformers
 from conftest import ROOT, compose
 from omegaconf import OmegaConf
 
-import memory
-from losses import OBJECTIVES
-from memory import ModelShape, device_memory
-from models import embedded_tokenizer
 from preference_datasets import load_split
-from token_cache import PAIRS, SFT
+from tdpo.data.token_cache import PAIRS, SFT
+from tdpo.losses import OBJECTIVES
+from tdpo.models import memory
+from tdpo.models.build import embedded_tokenizer
+from tdpo.models.memory import ModelShape, device_memory
 
 STATES = {"hidden_size": 768, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 3072}  # weights decide
 # The vocabulary decides; with plain scoring, because fast scoring's part of it is too small to be measured so (see test_fast_scoring.py).

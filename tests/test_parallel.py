@@ -15,9 +15,9 @@ import torch
 from conftest import DATA, MINI, PREFERENCE, QUIET, ROOT, compose, logs_of, run, run_together, weights_of
 from test_golden_runs import assert_same_logs, overrides
 
-import launch
-from launch import first_node
-from utils import RunError, UserError
+from tdpo.distributed import launch
+from tdpo.distributed.launch import first_node
+from tdpo.utils import RunError, UserError
 
 SHARDED = ["trainer=FSDPTrainer"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]

@@ -13,10 +13,10 @@ import torch
 from conftest import MINI, PREFERENCE, logs_of, run, weights_of
 from test_golden_runs import assert_same_logs, overrides
 
-import reference_cache
-from scoring import ReferenceOnly, Scorer
+from tdpo.scoring.scorer import ReferenceOnly, Scorer
+from tdpo.training import reference_cache
+from tdpo.utils import RunError, Stopped, UserError
 from trainers import BasicTrainer
-from utils import RunError, Stopped, UserError
 
 
 @pytest.fixture

@@ -16,10 +16,10 @@ import wandb
 from conftest import DATA, MINI, PREFERENCE, QUIET, ROOT, logs_of, run, weights_of
 from test_parallel import SHARDED, has_steps, start, wait_for
 
-import resume
-from batching import BatchStream
+from tdpo.checkpointing import resume
+from tdpo.data.batching import BatchStream
+from tdpo.utils import Stopped, UserError
 from trainers import BasicTrainer
-from utils import Stopped, UserError
 
 TIMES = {"examples_per_second"}
 

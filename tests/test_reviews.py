@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-import reviews
-from models import embedded_tokenizer
+from tdpo.data import reviews
+from tdpo.models.build import embedded_tokenizer
 
 
 def logistic(x):

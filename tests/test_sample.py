@@ -9,8 +9,8 @@ import pytest
 from conftest import DATA, ROOT, compose, run
 
 import sample
-from sampling import text_of
-from utils import UserError
+from tdpo.models.sampling import text_of
+from tdpo.utils import UserError
 
 
 @pytest.fixture(scope="module")

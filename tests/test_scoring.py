@@ -10,11 +10,11 @@ from conftest import FAMILIES, MINI, compose
 from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from batching import get_collate_fn
-from losses import get_objective
-from models import Models, load_model_config, load_tokenizer
-from scoring import Scorer, _get_batch_logps, _tdpo_get_batch_logps, cast_parameters, concatenated_inputs, forward_kl
-from tokenization import tokenize_batch_element
+from tdpo.data.batching import get_collate_fn
+from tdpo.data.tokenization import tokenize_batch_element
+from tdpo.losses import get_objective
+from tdpo.models.build import Models, load_model_config, load_tokenizer
+from tdpo.scoring.scorer import Scorer, _get_batch_logps, _tdpo_get_batch_logps, cast_parameters, concatenated_inputs, forward_kl
 
 
 def load(dtype: torch.dtype):

@@ -8,15 +8,15 @@ from conftest import MINI, compose, tokenized
 from transformers import AutoTokenizer
 
 import preference_datasets
-import token_cache
 import train
-from batching import Example
-from losses import get_objective
-from parallel import World
 from preference_datasets import default_options, get_dataset, load_split
-from token_cache import PAIRS, PAIRS_AND_TARGET, SFT
-from tokenization import truncate
-from utils import UserError
+from tdpo.data import token_cache
+from tdpo.data.batching import Example
+from tdpo.data.token_cache import PAIRS, PAIRS_AND_TARGET, SFT
+from tdpo.data.tokenization import truncate
+from tdpo.distributed.world import World
+from tdpo.losses import get_objective
+from tdpo.utils import UserError
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def no_reading(monkeypatch):
     def refuse(_):
         raise AssertionError("rows are read again")
 
-    return lambda: monkeypatch.setitem(preference_datasets.LOADERS, "hh", refuse)
+    return lambda: monkeypatch.setattr(preference_datasets.Source, "rows", refuse)
 
 
 def test_the_second_run_neither_reads_nor_tokenizes(load, no_reading, capsys):
@@ -87,7 +87,9 @@ def test_what_tokens_depend_on_makes_other_ones(change, load, no_reading, data, 
     elif change in ("sft", "split", "name", "bos"):
         arguments |= {"sft": {"form": SFT}, "split": {"split": "test"}, "name": {"name": "helpful"}, "bos": {"add_bos": True}}[change]
     else:
-        monkeypatch.setattr(token_cache, "CODE", token_cache.CODE[1:])
+        source = tmp_path / "loader.py"
+        source.write_text("# another version of the loader")
+        monkeypatch.setattr(token_cache.inspect, "getsourcefile", lambda _: str(source))
     with pytest.raises(AssertionError, match="read again"):
         load(**arguments)
 

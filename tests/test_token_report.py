@@ -9,9 +9,9 @@ import torch
 from conftest import DATA, PREFERENCE, compose, run
 
 import token_report
-from runs import find_trained, load_compared
-from scoring import token_statistics
-from utils import UserError
+from tdpo.analysis.trained import find_trained, load_compared
+from tdpo.scoring.scorer import token_statistics
+from tdpo.utils import UserError
 
 HOSTILE = "</script><script>throw 1</script> <b>&amp;"
 
@@ -55,7 +55,7 @@ def test_numbers(page, trained, mini_tokenizer):
 
 def test_pieces_are_the_text(mini_tokenizer):
     """Also where a character takes several tokens, and where spaces stand between tokens alone."""
-    from models import embedded_tokenizer
+    from tdpo.models.build import embedded_tokenizer
 
     for tokenizer, text in ((mini_tokenizer, "Human: what is it?"), (embedded_tokenizer(), "was very good . i loved it")):
         before, *ids = tokenizer(f"the {text}", add_special_tokens=False)["input_ids"]

@@ -10,10 +10,10 @@ import torch
 from conftest import DATA, MINI, PREFERENCE, QUIET, logs_of, run, weights_of
 from transformers import AutoModelForCausalLM
 
-from losses import get_objective
-from scoring import Scorer
+from tdpo.losses import get_objective
+from tdpo.scoring.scorer import Scorer
+from tdpo.utils import RunError
 from trainers import BasicTrainer
-from utils import RunError
 
 
 def test_the_gradient_does_not_depend_on_the_cut_of_the_batch(tmp_path):
@@ -302,7 +302,7 @@ def test_dropout_is_off(tmp_path):
     """Modules, and the probabilities that attention layers keep as floats: two train passes over the same data agree."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-    from utils import disable_dropout
+    from tdpo.utils import disable_dropout
 
     torch.manual_seed(0)
     sizes = {"vocab_size": 11, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}

@@ -12,7 +12,7 @@ import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 
-from reviews import gold_reward  # noqa: E402
+from tdpo.data.reviews import gold_reward  # noqa: E402
 
 
 def read_lines(path: str) -> list[dict]:

@@ -18,13 +18,13 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 
-from checkpoints import list_checkpoints  # noqa: E402
-from evaluation import measure_pairs, measure_samples  # noqa: E402
 from preference_datasets import load_prompts, load_split  # noqa: E402
-from rewards import gold_reward_of, reward_model  # noqa: E402
-from runs import Trained, find_trained, load_compared, load_trained  # noqa: E402
-from sampling import own_distribution, sample_batch  # noqa: E402
-from utils import UserError, batched  # noqa: E402
+from tdpo.analysis.evaluation import measure_pairs, measure_samples  # noqa: E402
+from tdpo.analysis.rewards import gold_reward_of, reward_model  # noqa: E402
+from tdpo.analysis.trained import Trained, find_trained, load_compared, load_trained  # noqa: E402
+from tdpo.checkpointing.checkpoints import list_checkpoints  # noqa: E402
+from tdpo.models.sampling import own_distribution, sample_batch  # noqa: E402
+from tdpo.utils import UserError, batched  # noqa: E402
 
 
 def main() -> None:

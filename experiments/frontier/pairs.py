@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
 
-from rewards import GOLD, gold_reward_of, reward_model  # noqa: E402
-from utils import UserError, get_local_dir  # noqa: E402
+from tdpo.analysis.rewards import GOLD, gold_reward_of, reward_model  # noqa: E402
+from tdpo.utils import UserError, get_local_dir  # noqa: E402
 
 
 def main() -> None:

@@ -1,0 +1,225 @@
+"""Measures of a trained model, on pairs and on what it writes; each by example, and with the interval of its mean.
+
+log-ratio r = log pi(y|x) - log pi_ref(y|x); SeqKL = sum_t KL(pi_ref || pi); both in nats.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Optional
+
+import numpy as np
+import sacrebleu
+import scipy.stats
+import torch
+import tqdm
+from torch import nn
+
+from tdpo.analysis.rewards import Reward
+from tdpo.data.batching import Example, TokenizedSplit
+from tdpo.losses import Objective, ResponseScores
+from tdpo.scoring.scorer import TokenStatistics, token_statistics
+from tdpo.utils import batched
+
+RESAMPLES = 1000
+LEVEL = 0.95
+
+# What each measure is, in the order of the table.
+MEASURES = {
+    "accuracy/logratio": "pairs with r(chosen) > r(rejected)",
+    "accuracy/reward": "pairs with r + SeqKL greater for chosen: rewards_*/accuracies of TDPO, as published",
+    "accuracy/logit": "pairs whose trained logit is above 0",
+    "seqkl/chosen": "SeqKL of chosen, nats",
+    "seqkl/rejected": "SeqKL of rejected, nats",
+    "seqkl/margin": "chosen - rejected, nats",
+    "reverse_seqkl/chosen": "sum_t KL(pi || pi_ref) of chosen, nats",
+    "reverse_seqkl/rejected": "sum_t KL(pi || pi_ref) of rejected, nats",
+    "samples/reward": "reward of the model's own texts",
+    "samples/kl": "KL(pi || pi_ref) of whole responses, nats",
+    "samples/entropy": "entropy of pi at a response token, nats, mean over a text's response tokens",
+    "samples/entropy_fdpo": "the same over all tokens of all texts together, prompts included, as f-DPO's code has it",
+    "samples/tokens": "response tokens of a text",
+    "samples/distinct_1": "distinct words of a prompt's texts / all their words",
+    "samples/distinct_2": "the same of pairs of words",
+    "samples/self_bleu": "BLEU of a text against the prompt's other texts, 0 to 100; lower is more diverse",
+}
+
+
+class Estimate(NamedTuple):
+    """A mean over examples, and the interval in which it would lie with other examples."""
+
+    mean: float
+    low: float
+    high: float
+    examples: int  # prompts
+
+    def as_json(self) -> dict[str, Optional[float]]:
+        """JSON has no NaN."""
+        return {name: None if math.isnan(value) else value for name, value in self._asdict().items()}
+
+    def __str__(self) -> str:
+        digits = 1 if abs(self.mean) >= 100 else 2 if abs(self.mean) >= 10 else 3
+        return f"{self.mean:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+
+
+def by_prompt(values: np.ndarray, prompts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """(means, weights) of each prompt's pairs, which are no independent examples; their weighted mean is that over pairs."""
+    _, owner = np.unique(prompts, return_inverse=True)
+    counts = np.bincount(owner)
+    return np.bincount(owner, np.asarray(values, dtype=np.float64)) / counts, counts
+
+
+def estimate(values: np.ndarray, weights: Optional[np.ndarray] = None, seed: int = 0) -> Estimate:
+    """The mean, with its percentile bootstrap interval over examples.
+
+    Args:
+        values: one an example.
+        weights: of the examples in a weighted mean.
+        seed: of the bootstrap.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    weights = np.ones_like(values) if weights is None else np.asarray(weights, dtype=np.float64)
+
+    def mean(v: np.ndarray, w: np.ndarray, axis: int = -1) -> np.ndarray:
+        return (v * w).sum(axis) / w.sum(axis)
+
+    whole = float(mean(values, weights))
+    if len(values) < 2:
+        return Estimate(whole, math.nan, math.nan, len(values))
+    interval = scipy.stats.bootstrap(
+        (values, weights), mean, paired=True, n_resamples=RESAMPLES, batch=50, confidence_level=LEVEL, method="percentile", rng=seed
+    ).confidence_interval
+    return Estimate(whole, float(interval.low), float(interval.high), len(values))
+
+
+def of_responses(statistics: TokenStatistics, counts: Sequence[int]) -> dict[str, np.ndarray]:
+    """Sums over the tokens of each response, in float64; `counts` are their tokens."""
+    owner = np.repeat(np.arange(len(counts)), counts)
+    return {
+        name: np.bincount(owner, values.double().cpu().numpy(), minlength=len(counts))
+        for name, values in statistics._asdict().items()
+        if values is not None
+    }
+
+
+def measure_pairs(
+    policy: nn.Module,
+    reference: nn.Module,
+    objective: Optional[Objective],
+    split: TokenizedSplit,
+    examples: Sequence[Example],
+    fast: bool,
+    batch_size: int,
+) -> dict[str, np.ndarray]:
+    """Measures of pairs, a value each.
+
+    Args:
+        objective: with which the policy was trained; None where it was trained with none of pairs, or that is not known.
+        fast: see scoring.token_statistics.
+        batch_size: pairs at a time.
+    """
+    found: list[dict[str, np.ndarray]] = []
+    for _, some in tqdm.tqdm(batched(examples, batch_size), "Scoring pairs", leave=False, disable=None):
+        tokens = [split.tokens(example) for example in some]
+        masks = [split.masks(example) for example in some] if split.has_masks else None
+        counts = [sum(mask) for pair in masks for mask in pair] if masks else [len(ids) for _, responses in tokens for ids in responses]
+        sums = of_responses(token_statistics(policy, reference, tokens, fast, masks), counts)
+        found.append({name: values.reshape(-1, 2) for name, values in {**sums, "tokens": np.array(counts)}.items()})
+    table = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+    ratio = table["logps"] - table["reference_logps"]
+    with_kl = ratio + table["kl"]
+    measures = {
+        "accuracy/logratio": ratio[:, 0] > ratio[:, 1],
+        "accuracy/reward": with_kl[:, 0] > with_kl[:, 1],
+        "seqkl/chosen": table["kl"][:, 0],
+        "seqkl/rejected": table["kl"][:, 1],
+        "seqkl/margin": table["kl"][:, 0] - table["kl"][:, 1],
+        "reverse_seqkl/chosen": table["reverse_kl"][:, 0],
+        "reverse_seqkl/rejected": table["reverse_kl"][:, 1],
+    }
+    if objective is not None:
+        columns = [torch.from_numpy(table[name]) for name in ("logps", "tokens", "reference_logps", "kl")]
+        scores = {role: ResponseScores(*(column[:, i] for column in columns)) for i, role in enumerate(("chosen", "rejected"))}
+        measures["accuracy/logit"] = (objective(scores).logits > 0).numpy()
+    return measures
+
+
+def measure_samples(
+    policy: nn.Module, reference: Optional[nn.Module], rows: Sequence[Mapping], reward: Optional[Reward], fast: bool, batch_size: int
+) -> dict[str, tuple[np.ndarray, Optional[np.ndarray]]]:
+    """Measures of what the policy wrote: of each prompt the mean over its texts, and weights, where the mean over prompts has some.
+
+    Args:
+        rows: of sampling.sample_batch, drawn from the policy's own distribution; of each prompt equally many.
+        reward: None where there is none.
+        fast: see scoring.token_statistics.
+        batch_size: prompts at a time.
+    """
+    n = texts_of_a_prompt(rows)
+    prompts = [texts for _, texts in batched(rows, n)]
+    found: list[dict[str, np.ndarray]] = []
+    for _, some in tqdm.tqdm(batched(prompts, batch_size), "Scoring samples", leave=False, disable=None):
+        tokens = [(texts[0]["prompt_ids"], [text["completion_ids"] for text in texts]) for texts in some]
+        counts = np.array([len(response) for _, responses in tokens for response in responses])
+        sums = of_responses(token_statistics(policy, reference, tokens, fast), counts)
+        found.append({**sums, "tokens": counts, "mean_entropy": sums["entropy"] / counts})
+    table = {name: np.concatenate([part[name] for part in found]).reshape(-1, n) for name in found[0]}
+    measures = {
+        "samples/entropy": (table["mean_entropy"].mean(1), None),
+        "samples/tokens": (table["tokens"].mean(1), None),
+    }
+    if reference is not None:
+        measures["samples/kl"] = (table["reverse_kl"].mean(1), None)
+    if reward is not None:
+        rewards = reward([row["prompt"] + row["completion"] for row in rows])
+        measures["samples/reward"] = (np.array(rewards).reshape(-1, n).mean(1), None)
+    return measures
+
+
+def measure_whole_texts(
+    policy: nn.Module, rows: Sequence[Mapping], fast: bool, batch_size: int
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Entropy as f-DPO's code averages it (its metrics/imdb): over all tokens of all texts together, prompts too. Arguments as above."""
+    totals, counts = [], []
+    for _, some in batched(rows, batch_size * texts_of_a_prompt(rows)):
+        texts = [row["prompt_ids"] + row["completion_ids"] for row in some]
+        whole = [(ids[:1], [ids[1:]]) for ids in texts]  # nothing predicts a text's first token
+        counts += [len(ids) - 1 for ids in texts]
+        totals.append(of_responses(token_statistics(policy, None, whole, fast), counts[-len(some) :])["entropy"])
+    by_prompt = (np.concatenate(totals), np.array(counts))
+    total, tokens = (values.reshape(-1, texts_of_a_prompt(rows)).sum(1) for values in by_prompt)
+    return {"samples/entropy_fdpo": (total / tokens, tokens)}
+
+
+def measure_diversity(rows: Sequence[Mapping]) -> dict[str, tuple[np.ndarray, None]]:
+    """Of the same rows, of each prompt: how much its texts differ."""
+    n = texts_of_a_prompt(rows)
+    prompts = [[row["completion"] for row in some] for _, some in batched(rows, n)]
+    words = [[text.split() for text in texts] for texts in prompts]
+    measures = {f"samples/distinct_{k}": (np.array([distinct(texts, k) for texts in words]), None) for k in (1, 2)}
+    if n > 1:
+        measures["samples/self_bleu"] = (np.array([self_bleu(texts) for texts in prompts]), None)
+    return measures
+
+
+def texts_of_a_prompt(rows: Sequence[Mapping]) -> int:
+    return sum(row["index"] == rows[0]["index"] for row in rows)
+
+
+def distinct(texts: Sequence[Sequence[str]], k: int) -> float:
+    """Distinct runs of k words in the texts / all of them (Li et al. 2016, distinct-k); 1 where there are none."""
+    grams = [gram for words in texts for gram in zip(*(words[i:] for i in range(k)))]
+    return len(set(grams)) / len(grams) if grams else 1.0
+
+
+def self_bleu(texts: Sequence[str]) -> float:
+    """The mean over texts of sentence BLEU against the others (Zhu et al. 2018), 0 to 100."""
+    bleu = sacrebleu.BLEU(effective_order=True)
+    return float(np.mean([bleu.sentence_score(text, [*texts[:i], *texts[i + 1 :]]).score for i, text in enumerate(texts)]))
+
+
+def table_of(results: Mapping[str, Mapping[str, Estimate]]) -> str:
+    """A Markdown table, a column a model, in the order of MEASURES; and below what each row is."""
+    rows = [name for name in MEASURES if any(name in measures for measures in results.values())]
+    lines = [f"| | {' | '.join(results)} |", "|---|" + "---:|" * len(results)]
+    lines += [f"| {row} | {' | '.join(str(measures.get(row, '-')) for measures in results.values())} |" for row in rows]
+    return "\n".join([*lines, "", *(f"{row}: {MEASURES[row]}" for row in rows)])

@@ -1,0 +1,69 @@
+"""What a text is worth: the gold reward of a dataset, or a classifier's probability."""
+
+from collections.abc import Callable, Sequence
+from typing import Optional
+
+import torch
+import transformers
+
+from tdpo.data import reviews
+from tdpo.data.rows import read_rows
+from tdpo.utils import UserError
+
+Reward = Callable[[Sequence[str]], list[float]]  # of whole texts, prompt included
+
+GOLD = {"reviews": reviews.gold_reward}  # by dataset
+BATCH = 64  # texts at a time
+
+
+def gold_reward_of(datasets: Sequence[str]) -> Optional[Reward]:
+    """Of these datasets together; None where there is none, or they have different ones."""
+    functions = {GOLD.get(name) for name in datasets}
+    function = functions.pop() if len(functions) == 1 else None
+    return None if function is None else lambda texts: [function(text) for text in texts]
+
+
+def reward_model(name: str, device: torch.device, cache_dir: Optional[str]) -> Reward:
+    """P(positive) by a classifier.
+
+    Args:
+        name: a sequence classifier of two labels on the Hugging Face hub or in a folder; or logistic:<data>, a logistic regression of
+            words and pairs of words that is fitted to the train rows {text, label} of a file, a folder or a dataset on the hub.
+
+    Raises:
+        UserError: it cannot be loaded, or not be fitted.
+    """
+    if name.startswith("logistic:"):
+        return _logistic(name.removeprefix("logistic:"), cache_dir)
+    try:
+        options = {"top_k": None, "truncation": True, "trust_remote_code": False, "model_kwargs": {"cache_dir": cache_dir}}
+        classify = transformers.pipeline("text-classification", name, device=device, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"reward={name} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
+    labels = classify.model.config.id2label
+    if len(labels) != 2:
+        raise UserError(f"reward={name} has {len(labels)} labels; a reward needs two, negative and positive")
+    positive = next((label for label in labels.values() if "POS" in label.upper()), labels[1])  # else the second, as is usual
+
+    def rewards(texts: Sequence[str]) -> list[float]:
+        scored = classify(list(texts), batch_size=BATCH)
+        return [next(entry["score"] for entry in entries if entry["label"] == positive) for entries in scored]
+
+    return rewards
+
+
+def _logistic(path: str, cache_dir: Optional[str]) -> Reward:
+    from sklearn.feature_extraction.text import TfidfVectorizer  # here, because importing it takes seconds
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    rows = [row.fields or {} for row in read_rows(path, "train", None, cache_dir)]
+    examples = [(row["text"], row["label"]) for row in rows if isinstance(row.get("text"), str) and row.get("label") in (0, 1)]
+    if len({label for _, label in examples}) < 2:
+        raise UserError(f"reward=logistic:{path}: rows {{text, label}} with labels 0 and 1 are needed")
+    model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True), LogisticRegression(C=10.0, max_iter=1000))
+    try:
+        model.fit(*zip(*examples))
+    except ValueError as error:
+        raise UserError(f"reward=logistic:{path} cannot be fitted: {error}") from None
+    return lambda texts: model.predict_proba(list(texts))[:, 1].tolist()

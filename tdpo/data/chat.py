@@ -1,0 +1,203 @@
+"""Preference rows with chat messages, rendered to prompt and response text by the tokenizer's chat template."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Optional
+
+import jinja2
+
+from tdpo.data.rows import Row, RowReport
+from tdpo.data.tokenization import trim_after_eos
+from tdpo.utils import UserError
+
+Messages = list[Mapping[str, str]]
+
+
+def has_messages(row: Row, names: Sequence[str]) -> bool:
+    """Whether any of the row's texts of those names is given as chat messages."""
+    return any(isinstance(row.fields.get(name), (list, tuple)) for name in names)
+
+
+class Rendered(NamedTuple):
+    """A prompt and its responses as the template renders them, and the words of their messages alone, by which emptiness and equality are
+    judged."""
+
+    texts: tuple[str, ...]  # prompt, responses: what is tokenized
+    contents: tuple[str, ...]
+    spans: tuple[list[tuple[int, int]], ...] = ()  # of each response: the turns of its segment, characters
+    cut: bool = False  # whether a segment was cut, so that both have the same number of turns
+
+
+def render(row: Row, report: RowReport, tokenizer, prompt_name: str, *names: str) -> Optional[Rendered]:
+    """The row's prompt and responses in the tokenizer's chat template; None where the row has none, noted in the report.
+
+    The forms in use: a prompt (text or messages) with responses as text or as messages after the prompt; or whole conversations as
+    responses, whose shared beginning is the prompt, with or without a prompt's field, which is then not read.
+
+    Args:
+        prompt_name, names: fields of the prompt, and of one response or of chosen and rejected.
+
+    Raises:
+        UserError: the tokenizer has no chat template.
+    """
+    _check_template(row, tokenizer)
+    conversations = [_conversation(row, report, prompt_name, name) for name in names]
+    if None in conversations:
+        return None
+    shared = _shared_beginning(conversations[0], conversations[-1])
+    if shared == 0:
+        report.refuse(row, "rejected has another prompt than chosen" if len(names) > 1 else f"no prompt before {names[0]!r}")
+        return None
+    if any(message["role"] == "user" for messages in conversations for message in messages[shared:]):
+        report.refuse(row, "a user's turn within the response: the conversations part before the last reply")
+        return None
+    found = _tried(row, report, lambda: [_render(messages, shared, tokenizer) for messages in conversations])
+    if found is None:
+        return None
+    contents = (_words(conversations[0][:shared]), *(_words(messages[shared:]) for messages in conversations))
+    return Rendered((found[0][0], *(response for _, response in found)), contents)
+
+
+def render_segments(row: Row, report: RowReport, tokenizer, cut: bool) -> Optional[Rendered]:
+    """The same for conversations in chosen and rejected with turns marked {"segment": true}, which alone are scored: https://arxiv.org/abs/2501.01821.
+
+    What comes after a segment's last turn is left out: nothing that is scored depends on it.
+
+    Args:
+        cut: of segments of unequal length keep as many turns, from the first, as the shorter one has; else they are refused.
+    """
+    _check_template(row, tokenizer)
+    conversations = [_conversation(row, report, "prompt", name) for name in ("chosen", "rejected")]
+    if None in conversations:
+        return None
+    turns = [[i for i, message in enumerate(messages) if message.get("segment")] for messages in conversations]
+    if not all(turns) or any(messages[i]["role"] != "assistant" for messages, some in zip(conversations, turns) for i in some):
+        report.refuse(row, 'chosen and rejected need turns of the assistant marked {"segment": true}, and no others')
+        return None
+    n = min(map(len, turns))
+    if not cut and n < max(map(len, turns)):
+        report.refuse(row, f"segments of {len(turns[0])} and {len(turns[1])} turns (datasets.jsonl.segments=cut makes them equal)")
+        return None
+    conversations = [messages[: some[n - 1] + 1] for messages, some in zip(conversations, turns)]
+    shared = min(_shared_beginning(*conversations), turns[0][0], turns[1][0])
+    if shared == 0:
+        report.refuse(row, "rejected has another prompt than chosen")
+        return None
+    found = _tried(row, report, lambda: [_render_turns(m, shared, some[:n], tokenizer) for m, some in zip(conversations, turns)])
+    if found is None:
+        return None
+    contents = (_words(conversations[0][:shared]), *(_words([m[i] for i in some[:n]]) for m, some in zip(conversations, turns)))
+    prompts, responses, spans = zip(*found)
+    if prompts[0] != prompts[1]:
+        report.refuse(row, "the conversations part where one goes on with the user and the other with the assistant")
+        return None
+    return Rendered((prompts[0], *responses), contents, spans, n < max(map(len, turns)))
+
+
+def render_prompt(row: Row, report: RowReport, tokenizer, name: str) -> Optional[str]:
+    """The messages of a field, up to where a reply begins; None where they are none, noted. Errors as `render`."""
+    _check_template(row, tokenizer)
+    messages = _as_messages(row.fields[name], "user")
+    if not _are_messages(row, report, name, messages):
+        return None
+    found = _tried(row, report, lambda: [(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), "")])
+    return None if found is None else found[0][0]
+
+
+def _check_template(row: Row, tokenizer) -> None:
+    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            f"{row.source} row {row.number} holds chat messages, but the tokenizer has no chat template: "
+            "use an instruct model's tokenizer (model.tokenizer_name_or_path) or plain text"
+        )
+
+
+def _tried(row: Row, report: RowReport, render: Callable[[], list[tuple]]) -> Optional[list[tuple]]:
+    """What rendering gives; None, noted, where the template refuses or a response is None."""
+    try:
+        found = render()
+    except jinja2.TemplateError as error:
+        report.refuse(row, f"the chat template refuses it ({error})")
+        return None
+    if any(response is None for _, response, *_ in found):
+        report.refuse(row, "the chat template does not render the conversation as a continuation of its prompt")
+        return None
+    return found
+
+
+def _conversation(row: Row, report: RowReport, prompt_name: str, name: str) -> Optional[Messages]:
+    """Prompt and response of that name as one list of messages; None where the row does not have them, noted."""
+    if name not in row.fields:
+        report.refuse(row, f"no field {name!r}")
+        return None
+    messages = _as_messages(row.fields[name], "assistant")
+    if messages and messages[0].get("role") == "assistant":
+        if row.fields.get(prompt_name) is None:
+            report.refuse(row, f"no field {prompt_name!r}")
+            return None
+        messages = (_as_messages(row.fields[prompt_name], "user") or []) + messages
+    return messages if _are_messages(row, report, name, messages) else None
+
+
+def _shared_beginning(chosen: Messages, rejected: Messages) -> int:
+    """How many messages the two begin with in common; the last message of each is always a response."""
+    shared = 0
+    for a, b in zip(chosen[:-1], rejected[:-1]):
+        if (a["role"], a["content"]) != (b["role"], b["content"]):
+            break
+        shared += 1
+    return shared
+
+
+def _words(messages: Messages) -> str:
+    return "\n".join(message["content"] for message in messages)
+
+
+def _as_messages(value: Any, role: str) -> Optional[Messages]:
+    """Text as one message of that role, a list as it is; None for anything else, and for null entries."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    return list(value) if isinstance(value, (list, tuple)) and all(isinstance(x, Mapping) for x in value) else None
+
+
+def _are_messages(row: Row, report: RowReport, name: str, messages: Optional[Messages]) -> bool:
+    if not messages:
+        report.refuse(row, f"{name!r} is no list of messages")
+        return False
+    for message in messages:
+        if not isinstance(message.get("role"), str):
+            report.refuse(row, f"a message of {name!r} has no role")
+            return False
+        if not report.is_text(row, f"content of {name!r}", message.get("content")):
+            return False
+    return True
+
+
+def _render(messages: Messages, shared: int, tokenizer) -> tuple[str, Optional[str]]:
+    """Prompt and response text. Some templates render a reply without the generation prompt; then that belongs to the response."""
+    full = tokenizer.apply_chat_template(messages, tokenize=False)
+    for add_generation_prompt in (True, False):
+        prompt = tokenizer.apply_chat_template(messages[:shared], tokenize=False, add_generation_prompt=add_generation_prompt)
+        if full.startswith(prompt):
+            return prompt, full[len(prompt) :]
+    return prompt, None
+
+
+def _render_turns(
+    messages: Messages, shared: int, turns: Sequence[int], tokenizer
+) -> tuple[str, Optional[str], Optional[list[tuple[int, int]]]]:
+    """Prompt, response text, and where the turns lie in that."""
+    full = tokenizer.apply_chat_template(messages, tokenize=False)
+
+    def until(i: int) -> str:
+        """Up to message i; where that is a reply, up to its first token."""
+        return tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=messages[i]["role"] == "assistant")
+
+    prompt = until(shared)
+    spans = []
+    for i in turns:
+        before, whole = until(i), tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
+        if not (full.startswith(prompt) and full.startswith(whole) and whole.startswith(before)):
+            return prompt, None, None
+        end = len(before) + len(trim_after_eos(whole[len(before) :], tokenizer))
+        spans.append((len(before) - len(prompt), end - len(prompt)))
+    return prompt, full[len(prompt) :], spans

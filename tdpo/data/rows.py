@@ -1,0 +1,303 @@
+"""Rows of a preference dataset: where they come from, and what is wrong with them.
+
+Every defect of a source is collected and reported at once, with file and row number, before any model is loaded.
+"""
+
+import glob
+import gzip
+import hashlib
+import json
+import os
+import re
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Optional
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+
+from tdpo.utils import UserError, looks_local, nearest, plural, some_of
+
+LOCAL_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+
+
+class Row:
+    """One row: `number` counts from 1 within `source` (for JSON lines, the line number); `fields` is None for an unreadable one."""
+
+    def __init__(self, source: str, number: int, fields: Optional[Mapping[str, Any]], defect: Optional[str] = None):
+        self.source, self.number, self.fields, self.defect = source, number, fields, defect
+
+
+def read_rows(path: str, split: str, subset: Optional[str], cache_dir: Optional[str]) -> Sequence[Row]:
+    """The rows of a split.
+
+    Args:
+        path: a file (.jsonl, .jsonl.gz, .parquet), a folder with <split>.jsonl[.gz] or <split>[-*].parquet, a folder that
+            `save_to_disk` of datasets wrote, or a dataset on the Hugging Face hub.
+        split: name of the split; not used where path is a file.
+        subset: configuration of a hub dataset, or None.
+        cache_dir: where hub datasets are kept.
+
+    Raises:
+        UserError: there is no such dataset, split or file, or the file cannot be read at all.
+    """
+    if not looks_local(path):
+        return _HubRows(path, split, subset, cache_dir)
+    if not os.path.exists(path):
+        raise UserError(f"data path {path} does not exist (a hub dataset is named owner/name)")
+    if os.path.isfile(os.path.join(path, "dataset_dict.json")):
+        return _saved_rows(path, split)
+    if os.path.isfile(os.path.join(path, "state.json")):  # one dataset without splits
+        return _DatasetRows(datasets.load_from_disk(path), path)
+    files = [path] if os.path.isfile(path) else _files_of_split(path, split)
+    if not files:
+        raise UserError(f"{path} holds no split {split!r}: looked for {split}.jsonl, {split}.jsonl.gz and {split}[-*].parquet")
+    rows = [row for file in files for row in (_parquet_rows(file) if file.endswith(".parquet") else _json_lines(file))]
+    if not rows:
+        raise UserError(f"{some_of(files)}: no rows")
+    return rows
+
+
+def has_split(path: str, split: str, subset: Optional[str], cache_dir: Optional[str]) -> bool:
+    """Whether `read_rows` would find that split. A single file is a train split alone."""
+    if not looks_local(path):
+        return split in _hub_splits(path, subset)
+    if os.path.isfile(os.path.join(path, "dataset_dict.json")):
+        return os.path.isdir(os.path.join(path, split))
+    return os.path.isdir(path) and bool(_files_of_split(path, split))
+
+
+def identity_of(path: str, subset: Optional[str], cache_dir: Optional[str]) -> list:
+    """Tells the content behind a path from another one, without reading its rows: hashes of its files, or of a hub dataset's splits."""
+    if not looks_local(path):
+        return [
+            (split, datasets.load_dataset(path, subset, split=split, cache_dir=cache_dir)._fingerprint)
+            for split in _hub_splits(path, subset)
+        ]
+    escaped = glob.escape(path)
+    if os.path.isfile(path):
+        files = [path]
+    elif _is_saved(path):
+        files = glob.glob(os.path.join(escaped, "**"), recursive=True)
+    else:
+        files = [file for place in (escaped, os.path.join(escaped, "data")) for file in glob.glob(os.path.join(place, "*"))]
+    hashes = []
+    for file in sorted(files):
+        if os.path.isfile(file) and (_is_saved(path) or file.endswith(LOCAL_SUFFIXES)):
+            with open(file, "rb") as handle:
+                hashes.append((os.path.relpath(file, path), hashlib.file_digest(handle, "sha256").hexdigest()))
+    return hashes
+
+
+def _is_saved(path: str) -> bool:
+    """Whether `save_to_disk` of datasets wrote this folder."""
+    return any(os.path.isfile(os.path.join(path, file)) for file in ("dataset_dict.json", "state.json"))
+
+
+def _files_of_split(folder: str, split: str) -> list[str]:
+    for suffix in LOCAL_SUFFIXES:
+        file = os.path.join(folder, split + suffix)
+        if os.path.isfile(file):
+            return [file]
+    escaped = glob.escape(folder)
+    return sorted(
+        file for place in (escaped, os.path.join(escaped, "data")) for file in glob.glob(os.path.join(place, f"{split}-*.parquet"))
+    )
+
+
+def _json_lines(file: str) -> Iterator[Row]:
+    if not file.endswith((".jsonl", ".jsonl.gz")):
+        raise UserError(f"{file}: expected one of {', '.join(LOCAL_SUFFIXES)}")
+    number = 0
+    opener = gzip.open if file.endswith(".gz") else open
+    try:
+        with opener(file, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    fields = json.loads(line)
+                except UnicodeDecodeError:
+                    yield Row(file, number, None, "not UTF-8 text")
+                    continue
+                except ValueError:
+                    yield Row(file, number, None, "cut or broken JSON")
+                    continue
+                yield Row(file, number, *((fields,) if isinstance(fields, dict) else (None, "not a JSON object")))
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        yield Row(file, number + 1, None, "the compressed file is cut or broken here")
+
+
+def _parquet_rows(file: str) -> Iterator[Row]:
+    try:
+        number = 0
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
+            for fields in batch.to_pylist():
+                number += 1
+                yield Row(file, number, fields)
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"{file} is no readable parquet file: {str(error).splitlines()[0]}") from None
+
+
+def _saved_rows(path: str, split: str) -> Sequence[Row]:
+    saved = datasets.load_from_disk(path)
+    if split not in saved:
+        raise UserError(f"{path} holds no split {split!r}; it has {some_of(sorted(saved))}")
+    return _DatasetRows(saved[split], f"{path}/{split}")
+
+
+class _DatasetRows(Sequence):
+    """Rows of an Arrow dataset, read as they are asked for."""
+
+    def __init__(self, dataset: datasets.Dataset, source: str):
+        self.dataset, self.source = dataset, source
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Row:
+        if not 0 <= index < len(self.dataset):
+            raise IndexError(index)
+        return Row(self.source, int(index) + 1, self.dataset[int(index)])
+
+
+class _HubRows(_DatasetRows):
+    def __init__(self, path: str, split: str, subset: Optional[str], cache_dir: Optional[str]):
+        splits = _hub_splits(path, subset)
+        if split not in splits:
+            raise UserError(f"dataset {path} has no split {split!r}; it has {some_of(splits)}{nearest(split, splits)}")
+        super().__init__(datasets.load_dataset(path, subset, split=split, cache_dir=cache_dir), f"{path}/{split}")
+
+
+def _hub_splits(path: str, subset: Optional[str]) -> list[str]:
+    try:
+        return datasets.get_dataset_split_names(path, subset)
+    except Exception as error:  # the hub's client raises a dozen types for: not there, no access, no network
+        raise UserError(f"dataset {path} is neither a local path nor a dataset that the hub gives out: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+class RowReport:
+    """Decides row by row what `invalid_rows` says, and says at the end what was decided.
+
+    error: any defect ends the run, all of them named at once. skip: rows with a defect are dropped and counted. keep: an empty text, a
+    rejected response with another prompt or a pair of equal responses is trained on as the published code does, and counted; what
+    cannot be trained on (no text, a missing field or marker, broken JSON, special tokens in text) is an error all the same.
+
+    Args:
+        name, split: of the dataset.
+        invalid_rows: error, skip or keep.
+        special_tokens: strings that the tokenizer would turn into special tokens; none are looked for without them.
+    """
+
+    def __init__(self, name: str, split: str, invalid_rows: str, special_tokens: Sequence[str] = ()):
+        self.name, self.source, self.invalid_rows = name, f"{name} {split}", invalid_rows
+        self.read = self.kept = 0
+        self.notes: list[str] = []  # lines to print with the counts
+        self._defects: dict[str, list[Row]] = defaultdict(list)
+        self._kept_defects: dict[str, list[Row]] = defaultdict(list)
+        self._special = re.compile("|".join(re.escape(x) for x in special_tokens if x)) if any(special_tokens) else None
+
+    def rows(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """The readable rows; the others are noted."""
+        for row in rows:
+            self.read += 1
+            if row.fields is None:
+                self.refuse(row, row.defect)
+            else:
+                yield row
+
+    def refuse(self, row: Row, defect: str) -> None:
+        """Note a defect that cannot be trained on."""
+        if row not in self._defects[defect][-1:]:
+            self._defects[defect].append(row)
+
+    def texts(self, row: Row, *names: str) -> Optional[list[str]]:
+        """The row's fields of those names where all are usable text, else None, noted."""
+        values = []
+        for name in names:
+            if name not in row.fields:
+                self.refuse(row, f"no field {name!r}")
+            elif self.is_text(row, name, row.fields[name]):
+                values.append(row.fields[name])
+        return values if len(values) == len(names) else None
+
+    def is_text(self, row: Row, name: str, value: Any) -> bool:
+        """Whether the value is a string that a tokenizer takes as plain text; noted where not."""
+        if not isinstance(value, str):
+            self.refuse(row, f"{name!r} is {'null' if value is None else type(value).__name__}, not text")
+        elif not _encodable(value):
+            self.refuse(row, f"{name!r} holds a lone surrogate")
+        elif self._special is not None and (found := self._special.search(value)):
+            self.refuse(row, f"special token {found.group()!r} inside {name!r}")
+        else:
+            return True
+        return False
+
+    def usable_pair(self, row: Row, prompt: str, chosen: str, rejected: str, same_prompt: bool = True) -> bool:
+        """Whether to train on this pair, whose texts are text. A row that is kept is counted."""
+        defects = _empty(prompt=prompt, chosen=chosen, rejected=rejected)
+        if not same_prompt:
+            defects.append("rejected has another prompt than chosen")
+        elif chosen == rejected and not defects:
+            defects.append("chosen and rejected are equal")
+        return self._keep(row, defects)
+
+    def usable_answers(self, row: Row, prompt: str, answers: Sequence[str]) -> bool:
+        """The same for a row with any number of answers."""
+        return self._keep(row, _empty(prompt=prompt, answer=min(answers, key=lambda text: len(text.strip()))))
+
+    def _keep(self, row: Row, defects: list[str]) -> bool:
+        for defect in defects:
+            (self._kept_defects if self.invalid_rows == "keep" else self._defects)[defect].append(row)
+        keep = not defects or self.invalid_rows == "keep"
+        self.kept += keep
+        return keep
+
+    def remedy(self) -> str:
+        special = any(defect.startswith("special token") for defect in self._defects)
+        escape = f"; datasets.{self.name}.escape_special_tokens=true makes special tokens plain text" if special else ""
+        return f"datasets.{self.name}.invalid_rows=skip drops such rows{escape}"
+
+    def finish(self, remedy: Optional[str] = None) -> list[str]:
+        """The counts, to be printed; raises UserError with every row that must not be there, and a remedy."""
+        if self._defects and self.invalid_rows != "skip":
+            raise UserError(f"{self.source}: rows that cannot be used{self._describe(self._defects)}\n  {remedy or self.remedy()}")
+        if self.read == 0:
+            raise UserError(f"{self.source}: no rows")
+        if self.kept == 0:
+            raise UserError(f"{self.source}: none of {plural(self.read, 'row')} can be used{self._describe(self._defects)}")
+        lines = ["; ".join([f"{self.source}: {plural(self.read, 'row')} read, {self.kept:,} kept", *self.notes])]
+        for verb, defects in (("dropped", self._defects), ("kept as published, though they have", self._kept_defects)):
+            if defects:
+                lines.append(f"  {verb}{self._describe(defects)}")
+        return lines
+
+    @staticmethod
+    def _describe(defects: Mapping[str, list[Row]]) -> str:
+        """A line for each defect, '  empty chosen: train.jsonl rows 3, 7', with a dozen row numbers at most."""
+        parts = []
+        for defect, rows in defects.items():
+            by_source: dict[str, list[int]] = defaultdict(list)
+            for row in rows:
+                by_source[row.source].append(row.number)
+            places = ", ".join(f"{source} row{'s' if len(n) > 1 else ''} {some_of(n)}" for source, n in by_source.items())
+            parts.append(f"\n  {defect}: {places}")
+        return "".join(parts)
+
+
+def _empty(**texts: str) -> list[str]:
+    return [f"empty {name}" for name, text in texts.items() if not text.strip()]
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,311 @@
+"""Texts to tokens once: by all cores, into an Arrow table that is memory-mapped, and found again by the next run.
+
+A row of the table is a prompt: {dataset, prompt, texts, prompt_ids, response_ids, masks, examples, annotations, hashes, truncation_mode}.
+`examples` are indices into texts and response_ids, one a role; `annotations` what the data says of these (scores, labels), [] for nothing;
+`masks`, one a response, are 1 for the tokens that are scored, [] for all; `hashes` tell examples apart. Tokens are whole: each run
+truncates them for itself.
+"""
+
+import glob
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, Optional
+
+import datasets
+import numpy as np
+
+from tdpo.data.rows import identity_of
+from tdpo.data.tokenization import encode, trim_after_eos, with_bos, with_eos
+from tdpo.utils import UserError, cores
+
+Dataset = dict[str, dict]  # what a loader returns, see preference_datasets.py
+
+TEXTS_A_CORE = 10_000  # for fewer, starting another process takes longer than it saves; for fewer in all, so does a cache
+PART = 20_000  # prompts
+SPANS = datasets.List(datasets.List(datasets.List(datasets.Value("int32"))))
+IDS = datasets.List(datasets.Value("int32"))
+FEATURES = datasets.Features(
+    {
+        "dataset": datasets.Value("string"),
+        "prompt": datasets.Value("string"),
+        "texts": datasets.List(datasets.Value("string")),
+        "prompt_ids": IDS,
+        "response_ids": datasets.List(IDS),
+        "masks": datasets.List(datasets.List(datasets.Value("int8"))),
+        "examples": datasets.List(IDS),
+        "annotations": datasets.List(datasets.List(datasets.Value("float64"))),
+        "hashes": datasets.List(datasets.Value("int64")),
+        "truncation_mode": datasets.Value("string"),
+    }
+)
+
+
+class Form(NamedTuple):
+    """What an example is made of."""
+
+    roles: tuple[str, ...]  # of its responses
+    scored: bool = False  # whether the data must give each response of a pair a score
+    segments: bool = False  # whether the data must say which turns of a response are scored
+
+
+SFT, PAIRS, PAIRS_AND_TARGET, COMPLETIONS = (
+    Form(("chosen",)),
+    Form(("chosen", "rejected")),
+    Form(("chosen", "rejected", "target")),
+    Form(("completion",)),
+)
+
+
+class Examples(NamedTuple):
+    """Of one prompt."""
+
+    texts: list[str]
+    spans: list[list[tuple[int, int]]]  # of each text: where it is scored, characters; [] for all of it
+    indices: list[tuple[int, ...]]  # of each example's texts, one a role
+    annotations: list[list[float]]  # of each example, one a role or none
+
+
+def examples_of(entry: Mapping, form: Form) -> Examples:
+    """What a prompt's entry in the data contract (preference_datasets.py) gives in that form."""
+    texts, scores = list(entry["responses"]), entry.get("scores")
+    spans = list(entry.get("spans") or [[]] * len(texts))
+    if form.roles == SFT.roles:
+        target = entry["sft_target"]
+        return Examples([target], [spans[texts.index(target)] if target in texts else []], [(0,)], [[]])
+    if form.roles == COMPLETIONS.roles:
+        return Examples(texts, spans, [(i,) for i in range(len(texts))], [[float(label)] for label in entry["labels"]])
+    indices = [tuple(pair) for pair in entry["pairs"]]
+    annotations = [[float(scores[i]) for i in pair] if form.scored else [] for pair in indices]
+    if "target" in form.roles:
+        if (target := entry["sft_target"]) not in texts:
+            texts, spans = [*texts, target], [*spans, []]
+        indices = [(*pair, texts.index(target)) for pair in indices]
+    return Examples(texts, spans, indices, annotations)
+
+
+def count_texts(data: Dataset, form: Form) -> int:
+    """Prompts and responses."""
+    return sum(1 + len(examples_of(entry, form).texts) for entry in data.values())
+
+
+def tokenize(
+    name: str, data: Dataset, options: Mapping, tokenizer, add_bos: bool, form: Form, silent: bool = False, file: Optional[str] = None
+) -> datasets.Dataset:
+    """The table of a dataset, in memory or, where `file` is given, in it.
+
+    Args:
+        name: of the dataset.
+        data, options: its contract and options.
+        tokenizer: of Transformers.
+        add_bos: begin every prompt with beginning-of-sequence.
+        form: of its examples.
+        silent: no progress bar.
+
+    Raises:
+        UserError: a prompt has no tokens.
+    """
+    found = [examples_of(entry, form) for entry in data.values()]
+    columns = {
+        "prompt": list(data),
+        "texts": [[trim_after_eos(text, tokenizer) for text in some.texts] for some in found],
+        "spans": [some.spans for some in found],
+        "examples": [some.indices for some in found],
+        "annotations": [some.annotations for some in found],
+    }
+    features = datasets.Features({column: FEATURES.get(column, SPANS) for column in columns})
+    processes = min(cores(), (len(found) + sum(len(some.texts) for some in found)) // TEXTS_A_CORE)
+    settings = {
+        "name": name,
+        "tokenizer": tokenizer,
+        "escape": options.get("escape_special_tokens", False),
+        "add_bos": add_bos,
+        "truncation_mode": options["truncation_mode"],
+    }
+    with _progress_bars(shown=not silent):
+        # In parts, because Arrow takes 2 GB of text at a time.
+        parts = [{column: values[i : i + PART] for column, values in columns.items()} for i in range(0, len(found), PART)]
+        return datasets.concatenate_datasets([datasets.Dataset.from_dict(part, features=features) for part in parts]).map(
+            _tokenize_rows,
+            batched=True,
+            fn_kwargs=settings,
+            features=FEATURES,
+            remove_columns=["spans"],
+            num_proc=processes if processes > 1 else None,
+            desc=f"Tokenizing {name}",
+            keep_in_memory=file is None,
+            cache_file_name=file,
+            new_fingerprint="tokens",  # else the tokenizer would be hashed
+        )
+
+
+def _tokenize_rows(columns: Mapping[str, list], name: str, tokenizer, escape: bool, add_bos: bool, truncation_mode: str) -> dict[str, list]:
+    prompts, texts = columns["prompt"], columns["texts"]
+    prompt_ids = encode(prompts, tokenizer, escape)
+    if add_bos:
+        prompt_ids = [with_bos(ids, tokenizer) for ids in prompt_ids]
+    for prompt, ids in zip(prompts, prompt_ids):
+        if not ids:
+            raise UserError(f"{name}: prompt {prompt!r} has no tokens: the first response token would have nothing to be predicted from")
+    responses = _encode_responses(texts, columns["spans"], tokenizer, escape)
+    return {
+        "dataset": [name] * len(prompts),
+        "prompt": prompts,
+        "texts": texts,
+        "prompt_ids": prompt_ids,
+        "response_ids": [[ids for ids, _ in some] for some in responses],
+        "masks": [[mask for _, mask in some] for some in responses],
+        "examples": columns["examples"],
+        "annotations": columns["annotations"],
+        "hashes": [
+            [_hash([prompt, *(some[i] for i in indices)]) for indices in examples]
+            for prompt, some, examples in zip(prompts, texts, columns["examples"])
+        ],
+        "truncation_mode": [truncation_mode] * len(prompts),
+    }
+
+
+def _encode_responses(texts: Sequence[Sequence[str]], spans: Sequence, tokenizer, escape: bool) -> list[list[tuple[list[int], list[int]]]]:
+    """(tokens, mask) of each response. One with spans is cut at their ends, and each piece is tokenized by itself."""
+    cut = [[_pieces(text, some) for text, some in zip(*both)] for both in zip(texts, spans)]
+    encoded = iter(encode([piece for some in cut for pieces in some for piece, _ in pieces], tokenizer, escape))
+
+    def joined(pieces: list[tuple[str, bool]]) -> tuple[list[int], list[int]]:
+        parts = [(next(encoded), scored) for _, scored in pieces]
+        ids = with_eos([token for part, _ in parts for token in part], tokenizer)
+        if len(pieces) == 1 and pieces[0][1]:
+            return ids, []
+        mask = [int(scored) for part, scored in parts for _ in part]
+        return ids, mask + [int(parts[-1][1])] * (len(ids) - len(mask))
+
+    return [[joined(pieces) for pieces in some] for some in cut]
+
+
+def _pieces(text: str, spans: Sequence[Sequence[int]]) -> list[tuple[str, bool]]:
+    """The text in order, piece by piece, and whether a piece is scored."""
+    if not spans:
+        return [(text, True)]
+    pieces, end = [], 0
+    for start, stop in spans:
+        pieces += [(text[end:start], False), (text[start:stop], True)]
+        end = stop
+    return [piece for piece in [*pieces, (text[end:], False)] if piece[0]]
+
+
+def _hash(texts: Sequence[str]) -> int:
+    digest = hashlib.blake2b(json.dumps(texts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+@contextmanager
+def _progress_bars(shown: bool):
+    """Of `datasets`, as the other ones: on a terminal alone."""
+    disabled = datasets.utils.are_progress_bars_disabled()
+    (datasets.enable_progress_bars if shown and sys.stderr.isatty() else datasets.disable_progress_bars)()
+    try:
+        yield
+    finally:
+        (datasets.disable_progress_bars if disabled else datasets.enable_progress_bars)()
+
+
+class TokenCache:
+    """The folder of one dataset's split under one tokenizer: its table, and what was printed while its rows were read.
+
+    Args:
+        cache_dir: the user's folder for such things.
+        key: what the tokens depend on, as JSON can say it.
+    """
+
+    def __init__(self, cache_dir: str, key: Mapping):
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
+        self.folder = os.path.join(cache_dir, "tokens", digest[:32])
+
+    def load(self) -> Optional[tuple[datasets.Dataset, list[str]]]:
+        """The table, memory-mapped, and the lines; None where there are none, or none that can be read."""
+        try:
+            with open(os.path.join(self.folder, "lines.json")) as file:
+                lines = json.load(file)
+            return datasets.load_from_disk(os.path.join(self.folder, "table")), lines
+        except (OSError, ValueError):
+            return None
+
+    def build(self, make, lines: Sequence[str]) -> datasets.Dataset:
+        """The table that make(file) makes; kept, unless the disk does not take it, which is said."""
+        try:
+            parent = os.path.dirname(self.folder)
+            os.makedirs(parent, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=parent, prefix="new-", ignore_cleanup_errors=True) as new:
+                table = make(os.path.join(new, "rows.arrow"))
+                with _progress_bars(shown=False):
+                    table.save_to_disk(os.path.join(new, "whole", "table"))
+                with open(os.path.join(new, "whole", "lines.json"), "w") as file:
+                    json.dump(list(lines), file)
+                if self.load() is None:  # else another run was faster
+                    if os.path.exists(self.folder):
+                        os.rename(self.folder, os.path.join(new, "unreadable"))
+                    os.rename(os.path.join(new, "whole"), self.folder)  # whole or not there
+                loaded = self.load()
+        except OSError as error:
+            print(f"tokens are not kept for the next run: {error}")
+            loaded = None
+        return loaded[0] if loaded else make(None)
+
+
+def cache_key(
+    name: str, options: Mapping, split: str, tokenizer, add_bos: bool, form: Form, cache_dir: Optional[str], loader: Callable
+) -> dict:
+    """Everything that a split's tokens depend on; data by their content, wherever they lie.
+
+    Args:
+        loader: what reads the rows. The code of its file, and of this package, decides tokens too.
+    """
+    sources = {k: identity_of(options[k], options.get("subset"), cache_dir) for k in ("path", "eval_path") if options.get(k)}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return {
+        "code": _code_digest(loader),
+        "versions": [importlib.metadata.version(name) for name in ("transformers", "tokenizers", "datasets", "jinja2", "beautifulsoup4")],
+        "name": name,
+        "options": {key: value for key, value in options.items() if key not in sources},
+        "sources": sources,
+        "split": split,
+        "tokenizer": backend.to_str() if backend is not None else [sorted(tokenizer.get_vocab().items()), repr(tokenizer)],
+        "special": [tokenizer.special_tokens_map, tokenizer.chat_template],
+        "add_bos": add_bos,
+        "form": form,
+    }
+
+
+def _code_digest(loader: Callable) -> str:
+    """A hash of the source files of this package, and of the loader's."""
+    files = {inspect.getsourcefile(loader), *glob.glob(os.path.join(os.path.dirname(__file__), "*.py"))}
+    digest = hashlib.sha256()
+    for file in sorted(map(os.path.realpath, files), key=os.path.basename):
+        with open(file, "rb") as handle:
+            digest.update(handle.read())
+    return digest.hexdigest()
+
+
+def flat(table: datasets.Dataset, column: str, depth: int) -> np.ndarray:
+    """The values of a column of lists, `depth` lists deep, one after another; where these are lists still, their lengths."""
+    arrays = list(table.data.column(column).chunks)
+    for _ in range(depth):
+        arrays = [array.flatten() for array in arrays]
+    arrays = [array.value_lengths() if hasattr(array, "value_lengths") else array for array in arrays]
+    return np.concatenate([array.to_numpy(zero_copy_only=False) for array in arrays])
+
+
+def digest_of(table: datasets.Dataset) -> str:
+    """A hash of all tokens and pairs, whatever the chunks in which a table holds them."""
+    digest = hashlib.sha256()
+    for column, deep in (("prompt_ids", 1), ("response_ids", 2), ("masks", 2), ("examples", 2), ("annotations", 2)):
+        for depth in range(deep + 1):
+            values = flat(table, column, depth)
+            digest.update(values.astype(np.float64 if values.dtype == np.float64 else np.int32).tobytes())
+    digest.update(repr(sorted(table.unique("truncation_mode"))).encode())
+    return digest.hexdigest()

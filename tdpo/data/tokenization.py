@@ -1,0 +1,128 @@
+"""From texts to token ids and labels: special tokens, truncation, and the published batch element."""
+
+from collections.abc import Sequence
+from typing import Optional
+
+import numpy as np
+
+from tdpo.utils import IGNORED
+
+
+def special_token_strings(tokenizer) -> list[str]:
+    """Strings that the tokenizer turns into special tokens wherever they stand in a text, longest first."""
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return sorted(set(added) | set(tokenizer.all_special_tokens), key=len, reverse=True)
+
+
+def encode(texts: Sequence[str], tokenizer, escape_special_tokens: bool = False) -> list[list[int]]:
+    """Token ids of each text, without special tokens around it.
+
+    Args:
+        escape_special_tokens: a special token's string inside a text becomes plain text.
+    """
+    return tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        return_attention_mask=False,
+        split_special_tokens=escape_special_tokens,
+        verbose=False,  # texts longer than the model takes are truncated later, and counted
+    )["input_ids"]
+
+
+def with_eos(ids: list[int], tokenizer) -> list[int]:
+    """The response's tokens, ended by end-of-sequence where a chat template has not ended it so."""
+    return ids if ids and ids[-1] == tokenizer.eos_token_id else ids + [tokenizer.eos_token_id]
+
+
+def trim_after_eos(text: str, tokenizer) -> str:
+    """A rendered response without the white space that some templates write after end-of-sequence."""
+    stripped = text.rstrip()
+    return stripped if stripped.endswith(tokenizer.eos_token) else text
+
+
+def with_bos(ids: list[int], tokenizer) -> list[int]:
+    """The prompt's tokens, begun by beginning-of-sequence where a chat template has not begun it so."""
+    return ids if ids[:1] == [tokenizer.bos_token_id] else [tokenizer.bos_token_id] + ids
+
+
+def truncate(
+    prompt: list[int],
+    responses: Sequence[list[int]],
+    truncation_mode: str,
+    max_length: int,
+    max_prompt_length: int,
+    bos_token_id: Optional[int] = None,
+) -> tuple[list[int], list[list[int]]]:
+    """The published rule: where the prompt and the longer response exceed max_length, the prompt is cut to max_prompt_length;
+    where that does not suffice, every response is cut to max_length - max_prompt_length (and loses end-of-sequence).
+
+    Args:
+        truncation_mode: keep_start or keep_end of the prompt.
+        bos_token_id: kept at the start of a prompt that begins with it.
+    """
+    ((length, *cut),) = truncated_lengths(np.array([[len(prompt), *map(len, responses)]]), max_length, max_prompt_length).tolist()
+    if length < len(prompt):
+        if truncation_mode == "keep_start":
+            prompt = prompt[:length]
+        elif bos_token_id is not None and prompt[0] == bos_token_id:
+            prompt = [bos_token_id] + prompt[len(prompt) - length + 1 :]
+        else:
+            prompt = prompt[-length:]
+    return prompt, [response[:n] for response, n in zip(responses, cut)]
+
+
+def truncated_lengths(lengths: np.ndarray, max_length: int, max_prompt_length: int) -> np.ndarray:
+    """What `truncate` leaves of examples of these lengths: (examples, 1 + responses) tokens of prompt and responses, and so returned."""
+    prompts, responses = lengths[:, :1], lengths[:, 1:]
+    longest = responses.max(-1, keepdims=True)
+    prompts = np.where(prompts + longest > max_length, np.minimum(prompts, max_prompt_length), prompts)
+    cut = np.where(prompts + longest > max_length, np.minimum(responses, max_length - max_prompt_length), responses)
+    return np.concatenate([prompts, cut], axis=1)
+
+
+def batch_element(
+    prompt: str,
+    responses: dict[str, str],
+    prompt_ids: list[int],
+    response_ids: dict[str, list[int]],
+    masks: Optional[dict[str, list[int]]] = None,
+) -> dict:
+    """One example in the published form: texts, and `<role>_{input_ids,attention_mask,labels}` of prompt + response.
+
+    Args:
+        prompt: text.
+        responses: text by role (chosen, rejected).
+        prompt_ids, response_ids: tokens after truncation.
+        masks: 1 for the response tokens that are scored; None: all are.
+    """
+    element: dict = {"prompt": prompt}
+    for role, text in responses.items():
+        element[role] = prompt + text
+        element[f"{role}_response_only"] = text
+    for role, ids in response_ids.items():
+        element[f"{role}_input_ids"] = prompt_ids + ids
+        element[f"{role}_attention_mask"] = [1] * (len(prompt_ids) + len(ids))
+        labels = ids if masks is None else [token if scored else IGNORED for token, scored in zip(ids, masks[role])]
+        element[f"{role}_labels"] = [IGNORED] * len(prompt_ids) + labels
+    element["prompt_input_ids"] = prompt_ids
+    element["prompt_attention_mask"] = [1] * len(prompt_ids)
+    return element
+
+
+def tokenize_batch_element(
+    prompt: str, chosen: str, rejected: str, truncation_mode: str, tokenizer, max_length: int, max_prompt_length: int
+) -> dict:
+    """One pair as a batch element: the published signature, over the functions that the pipeline uses.
+
+    Raises:
+        ValueError: a text holds end-of-sequence, or truncation_mode is neither keep_start nor keep_end.
+    """
+    if truncation_mode not in ("keep_start", "keep_end"):
+        raise ValueError(f"unknown truncation mode {truncation_mode!r}")
+    prompt_ids, *response_ids = encode([prompt, chosen, rejected], tokenizer)
+    for ids, text in zip((prompt_ids, *response_ids), (prompt, chosen, rejected)):
+        if tokenizer.eos_token_id in ids:
+            raise ValueError(f"text contains the end-of-sequence token: {text}")
+    ended = [with_eos(ids, tokenizer) for ids in response_ids]
+    prompt_ids, cut = truncate(prompt_ids, ended, truncation_mode, max_length, max_prompt_length)
+    return batch_element(prompt, {"chosen": chosen, "rejected": rejected}, prompt_ids, dict(zip(("chosen", "rejected"), cut)))

@@ -1,0 +1,389 @@
+"""Every objective: a pure function from response scores to one loss per example. Imports torch alone.
+
+    from tdpo import losses
+    objective = losses.get_objective("tdpo2", beta=0.1, alpha=0.5)
+    output = objective({"chosen": chosen_scores, "rejected": rejected_scores})
+    output.losses.mean().backward()
+
+Notation, as in the papers: r(y) = log pi(y|x) - log pi_ref(y|x), summed over the tokens of the response y; D = r(y_w) - r(y_l) for
+chosen y_w and rejected y_l; K(y) = SeqKL = sum over positions t of KL(pi_ref(.|s_t) || pi(.|s_t)), the forward divergence.
+All log-probabilities and divergences are in nats. B is the number of examples (pairs, or responses for SFT).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class ResponseScores:
+    """What scoring computes for one role (chosen, rejected) of a batch. Every tensor has shape (B,)."""
+
+    logps: torch.Tensor  # sum over the response's tokens of log pi(y_t | s_t), nats
+    num_tokens: torch.Tensor  # |y|, the number of response tokens, end-of-sequence included
+    reference_logps: Optional[torch.Tensor] = None  # the same sum under the reference, without gradient, nats
+    kl: Optional[torch.Tensor] = None  # SeqKL K(y), nats
+    annotation: Optional[torch.Tensor] = None  # float64, what the data says of y: its score (odpo), or its label, 1 desirable or 0 (kto)
+    baseline: Optional[torch.Tensor] = None  # z0 of kto, nats, the same for all
+
+    @property
+    def log_ratio(self) -> torch.Tensor:
+        """r(y), shape (B,), nats."""
+        return self.logps - self.reference_logps
+
+    def detach(self) -> "ResponseScores":
+        return ResponseScores(*(None if x is None else x.detach() for x in vars(self).values()))
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """What an objective returns."""
+
+    losses: torch.Tensor  # (B,), one loss an example; the training loss is their mean over the global batch
+    rewards: Mapping[str, torch.Tensor] = field(default_factory=dict)  # role -> (B,), detached: what rewards_*/ curves show
+    logits: Optional[torch.Tensor] = None  # (B,), detached: the margin that is trained, positive where the pair is ranked right
+
+
+Scores = Mapping[str, ResponseScores]
+
+
+def sft(scores: Scores, average_log_prob: bool = False) -> LossOutput:
+    """Negative log-likelihood of the target response: -sum_t log pi(y_t|s_t).
+
+    Args:
+        scores: one role, "chosen", which holds the SFT target.
+        average_log_prob: divide by the number of response tokens (the published code sums).
+    """
+    target = scores["chosen"]
+    return LossOutput(losses=-_per_response(target.logps, target, average_log_prob))
+
+
+def dpo(scores: Scores, beta: float, label_smoothing: float = 0.0, reference_free: bool = False) -> LossOutput:
+    """DPO, -log sigmoid(beta D): eq. 7 of https://arxiv.org/abs/2305.18290.
+
+    Args:
+        scores: roles "chosen" and "rejected", with reference_logps.
+        beta: strength of the implicit KL penalty, > 0; 0.1 to 0.5 is usual.
+        label_smoothing: e of conservative DPO, -(1-e) log sigmoid(beta D) - e log sigmoid(-beta D): eq. 3 of
+            https://ericmitchell.ai/cdpo.pdf; the fraction of labels thought to be flipped, 0 <= e < 0.5.
+        reference_free: leave the reference out of D (a uniform reference). Rewards still use it, as published.
+    """
+    chosen, rejected = scores["chosen"], scores["rejected"]
+    margin = chosen.logps - rejected.logps
+    if not reference_free:
+        margin = margin - (chosen.reference_logps - rejected.reference_logps)
+    logits = beta * margin
+    losses = -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
+    return LossOutput(losses, _log_ratio_rewards(scores, beta), logits.detach())
+
+
+def ipo(scores: Scores, beta: float, average_log_prob: bool = False) -> LossOutput:
+    """IPO, (D - 1/(2 beta))^2: eq. 17 of https://arxiv.org/abs/2310.12036, where beta is called tau.
+
+    Args:
+        scores: roles "chosen" and "rejected", with reference_logps.
+        beta: strength of the regularisation, > 0.
+        average_log_prob: take D of per-token means, as IPO's authors do (the published DPO code sums).
+    """
+    ratios = {role: _per_response(score.log_ratio, score, average_log_prob) for role, score in scores.items()}
+    margin = ratios["chosen"] - ratios["rejected"]
+    rewards = {role: beta * ratio.detach() for role, ratio in ratios.items()}
+    return LossOutput((margin - 1 / (2 * beta)) ** 2, rewards, beta * margin.detach())
+
+
+def tdpo1(scores: Scores, beta: float) -> LossOutput:
+    """TDPO1, -log sigmoid(beta [D - (K(y_l) - K(y_w))]): https://arxiv.org/abs/2404.11999.
+
+    Args:
+        scores: roles "chosen" and "rejected", with reference_logps and kl.
+        beta: as in DPO.
+    """
+    chosen, rejected = scores["chosen"], scores["rejected"]
+    return _tdpo_output(scores, beta, rejected.kl - chosen.kl)
+
+
+def tdpo2(scores: Scores, beta: float, alpha: float = 0.5) -> LossOutput:
+    """TDPO2, -log sigmoid(beta [D - alpha (K(y_l) - sg K(y_w))]), sg the stop-gradient: https://arxiv.org/abs/2404.11999.
+
+    Args:
+        scores: roles "chosen" and "rejected", with reference_logps and kl.
+        beta: as in DPO.
+        alpha: weight of the difference of SeqKL, >= 0; 0 gives DPO.
+    """
+    chosen, rejected = scores["chosen"], scores["rejected"]
+    return _tdpo_output(scores, beta, alpha * (rejected.kl - chosen.kl.detach()))
+
+
+def _tdpo_output(scores: Scores, beta: float, kl_difference: torch.Tensor) -> LossOutput:
+    """Both TDPO variants differ only in kl_difference, shape (B,), nats."""
+    logits = beta * (_difference_of_log_ratios(scores) - kl_difference)
+    # The published rewards are beta (r + K) whatever alpha is. Kept under their name; `logits` is what is trained.
+    rewards = {role: beta * (score.log_ratio + score.kl).detach() for role, score in scores.items()}
+    return LossOutput(-F.logsigmoid(logits), rewards, logits.detach())
+
+
+def rdpo(scores: Scores, beta: float, label_smoothing: float = 0.1) -> LossOutput:
+    """Robust DPO, [-(1-e) log sigmoid(beta D) + e log sigmoid(-beta D)] / (1-2e): https://arxiv.org/abs/2403.00409.
+
+    The second term has the opposite sign of conservative DPO's: the loss is unbiased where a fraction e of the labels is flipped.
+
+    Args:
+        scores: roles "chosen" and "rejected", with reference_logps.
+        beta: as in DPO.
+        label_smoothing: e, the fraction of labels that are flipped, 0 <= e < 0.5; 0 is DPO.
+    """
+    logits = beta * _difference_of_log_ratios(scores)
+    losses = (label_smoothing * F.logsigmoid(-logits) - (1 - label_smoothing) * F.logsigmoid(logits)) / (1 - 2 * label_smoothing)
+    return LossOutput(losses, _log_ratio_rewards(scores, beta), logits.detach())
+
+
+def dpop(scores: Scores, beta: float, dpop_lambda: float = 50.0) -> LossOutput:
+    """DPO-Positive, -log sigmoid(beta [D - lambda max(0, -r(y_w))]): eq. 3 of https://arxiv.org/abs/2402.13228 (July 2024).
+
+    The penalty stands within the bracket that beta multiplies, as in the paper; variants outside of it are in use.
+
+    Args:
+        scores: roles "chosen" and "rejected", with reference_logps.
+        beta: as in DPO.
+        dpop_lambda: weight of the penalty for a chosen response less likely than under the reference, >= 0; 0 is DPO.
+    """
+    penalty = F.relu(-scores["chosen"].log_ratio)
+    logits = beta * (_difference_of_log_ratios(scores) - dpop_lambda * penalty)
+    return LossOutput(-F.logsigmoid(logits), _log_ratio_rewards(scores, beta), logits.detach())
+
+
+def simpo(scores: Scores, beta: float = 2.0, gamma: float = 0.5) -> LossOutput:
+    """SimPO, -log sigmoid(beta [log pi(y_w)/|y_w| - log pi(y_l)/|y_l|] - gamma): eq. 6 of https://arxiv.org/abs/2405.14734. No reference.
+
+    Args:
+        scores: roles "chosen" and "rejected".
+        beta: scale of the reward beta log pi(y)/|y|, > 0; 2 to 10 in the paper.
+        gamma: margin by which the rewards should differ, >= 0; in units of the reward.
+    """
+    rewards = {role: beta * scores[role].logps / scores[role].num_tokens for role in ("chosen", "rejected")}
+    logits = rewards["chosen"] - rewards["rejected"] - gamma
+    return LossOutput(-F.logsigmoid(logits), {role: reward.detach() for role, reward in rewards.items()}, logits.detach())
+
+
+def odpo(scores: Scores, beta: float, alpha: float = 1.0, kl_weight: float = 0.0) -> LossOutput:
+    """DPO with an offset, -log sigmoid(beta D - alpha log(s_w - s_l)): https://arxiv.org/abs/2402.10571, s the data's scores.
+
+    Args:
+        scores: roles "chosen" and "rejected", with reference_logps and annotation, the scores, s_w > s_l; with kl where kl_weight is not 0.
+        beta: as in DPO.
+        alpha: weight of the offset, >= 0; 0 is DPO.
+        kl_weight: lambda of a penalty that some notes add, lambda KL(pi, pi_ref), >= 0. Here the divergence is the mean of SeqKL of the two
+            responses, the forward direction, the one that can be had exactly on responses that pi did not draw.
+    """
+    chosen, rejected = scores["chosen"], scores["rejected"]
+    difference = _difference_of_log_ratios(scores)
+    offset = (chosen.annotation - rejected.annotation).log()  # in float64: scores may differ by less than float32 can say
+    logits = beta * difference - alpha * offset.to(difference.dtype)
+    losses = -F.logsigmoid(logits)
+    if kl_weight:
+        losses = losses + kl_weight * (chosen.kl + rejected.kl) / 2
+    return LossOutput(losses, _log_ratio_rewards(scores, beta), logits.detach())
+
+
+def slic(scores: Scores, delta: float = 1.0, sft_weight: float = 0.1) -> LossOutput:
+    """SLiC-HF, max(0, delta - log pi(y_w) + log pi(y_l)) - lambda log pi(y_ref): https://arxiv.org/abs/2305.10425. No reference model.
+
+    Args:
+        scores: roles "chosen", "rejected" and "target", y_ref, the prompt's SFT target.
+        delta: margin, nats, > 0.
+        sft_weight: lambda, weight of the SFT target's log-likelihood, >= 0.
+    """
+    margin = scores["chosen"].logps - scores["rejected"].logps
+    losses = F.relu(delta - margin) - sft_weight * scores["target"].logps
+    # It has no implicit reward: what it ranks by is the log-probability.
+    return LossOutput(losses, {role: scores[role].logps.detach() for role in ("chosen", "rejected")}, margin.detach())
+
+
+def kto(scores: Scores, beta: float, desirable_weight: float = 1.0, undesirable_weight: float = 1.0, z0: object = "batch") -> LossOutput:
+    """KTO, of single responses: eq. 7 of https://arxiv.org/abs/2402.01306.
+
+    Desirable: w_D (1 - sigmoid(beta (r - z0))); undesirable: w_U (1 - sigmoid(beta (z0 - r))).
+
+    Args:
+        scores: role "completion", with reference_logps, annotation (1 desirable, 0 undesirable) and, where z0 is "batch", baseline: the
+            mean of r over responses to other prompts, at least 0, without gradient.
+        beta: as in DPO.
+        desirable_weight, undesirable_weight: w_D and w_U, >= 0.
+        z0: "batch", or 0 for none.
+    """
+    score = scores["completion"]
+    desirable = score.annotation > 0.5
+    ratio = score.log_ratio if score.baseline is None else score.log_ratio - score.baseline
+    logits = beta * torch.where(desirable, ratio, -ratio)
+    weights = torch.where(desirable, torch.full_like(logits, desirable_weight), torch.full_like(logits, undesirable_weight))
+    return LossOutput(weights * torch.sigmoid(-logits), _log_ratio_rewards(scores, beta), logits.detach())
+
+
+def sdpo_stepwise(scores: Scores, beta: float, parts: int = 3, order: str = "given") -> LossOutput:
+    """sDPO, DPO on consecutive parts of the data, each against the model that the part before has left: https://arxiv.org/abs/2403.19270.
+
+    Of a pair it is DPO's loss; `parts` and `order` are heeded by the trainer.
+    """
+    return dpo(scores, beta)
+
+
+def sdpo_segment(scores: Scores, beta: float) -> LossOutput:
+    """SDPO, -log sigmoid(sum over the turns t of a segment of beta [r(w_t|h_t^w) - r(l_t|h_t^l)]): https://arxiv.org/abs/2501.01821.
+
+    Args:
+        scores: DPO's, whose sums go over the tokens of the segment's turns alone; the turns between are history.
+        beta: as in DPO.
+    """
+    return dpo(scores, beta)
+
+
+def _difference_of_log_ratios(scores: Scores) -> torch.Tensor:
+    """D, (B,), nats."""
+    return scores["chosen"].log_ratio - scores["rejected"].log_ratio
+
+
+def _per_response(values: torch.Tensor, score: ResponseScores, average: bool) -> torch.Tensor:
+    return values / score.num_tokens if average else values
+
+
+def _log_ratio_rewards(scores: Scores, beta: float) -> Mapping[str, torch.Tensor]:
+    return {role: beta * score.log_ratio.detach() for role, score in scores.items()}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss, and what data and scoring must bring for it. Call it with scores."""
+
+    name: str
+    function: Callable[..., LossOutput]
+    roles: tuple[str, ...] = ("chosen", "rejected")  # of an example's responses
+    needs_reference: bool = True
+    needs_kl: bool = False
+    needs_scores: bool = False  # of both responses of a pair, from the data
+    needs_baseline: bool = False  # z0, of the whole batch
+    needs_segments: bool = False  # responses of which some turns alone are scored
+    in_parts: bool = False  # whether the data come in parts, and the reference is replaced after each
+    implicit_rewards: bool = True  # whether rewards compare with the reference, and so are 0 at the start
+    hyperparameters: Mapping[str, object] = field(default_factory=dict)
+
+    def __call__(self, scores: Scores) -> LossOutput:
+        return self.function(scores, **self.hyperparameters)
+
+
+OBJECTIVES = {
+    objective.name: objective
+    for objective in (
+        Objective("sft", sft, roles=("chosen",), needs_reference=False, implicit_rewards=False),
+        Objective("dpo", dpo),
+        Objective("ipo", ipo),
+        Objective("tdpo1", tdpo1, needs_kl=True),
+        Objective("tdpo2", tdpo2, needs_kl=True),
+        Objective("rdpo", rdpo),
+        Objective("dpop", dpop),
+        Objective("simpo", simpo, needs_reference=False, implicit_rewards=False),
+        Objective("odpo", odpo, needs_scores=True),
+        Objective("slic", slic, roles=("chosen", "rejected", "target"), needs_reference=False, implicit_rewards=False),
+        Objective("kto", kto, roles=("completion",), needs_baseline=True),
+        Objective("sdpo_stepwise", sdpo_stepwise, in_parts=True),
+        Objective("sdpo_segment", sdpo_segment, needs_segments=True),
+    )
+}
+
+
+def resolve(name: str, hyperparameters: Mapping) -> tuple[str, dict]:
+    """The name in OBJECTIVES and the hyperparameters that a `loss` config stands for.
+
+    The published name `tdpo` is TDPO2, or TDPO1 where `if_tdpo2` is false; TDPO1 has no alpha, and neither can do without a
+    reference, so that the published key `reference_free` must be false.
+
+    Raises:
+        KeyError: no objective has that name.
+        ValueError: reference_free is set for TDPO.
+    """
+    values = dict(hyperparameters)
+    if name == "tdpo":
+        if values.pop("reference_free", False):
+            raise ValueError("loss.reference_free=true: TDPO's SeqKL needs the reference; use loss=dpo")
+        name = "tdpo2" if values.pop("if_tdpo2", True) else "tdpo1"
+        if name == "tdpo1":
+            values.pop("alpha", None)
+    if name not in OBJECTIVES:
+        raise KeyError(name)
+    return name, values
+
+
+def get_objective(name: str, *, log_kl: bool = False, **hyperparameters) -> Objective:
+    """The objective of that name with its hyperparameters bound; `tdpo` as in `resolve`, whose errors it raises.
+
+    Args:
+        log_kl: SeqKL, and so the reference, are wanted as metrics, also where the loss needs neither.
+    """
+    name, values = resolve(name, hyperparameters)
+    known = OBJECTIVES[name]
+    needs_kl = known.needs_kl or log_kl or values.get("kl_weight", 0) > 0
+    return replace(
+        known,
+        needs_reference=known.needs_reference or log_kl,
+        needs_kl=needs_kl,
+        needs_baseline=known.needs_baseline and values.get("z0", "batch") == "batch",
+        hyperparameters=values,
+    )
+
+
+def objective_of(loss: Mapping, log_kl: bool = False) -> Objective:
+    """The same from a config's `loss`: its name and hyperparameters in one mapping."""
+    values = dict(loss)
+    return get_objective(values.pop("name"), log_kl=log_kl, **values)
+
+
+# The published signatures, for forks that call them. They are thin: the objectives above do the work.
+
+
+def tdpo_loss(
+    chosen_logps_margin: torch.Tensor,
+    rejected_logps_margin: torch.Tensor,
+    chosen_position_kl: torch.Tensor,
+    rejected_position_kl: torch.Tensor,
+    beta: float,
+    alpha: float = 0.5,
+    if_tdpo2: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(losses, chosen_rewards, rejected_rewards), each (B,), from log-ratios r and SeqKLs K, each (B,), nats."""
+    objective = get_objective("tdpo", beta=beta, alpha=alpha, if_tdpo2=if_tdpo2)
+    chosen = _scores_of_ratio(chosen_logps_margin, chosen_position_kl)
+    rejected = _scores_of_ratio(rejected_logps_margin, rejected_position_kl)
+    return _published_tuple(objective({"chosen": chosen, "rejected": rejected}))
+
+
+def preference_loss(
+    policy_chosen_logps: torch.Tensor,
+    policy_rejected_logps: torch.Tensor,
+    reference_chosen_logps: torch.Tensor,
+    reference_rejected_logps: torch.Tensor,
+    beta: float,
+    label_smoothing: float = 0.0,
+    ipo: bool = False,
+    reference_free: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(losses, chosen_rewards, rejected_rewards) of DPO, conservative DPO or IPO, each (B,), from summed log-probabilities, each (B,)."""
+    ones = torch.ones_like(policy_chosen_logps)
+    scores = {
+        "chosen": ResponseScores(policy_chosen_logps, ones, reference_chosen_logps),
+        "rejected": ResponseScores(policy_rejected_logps, ones, reference_rejected_logps),
+    }
+    if ipo and reference_free:
+        raise ValueError("IPO compares with a reference: ipo=True and reference_free=True exclude each other")
+    if ipo:
+        return _published_tuple(get_objective("ipo", beta=beta)(scores))
+    return _published_tuple(dpo(scores, beta, label_smoothing, reference_free))
+
+
+def _scores_of_ratio(log_ratio: torch.Tensor, kl: torch.Tensor) -> ResponseScores:
+    return ResponseScores(log_ratio, torch.ones_like(log_ratio), torch.zeros_like(log_ratio), kl)
+
+
+def _published_tuple(output: LossOutput) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return output.losses, output.rewards["chosen"], output.rewards["rejected"]

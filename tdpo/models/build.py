@@ -1,0 +1,232 @@
+"""From the config's `model` to tokenizer, policy and reference."""
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Optional
+
+import datasets
+import huggingface_hub
+import safetensors
+import tokenizers
+import torch
+import transformers
+from omegaconf import DictConfig, OmegaConf
+
+from tdpo.checkpointing.checkpoints import LEGACY_BUFFERS, check_archive, read_archive
+from tdpo.data import reviews
+from tdpo.utils import DTYPES, UserError, disable_dropout, looks_local, some_of
+
+EMBEDDED_TOKENIZER = "reviews"  # model.tokenizer_name_or_path of model=tiny
+
+
+def prepare_hub(names: Iterable[Optional[str]]) -> None:
+    """Where one of these must come from the hub and the hub cannot be reached, look into the local cache alone, at once.
+
+    The hub's client would otherwise retry for half a minute for each file.
+    """
+    remote = [name for name in names if name and name != EMBEDDED_TOKENIZER and not os.path.exists(name)]
+    if not remote or huggingface_hub.constants.HF_HUB_OFFLINE:
+        return
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
+    except Exception as error:  # whatever HTTP library the hub's client uses
+        print(f"the Hugging Face hub cannot be reached ({error}): {', '.join(remote)} can come from the local cache alone")
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+        datasets.config.HF_HUB_OFFLINE = True
+
+
+def load_tokenizer(model: DictConfig, cache_dir: Optional[str]):
+    """The tokenizer, with a padding token.
+
+    Raises:
+        UserError: it cannot be found, or has no end-of-sequence token.
+    """
+    name = model.tokenizer_name_or_path or model.name_or_path
+    if name == EMBEDDED_TOKENIZER:
+        return embedded_tokenizer()
+    if looks_local(name) and not os.path.exists(name):
+        raise UserError(f"model or tokenizer {name} does not exist (on the hub it would be named owner/name)")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"tokenizer {name} cannot be loaded: {_reason(error)}") from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"tokenizer {name} has no end-of-sequence token, with which every response ends")
+    if model.add_bos and tokenizer.bos_token_id is None:
+        raise UserError(f"model.add_bos=true, but tokenizer {name} has no beginning-of-sequence token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token_id = tokenizer.eos_token_id
+    return tokenizer
+
+
+def embedded_tokenizer():
+    """One token a word of the embedded film reviews."""
+    special = ["<|endoftext|>", "<|padding|>", "<|unknown|>"]
+    vocabulary = {word: i for i, word in enumerate(special + reviews.vocabulary())}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=special[2]))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=special[0], bos_token=special[0], pad_token=special[1], unk_token=special[2]
+    )
+
+
+def load_model_config(model: DictConfig, tokenizer, cache_dir: Optional[str]):
+    """The Transformers config: of a pretrained model, or of one that `model.from_config` describes.
+
+    Raises:
+        UserError: it cannot be found, or from_config has fields that make no model.
+    """
+    try:
+        if model.from_config is None:
+            config = transformers.AutoConfig.from_pretrained(model.name_or_path, cache_dir=cache_dir, trust_remote_code=False)
+        else:
+            fields = OmegaConf.to_container(model.from_config)
+            ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+            config = transformers.AutoConfig.for_model(fields.pop("model_type"), vocab_size=len(tokenizer), **ids, **fields)
+        if model.attn_implementation is not None:
+            config._attn_implementation = model.attn_implementation
+        return config
+    except Exception as error:  # a Transformers config checks its fields in its own ways
+        raise UserError(f"model {model.name_or_path or 'from_config'} cannot be loaded: {_reason(error)}") from None
+
+
+def check_model(model: DictConfig, model_config, tokenizer, max_length: int) -> Optional[Mapping[str, torch.Tensor]]:
+    """Everything about the model that can be known before its weights are loaded.
+
+    Returns:
+        the state dict of a `model.archive` that is a file, not yet read from disk; None for others.
+
+    Raises:
+        UserError: max_length exceeds the model's positions, the tokenizer has more entries than the model, or the archive does not fit.
+    """
+    positions = getattr(model_config, "max_position_embeddings", None)
+    if positions is not None and max_length > positions:
+        raise UserError(f"max_length={max_length} exceeds the model's {positions} positions")
+    vocabulary = getattr(model_config, "vocab_size", None)
+    if vocabulary is not None and len(tokenizer) > vocabulary:
+        raise UserError(f"the tokenizer has {len(tokenizer)} entries, the model {vocabulary}: they do not belong together")
+    empty = empty_model(model_config)
+    if model.archive is None:
+        return None
+    if os.path.isdir(model.archive):
+        if not os.path.exists(os.path.join(model.archive, "config.json")):
+            inside = [os.path.join(model.archive, file) for file in ("LATEST/policy.pt", "policy.pt")]
+            hint = "".join(f" (did you mean {file}?)" for file in inside if os.path.exists(file))
+            raise UserError(f"model.archive={model.archive} is no Hugging Face folder, it has no config.json{hint}")
+        return None
+    state = read_archive(model.archive)
+    check_archive(model.archive, state, empty)
+    return state
+
+
+def empty_model(model_config, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """The model without memory for weights, without dropout.
+
+    Raises:
+        UserError: the config makes no model.
+    """
+    try:
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=False)
+    except Exception as error:  # whatever a model's class makes of sizes that do not go together
+        raise UserError(f"model.from_config or its Transformers config makes no causal language model: {_reason(error)}") from None
+    disable_dropout(model)
+    return model
+
+
+def build_model(
+    model: DictConfig, model_config, dtype: torch.dtype, cache_dir: Optional[str], archive: Optional[Mapping[str, torch.Tensor]]
+) -> torch.nn.Module:
+    """A causal language model on the CPU in `dtype`, without dropout.
+
+    Weights come from `archive` (a state dict), else from the folder `model.archive`, else from `model.name_or_path`, else (from_config)
+    they are random: seed torch before.
+
+    Raises:
+        UserError: the weights cannot be loaded, or do not fit.
+    """
+    folder = model.archive if model.archive is not None and os.path.isdir(model.archive) else None
+    if archive is not None:
+        # Copies, because Transformers takes the tensors as they are: policy and reference must not share them, nor write into the file.
+        state = {name: tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True) for name, tensor in archive.items()}
+        built = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)].from_pretrained(
+            None, config=model_config, state_dict=state, dtype=dtype
+        )
+    elif folder is None and model.from_config is not None:
+        built = transformers.AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=False)
+    else:
+        built = _from_pretrained(folder or model.name_or_path, model_config, dtype, cache_dir, strict=folder is not None)
+    disable_dropout(built)
+    return built
+
+
+class Models:
+    """Policy and reference of a run, which start from the same weights; each is built when it is asked for.
+
+    The reference has, unless told otherwise, the dtype in which the policy computes.
+
+    Args:
+        archive: what check_model returned.
+        needs_reference: else there is none.
+    """
+
+    def __init__(
+        self,
+        model: DictConfig,
+        model_config,
+        cache_dir: Optional[str],
+        archive: Optional[Mapping[str, torch.Tensor]],
+        needs_reference: bool,
+    ):
+        self.model, self.model_config, self.cache_dir, self.needs_reference = model, model_config, cache_dir, needs_reference
+        self._weights = archive
+        self.dtypes = {
+            "policy": DTYPES[model.policy_dtype],
+            "reference": DTYPES[model.reference_dtype or model.fsdp_policy_mp or model.policy_dtype],
+        }
+
+    def policy(self) -> torch.nn.Module:
+        """With its weights, on the CPU; before `reference`."""
+        policy = build_model(self.model, self.model_config, self.dtypes["policy"], self.cache_dir, self._weights)
+        if self._weights is None and self.model.archive is None and self.model.from_config is not None and self.needs_reference:
+            self._weights = policy.state_dict()  # random weights: drawn once
+        return policy
+
+    def reference(self) -> Optional[torch.nn.Module]:
+        """With its weights, on the CPU."""
+        if not self.needs_reference:
+            return None
+        reference = build_model(self.model, self.model_config, self.dtypes["reference"], self.cache_dir, self._weights)
+        self._weights = None
+        return reference
+
+    def empty(self) -> tuple[torch.nn.Module, Optional[torch.nn.Module]]:
+        """Both without memory for weights, on the meta device."""
+        policy, reference = (empty_model(self.model_config, dtype) for dtype in self.dtypes.values())
+        return policy, reference if self.needs_reference else None
+
+
+def _from_pretrained(name: str, model_config, dtype: torch.dtype, cache_dir: Optional[str], strict: bool) -> torch.nn.Module:
+    """`strict`: weights that the model lacks are an error too, as for an archive; what is on the hub may have a head more."""
+    try:
+        built, info = transformers.AutoModelForCausalLM.from_pretrained(
+            name,
+            config=model_config,
+            dtype=dtype,
+            cache_dir=cache_dir,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, with their names
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+        raise UserError(f"the weights of {name} cannot be loaded: {_reason(error)}") from None
+    unexpected = [key for key in info["unexpected_keys"] if strict and not str(key).endswith(LEGACY_BUFFERS)]
+    problems = [("missing", info["missing_keys"]), ("not in the model", unexpected), ("other shape", info["mismatched_keys"])]
+    found = "; ".join(f"{what}: {some_of(sorted(map(str, keys)), 4)}" for what, keys in problems if keys)
+    if found:
+        raise UserError(f"the weights of {name} do not fit the model: {found}")
+    return built
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

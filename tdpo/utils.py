@@ -1,0 +1,112 @@
+"""Small helpers that need no accelerator."""
+
+import difflib
+import getpass
+import os
+from collections.abc import Iterable, Sequence
+from typing import Optional, TypeVar, Union
+
+import torch
+from torch.distributed.tensor import DTensor
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # of a clone, which has the commands and config/
+CONFIG_DIR = os.path.join(ROOT, "config")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+T = TypeVar("T")
+IGNORED = -100  # the label of a token that is no response token, as in torch.nn.CrossEntropyLoss
+
+
+class UserError(Exception):
+    """A mistake that its reader can mend: one or two lines with cause and remedy, shown without a traceback; exit code 2."""
+
+
+class RunError(Exception):
+    """A run that cannot go on for a reason that lies in its numbers or its machine; shown without a traceback; exit code 1."""
+
+
+class PeerError(Exception):
+    """Another process of the run could not go on, and says why: this one ends in silence; exit code 1."""
+
+
+class Stopped(Exception):
+    """A signal asked the run to end; what it had done is saved. `signum` is the signal's number."""
+
+    def __init__(self, signum: int):
+        super().__init__(signum)
+        self.signum = signum
+
+
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor as a whole, on every rank."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """' (did you mean x?)' for the known name nearest to `name`, or ''. Case does not count."""
+    by_lower = {candidate.lower(): candidate for candidate in known}
+    matches = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.7)
+    return f" (did you mean {by_lower[matches[0]]}?)" if matches else ""
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def looks_local(path: str) -> bool:
+    """Whether this names a local file or folder, existing or not, and no repository owner/name on the hub."""
+    local_endings = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet", ".pt", ".bin", ".safetensors")
+    return path.startswith(("/", ".", "~")) or path.endswith(local_endings) or path.count("/") > 1 or os.path.exists(path)
+
+
+def get_local_dir(prefixes_to_resolve: list[str]) -> str:
+    """The user's folder under the first of these folders that exists; under the last one where none does. Nothing is made."""
+    for prefix in prefixes_to_resolve:
+        if os.path.exists(prefix):
+            break
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user without an entry in the password file
+        user = str(os.getuid())
+    return os.path.join(prefix, user)
+
+
+def batched(items: Sequence[T], size: int) -> list[tuple[int, Sequence[T]]]:
+    """(number of its first item, items) of each run of `size` items; the last may be shorter."""
+    return [(start, items[start : start + size]) for start in range(0, len(items), size)]
+
+
+def pad_to_length(tensor: torch.Tensor, length: int, pad_value: Union[int, float], dim: int = -1) -> torch.Tensor:
+    """The tensor, padded at the end of `dim` to `length` where it is shorter."""
+    missing = length - tensor.size(dim)
+    if missing <= 0:
+        return tensor
+    shape = list(tensor.shape)
+    shape[dim] = missing
+    return torch.cat([tensor, tensor.new_full(shape, pad_value)], dim=dim)
+
+
+def formatted_dict(values: dict) -> dict:
+    """Floats with five digits, for printing."""
+    return {k: (f"{v:.5g}" if isinstance(v, float) else v) for k, v in values.items()}
+
+
+def disable_dropout(model: torch.nn.Module) -> None:
+    """Turn off every dropout: modules, and the probabilities that layers keep as plain floats (GPT-NeoX, Llama, Starcoder2, Bloom)."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def some_of(items: list, limit: int = 12) -> str:
+    """'a, b, c and 7 more'."""
+    shown = ", ".join(str(x) for x in items[:limit])
+    return shown if len(items) <= limit else f"{shown} and {len(items) - limit} more"
+
+
+def plural(count: int, noun: str, plural_noun: Optional[str] = None) -> str:
+    """'1 row', '2 rows'; thousands are separated."""
+    return f"{count:,} {noun if count == 1 else plural_noun or noun + 's'}"
