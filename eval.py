@@ -29,7 +29,7 @@ from tdpo.analysis.rewards import Reward, gold_reward_of, reward_model
 from tdpo.analysis.trained import Inputs, Trained, find_inputs, load_compared
 from tdpo.cli.command_line import run_command
 from tdpo.cli.schema import Evaluation, check_tool_config
-from tdpo.data.batching import EVAL_SEED
+from tdpo.data.split import EVAL_SEED
 from tdpo.models.sampling import own_distribution, sample_batch
 from tdpo.utils import batched
 

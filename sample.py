@@ -20,13 +20,14 @@ from omegaconf import DictConfig
 
 from preference_datasets import Prompt, load_prompts
 from tdpo.analysis.trained import check_writable, find_trained, load_trained
-from tdpo.cli.command_line import run_command, silence_unless
+from tdpo.cli.command_line import run_command
 from tdpo.cli.schema import Sample, check_tool_config
 from tdpo.distributed.launch import is_rank, process_group
-from tdpo.distributed.world import World, fingerprint
+from tdpo.distributed.sharding import fingerprint
+from tdpo.distributed.world import World
 from tdpo.models.build import prepare_hub
 from tdpo.models.sampling import own_distribution, sample_batch
-from tdpo.utils import RunError, UserError, batched, plural
+from tdpo.utils import RunError, UserError, batched, plural, rank0_print, silenced
 
 STEP_TIMEOUT = 600  # seconds; what takes long here, reading and sampling, is waited for by World's patient group
 
@@ -41,7 +42,7 @@ def run(config: DictConfig, overrides: Sequence[str] = ()) -> str:
         UserError: see utils.py.
     """
     check_tool_config(config, Sample)
-    with process_group(STEP_TIMEOUT) if is_rank() else nullcontext(World()) as world, silence_unless(world.is_first):
+    with process_group(STEP_TIMEOUT) if is_rank() else nullcontext(World()) as world, silenced(not world.is_first):
         with world.agreed():
             trained = find_trained(config.run)
             max_length, max_prompt_length = trained.lengths(config.max_length, config.max_prompt_length)
@@ -56,7 +57,7 @@ def run(config: DictConfig, overrides: Sequence[str] = ()) -> str:
         with ExitStack() as stack:
             done = world.from_first(lambda: go_on(stack, config.out, identity, [config.n * len(batch) for _, batch in batches]))
             what = f"{plural(len(prompts), 'prompt')}, {plural(config.n, 'continuation')} of each"
-            print(f"{what}; {done} of {len(batches)} batches were done before")
+            rank0_print(f"{what}; {done} of {len(batches)} batches were done before")
             rounds = batched(batches[done:], world.size)
             for _, some in tqdm.tqdm(rounds, "Sampling", unit=" rounds", disable=None if world.is_first else True):
                 rows = []
@@ -66,7 +67,7 @@ def run(config: DictConfig, overrides: Sequence[str] = ()) -> str:
                         rows = sample_batch(model, tokenizer, own, first, config.n, settings, config.seed, config.max_new_tokens)
                 by_rank = world.gather(rows)
                 world.from_first(lambda rows=by_rank: append(config.out, [row for part in rows for row in part]))
-    print(f"done: {config.out}")
+    rank0_print(f"done: {config.out}")
     return config.out
 
 

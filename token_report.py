@@ -8,7 +8,6 @@ arXiv 2404.12358): the reward of a response is the sum of beta (log pi - log pi_
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Optional
 
 import numpy as np
 import torch
@@ -19,8 +18,8 @@ from tdpo.analysis.pages import write_page
 from tdpo.analysis.trained import Trained, find_inputs, load_compared
 from tdpo.cli.command_line import run_command
 from tdpo.cli.schema import TokenReport, check_tool_config
-from tdpo.data.batching import EVAL_SEED, Example, TokenizedSplit
-from tdpo.scoring.scorer import token_statistics
+from tdpo.data.split import EVAL_SEED, Example, TokenizedExample, TokenizedSplit
+from tdpo.scoring.token_statistics import token_statistics
 from tdpo.utils import UserError, batched
 
 ROLES = ("chosen", "rejected")
@@ -49,14 +48,13 @@ def run(config: DictConfig, overrides: Sequence[str] = ()) -> str:
         options = {"add_bos": trained.model.add_bos, "silent": True, "cache_dir": trained.cache_dir()}
         split = load_split(data, config.split, tokenizer, *lengths, **options)
         examples = next(split.epochs(EVAL_SEED))[: config.n_pairs]
-        tokens = [split.tokens(example) for example in examples]
-        masks = [split.masks(example) for example in examples] if split.has_masks else None
+        tokens = [split.example(example) for example in examples]
         if shown is not None and tokens != shown:
             raise UserError(f"run={trained.name} has another tokenizer than {models[0].name}: their tokens cannot stand side by side")
         if shown is None:
             page["pairs"] = [described(split, example, tokenizer) for example in examples]
         shown = tokens
-        values.append(by_pair(policy, reference, tokens, masks, fast, config.batch_size))
+        values.append(by_pair(policy, reference, tokens, fast, config.batch_size))
         page["runs"].append({"name": trained.name, "beta": config.beta or beta_of(trained)})
     for pair, *columns in zip(page["pairs"], *values):
         pair["values"] = columns
@@ -69,16 +67,16 @@ def run(config: DictConfig, overrides: Sequence[str] = ()) -> str:
 
 
 def beta_of(trained: Trained) -> float:
-    """Of the run's reward; BETA where that is not known, or does not compare with the reference."""
+    """Return beta of the run's reward; BETA if that is not known, or the reward does not compare with the reference."""
     objective = trained.objective()
-    return BETA if objective is None or not objective.implicit_rewards else objective.hyperparameters["beta"]
+    return BETA if objective is None or not objective.implicit_rewards else objective.reward_scale or BETA
 
 
 def described(split: TokenizedSplit, example: Example, tokenizer) -> dict:
     """What is the same for all runs."""
-    element, (prompt, responses) = split.element(example), split.tokens(example)
+    element, (prompt, responses, masks, _) = split.element(example), split.example(example)
     # Of conversations the segment's turns alone.
-    masks = split.masks(example) or [[1] * len(ids) for ids in responses]
+    masks = masks or [[1] * len(ids) for ids in responses]
     tokens = {
         role: [piece for piece, scored in zip(pieces_of(tokenizer, prompt[-1], ids), mask) if scored]
         for role, ids, mask in zip(ROLES, responses, masks)
@@ -96,15 +94,12 @@ def pieces_of(tokenizer, before: int, ids: Sequence[int]) -> list[str]:
     return pieces
 
 
-def by_pair(
-    policy, reference, tokens: Sequence, masks: Optional[Sequence], fast: bool, batch_size: int
-) -> list[dict[str, dict[str, list[float]]]]:
+def by_pair(policy, reference, tokens: Sequence[TokenizedExample], fast: bool, batch_size: int) -> list[dict[str, dict[str, list[float]]]]:
     """Of every pair, by role: columns of the page, a value a token."""
     pairs = []
-    for first, some in batched(tokens, batch_size):
-        scored = masks and masks[first : first + len(some)]
-        statistics = token_statistics(policy, reference, some, fast, scored)
-        ends = np.cumsum([sum(mask) for pair in scored for mask in pair] if scored else [len(ids) for _, two in some for ids in two])
+    for _, some in batched(tokens, batch_size):
+        statistics = token_statistics(policy, reference, some, fast)
+        ends = np.cumsum([n for example in some for n in example.counts()])
         columns = {name: np.split(getattr(statistics, key).double().cpu().numpy().round(4), ends[:-1]) for name, key in COLUMNS.items()}
         responses = [{name: parts[i].tolist() for name, parts in columns.items()} for i in range(len(ends))]
         pairs += [dict(zip(ROLES, two)) for _, two in batched(responses, len(ROLES))]

@@ -1,16 +1,15 @@
 """The training loop.
 
-`train` only schedules: `train_step` is one optimizer step, `evaluate`, `sample`, `log_train` and `save` do what their names say. What
-differs between one device and several is in a few methods at the end, which FSDPTrainer overrides: no loop is written twice.
+`train` only schedules: `train_step` is one optimizer step, `evaluate`, `sample`, `log_train` and `save` do what their names say. The
+trainer's strategy (tdpo/training/strategies.py) is what differs between one device and several; a hook (tdpo/training/hooks.py) is what an
+objective or an option adds to the loop.
 """
 
-import inspect
 import os
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from typing import Any, Optional
 
 import numpy as np
@@ -18,31 +17,28 @@ import torch
 import tqdm
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from tdpo.checkpointing.checkpoints import add_export, remove_old, save_checkpoint
 from tdpo.checkpointing.resume import Resumed, archive_of
-from tdpo.checkpointing.training_state import restore_tensors, training_tensors
-from tdpo.data.batching import EVAL_SEED, BatchStream, Example, TokenizedSplit, ahead, get_collate_fn
+from tdpo.checkpointing.training_state import Progress, restore_tensors, training_tensors
+from tdpo.data.batching import BatchStream, StagedBatchStream, ahead, get_collate_fn
+from tdpo.data.split import EVAL_SEED, Example, TokenizedSplit
+from tdpo.distributed.sharding import whole_state
 from tdpo.distributed.signals import StopSignals
-from tdpo.distributed.tensor_parallel import split_matrices, tensor_parallel_plan
-from tdpo.distributed.world import World, find_blocks, fingerprint, load_weights, shard_scorer, whole_state
-from tdpo.losses import objective_of, preference_loss, tdpo_loss
-from tdpo.models.sampling import generate, interleaved, mixed_seed, own_distribution
+from tdpo.distributed.world import World
+from tdpo.losses import Objective, preference_loss, tdpo_loss
+from tdpo.models.sampling import continuations, interleaved, mixed_seed, own_distribution
 from tdpo.scoring.chunked_loss import HeadOnly
-from tdpo.scoring.scorer import (
-    Scored,
-    Scorer,
-    _get_batch_logps,
-    _tdpo_get_batch_logps,
-    cast_parameters,
-    concatenated_inputs,
-    fast_scoring_problem,
-)
+from tdpo.scoring.logps import _get_batch_logps, _tdpo_get_batch_logps, concatenated_inputs
+from tdpo.scoring.scorer import Scored, Scorer, fast_scoring_problem
+from tdpo.training.checks import Checks
 from tdpo.training.feeder import Feeder, Microbatch
+from tdpo.training.hooks import hooks_of
 from tdpo.training.metrics import MetricSums, Sink, example_metrics
-from tdpo.training.reference_cache import ReferenceCache, identity_of
-from tdpo.utils import DTYPES, RunError, Stopped, UserError, full_tensor, get_local_dir, plural, some_of
+from tdpo.training.optimizer import learning_rate, make_optimizer
+from tdpo.training.passes import Passes
+from tdpo.training.strategies import FullySharded, SingleDevice, TensorParallel, Weights, prepare_blocks
+from tdpo.utils import Stopped, UserError, get_logger, plural
 
 # preference_loss and the next ones are here for forks of the published code that import them from trainers.
 __all__ = [
@@ -56,7 +52,7 @@ __all__ = [
     "concatenated_inputs",
 ]
 
-STEP_ZERO_TOLERANCE = 1e-3  # nats: far above rounding, far below what one step of training does
+log = get_logger(__name__)
 
 
 class BasicTrainer:
@@ -68,6 +64,7 @@ class BasicTrainer:
         seed: of the order of the train data and of sampling.
         run_dir: an existing folder for checkpoints.
         reference_model: frozen; None where the loss needs none.
+        objective: the loss, with its hyperparameters.
         train_data, eval_data: tokenized splits.
         tokenizer: to pad, and to decode samples.
         sinks: where metrics and samples go; none but on rank 0.
@@ -75,7 +72,7 @@ class BasicTrainer:
         weights: for models on the meta device, functions that build them with their weights, called on rank 0: {"policy", "reference"}.
     """
 
-    sharded = False  # whether it wants models on the meta device, and `weights`
+    strategy_class = SingleDevice
 
     def __init__(
         self,
@@ -85,289 +82,160 @@ class BasicTrainer:
         run_dir: str,
         reference_model: Optional[nn.Module] = None,
         *,
+        objective: Objective,
         train_data: TokenizedSplit,
         eval_data: TokenizedSplit,
         tokenizer,
         sinks: list[Sink],
         world: Optional[World] = None,
-        weights: Optional[Mapping[str, Callable[[], nn.Module]]] = None,
+        weights: Optional[Weights] = None,
     ):
-        self.world = world or World()
-        self.config, self.seed, self.run_dir = config, seed, run_dir
+        self.config, self.seed, self.run_dir, self.objective = config, seed, run_dir, objective
+        self.tokenizer, self.sinks, self.world = tokenizer, sinks, world or World()
         self.data = {"train": train_data, "eval": eval_data}
-        self.tokenizer, self.sinks = tokenizer, sinks
-        self.device = self.world.device
-        self.objective = objective_of(OmegaConf.to_container(config.loss), config.log_kl)
-        mp = config.model.fsdp_policy_mp
-        self.compute_dtype = DTYPES[mp] if mp not in (None, config.model.policy_dtype) else None
-        if config.activation_checkpointing:
-            # Its name before Transformers 5.23, and since.
-            enable = getattr(policy, "activation_checkpointing_enable", policy.gradient_checkpointing_enable)
-            enable({"use_reentrant": False})
-        self.reference_identity = ""  # of its weights, on rank 0
-        self.archive = config.model.archive and os.path.realpath(config.model.archive)
-        if config.compile:
-            for block in [
-                block for model in (policy, reference_model) if model is not None for block in find_blocks(model, config.model.block_name)
-            ]:
-                block.compile(dynamic=True)
-        self.scorer = self.place(Scorer(policy, reference_model, self.objective, config.compile), weights or {})
-        self.policy, self.reference_model = self.scorer.policy, self.scorer.reference
+        prepare_blocks(config, policy, reference_model)
+        self.strategy = self.strategy_class(config, self.world)
+        self.checks = Checks(config, self.data, self.strategy, self.world)
+        self.scorer = Scorer(policy, reference_model, objective, config.compile)
+        self.reference_fingerprint = self.strategy.place(self.scorer, weights or {})
+        self.policy = self.scorer.policy
 
-        self.moves_reference = self.objective.in_parts or config.reference.update_every is not None
-        self.order: Optional[list[int]] = None  # of the train examples by number, where loss.order is not the data's
-        self.batches = self.batch_stream()
-        eval_order = next(eval_data.epochs(EVAL_SEED))
-        self.eval_examples = eval_order[: config.n_eval_examples]
-        placeholders = {"train": next(iter(self.batches))[0], "eval": self.eval_examples[0]}
-        cut = config.gradient_accumulation_steps, config.tokens_per_microbatch
-        self.feeder = Feeder(self.data, get_collate_fn(tokenizer), self.device, self.data_rank, *cut, placeholders)
-        self.feeder.fast, self.feeder.mismatched = self.choose_scoring(), self.objective.needs_baseline
-        self.generation_config = own_distribution(tokenizer, config.max_length)
+        length = config.batch_size, seed, config.n_epochs, config.n_examples, config.drop_last
+        stages = objective.stages
+        self.batches = BatchStream(train_data, *length) if stages == 1 else StagedBatchStream(stages, train_data, *length)
+        self.eval_examples = next(eval_data.epochs(EVAL_SEED))[: config.n_eval_examples]
+        self.feeder = Feeder(
+            self.data,
+            get_collate_fn(tokenizer),
+            self.world.device,
+            self.strategy.data_rank,
+            microbatches=config.gradient_accumulation_steps,
+            budget=config.tokens_per_microbatch,
+            placeholders={"train": next(iter(self.batches))[0], "eval": self.eval_examples[0]},
+            fast=self.choose_scoring(),
+            mismatched=objective.needs_baseline,
+        )
+        self.signals = StopSignals(self.world)
+        self.passes = Passes(self.scorer, self.feeder, self.strategy, self.world, self.signals)
+        self.hooks = hooks_of(config, objective, self.passes, self.batches, self.eval_examples, self.reference_fingerprint)
         with self.world.agreed():
-            self.optimizer = self.make_optimizer()
-        self.example_counter = self.batch_counter = self.skipped_steps = 0
-        self.batches_given = 0  # position in the train data
-        self.previous_counter = -1  # example_counter before the last step
-        self.evaluated_at = self.saved_at = -1  # example_counter
-        self.eval_metrics: dict[str, float] = {}
-        self.last_log: Optional[float] = None
-        self.checkpoint: Optional[str] = None  # the newest
+            self.optimizer = make_optimizer(config, self.strategy.parameter_groups(), self.world.device)
+        self.generation_config = own_distribution(tokenizer, config.max_length)
+        self.progress = Progress()
+        self.archive = config.model.archive and os.path.realpath(config.model.archive)
+        self.saved_at, self.checkpoint = -1, None  # train examples of the newest checkpoint, and its folder
         self.resumed_from: Optional[str] = None
-        self.wandb_id: Optional[str] = None  # of the run that goes on
-        self.signals = StopSignals()
-        torch.manual_seed(self.seed)
-        np.random.seed(self.seed)
-        random.seed(self.seed)
+        self.last_log: Optional[float] = None
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
 
     def choose_scoring(self) -> bool:
         """Whether scoring is fast: `scoring` decides, auto by trying it on the model. The same on all ranks.
 
         Raises:
-            UserError: scoring=fast, and the model cannot be scored so.
+            UserError: scoring=fast, and the model does not support it.
         """
         if self.config.scoring == "plain":
             return False
-        what = f"two sequences of max_length={self.config.max_length} tokens, by which fast scoring is tried"
-        with self.explained_out_of_memory(lambda: what, "more devices"), torch.no_grad(), self.computing():
-            problem = fast_scoring_problem(self.scorer, self.config.max_length)
+        try:
+            with torch.no_grad(), self.strategy.computing():
+                problem = fast_scoring_problem(self.scorer, self.config.max_length)
+        except torch.OutOfMemoryError as error:
+            what = f"two sequences of max_length={self.config.max_length} tokens, by which fast scoring is tried"
+            raise self.checks.out_of_memory(what, "more devices") from error
         problems = [x for x in self.world.gather(problem) if x]
         if problems and self.config.scoring == "fast":
-            raise UserError(f"scoring=fast: {type(self.policy).__name__} cannot be scored so: {problems[0]}; use scoring=plain")
+            raise UserError(f"scoring=fast: {type(self.policy).__name__} does not support it: {problems[0]}; use scoring=plain")
         slow = f"plain, several times slower, because of {type(self.policy).__name__}: {problems[0]}" if problems else ""
-        print(f"scoring: {slow or 'fast'}")
+        log.info(f"scoring: {slow or 'fast'}")
         return not problems
-
-    def batch_stream(self) -> BatchStream:
-        """The train data: in parts for sdpo_stepwise."""
-        config, data, parts = self.config, self.data["train"], None
-        if self.objective.in_parts:
-            examples = next(data.epochs(self.seed, shuffle=False))
-            ordered = examples if self.order is None else [examples[i] for i in self.order]
-            n = self.objective.hyperparameters["parts"]
-            parts = [ordered[len(ordered) * i // n : len(ordered) * (i + 1) // n] for i in range(n)]
-        return BatchStream(data, config.batch_size, self.seed, config.n_epochs, config.n_examples, config.drop_last, parts=parts)
 
     # --- schedule ---
 
     def train(self) -> None:
-        """Train on every batch, with evals, logs and checkpoints in between; one eval and one checkpoint at the end.
+        """Train on every batch, with evals, logs and checkpoints on schedule; evaluate and save once more at the end.
 
         Raises:
             Stopped: a signal asked for it; there is a checkpoint of the last whole step.
         """
-        with self.signals, self.progress_bar() as progress:
+        with self.signals, self.progress_bar() as bar:
             try:
-                if self.config.reference_cache and self.reference_model is not None:
-                    self.cache_reference()
-                if self.objective.hyperparameters.get("order") == "easy_to_hard":
-                    self.order = self.order or self.easy_to_hard()
-                    self.batches = self.batch_stream()
-                for examples, microbatches in ahead(self.feeder.train, self.batches.after(self.batches_given)):
+                for hook in self.hooks:
+                    hook.before_training()
+                for examples, microbatches in ahead(self.feeder.train, self.batches.after(self.progress.batches)):
                     self.between_steps()
-                    metrics = self.train_step(examples, microbatches)
-                    self.log_train(metrics, progress)
-                    progress.update(len(examples))
-                if self.evaluated_at != self.example_counter:
+                    sums = self.train_step(examples, microbatches)
+                    self.log_train(sums, bar)
+                    bar.update(len(examples))
+                if self.progress.evaluated_at != self.progress.examples:
                     self.evaluate()
                 self.save(final=True)
             except Stopped:
                 self.save()
                 raise
+            except torch.OutOfMemoryError as error:
+                raise self.checks.out_of_memory_in_pass(self.passes.current, self.progress) from error
 
     def progress_bar(self) -> tqdm.tqdm:
         total = len(self.batches) * self.config.batch_size
-        return tqdm.tqdm(total=total, initial=self.example_counter, desc="Training", unit=" examples", disable=self.hide_progress)
-
-    @property
-    def hide_progress(self) -> Optional[bool]:
-        """tqdm's `disable`: without a terminal, and on all ranks but one."""
-        return None if self.world.is_first else True
+        hide = self.passes.hide_progress
+        return tqdm.tqdm(total=total, initial=self.progress.examples, desc="Training", unit=" examples", disable=hide)
 
     def between_steps(self) -> None:
-        """Stop, evaluate and save, where that is due; each once, also where a run goes on from here."""
-        self.check_stop()
-        config = self.config
-        evaluated = self.evaluated_at == self.example_counter
-        if self.is_due(config.eval_every) and not evaluated and (self.example_counter > 0 or config.do_first_eval):
+        """Stop, evaluate and save, where that is due; each once, also where a run is resumed here."""
+        self.signals.check()
+        config, progress = self.config, self.progress
+        evaluated = progress.evaluated_at == progress.examples
+        if self.is_due(config.eval_every) and not evaluated and (progress.examples > 0 or config.do_first_eval):
             self.evaluate()
-        if self.example_counter > 0 and self.is_due(config.save_every or config.eval_every):
+        if progress.examples > 0 and self.is_due(config.save_every or config.eval_every):
             self.save()
-
-    def check_stop(self) -> None:
-        """Raises Stopped on all ranks together, where one of them was sent a signal."""
-        (signum,) = self.world.maximum(self.signals.received)
-        if signum:
-            raise Stopped(signum)
 
     def is_due(self, every: int) -> bool:
         """Whether the last step has reached or passed a multiple of `every` train examples; true before the first step."""
-        return self.example_counter // every > self.previous_counter // every
+        return self.progress.examples // every > self.progress.previous_examples // every
 
     # --- one step ---
 
     def train_step(self, examples: list[Example], microbatches: list[Microbatch]) -> MetricSums:
-        """One optimizer step on one global batch: the gradient is the sum over its examples, divided by their number.
+        """Take one optimizer step on one global batch: the gradient is the sum over its examples, divided by their number.
 
         Args:
             examples: the batch.
-            microbatches: this rank's parts of it.
+            microbatches: this rank's shard of it.
         """
         self.policy.train()
         started = time.perf_counter()
-        sums = MetricSums()
-        losses = []
-        lr = self.learning_rate()
+        sums, losses = MetricSums(), []
+        lr = learning_rate(self.config, self.progress.updates)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        with self.computing():
-            microbatches = self.with_baseline(microbatches)
+        with self.strategy.computing():
+            for hook in self.hooks:
+                microbatches = list(hook.before_scoring(microbatches, "train"))
             for i, microbatch in enumerate(microbatches):
-                self.before_backward(is_last=i == len(microbatches) - 1)
-                what = partial(self.described, microbatch.examples, "train")
-                with self.explained_out_of_memory(what, "a smaller tokens_per_microbatch"):
-                    scored = self.score(microbatch, sums, "train")
-                    (scored.loss / len(examples)).backward()
+                self.strategy.before_backward(is_last=i == len(microbatches) - 1)
+                scored = self.score(microbatch, sums, "train")
+                (scored.loss / len(examples)).backward()
                 losses.append(scored.output.losses[: len(microbatch.examples)])
-        grad_norm = self.clip_gradient()
-        if self.is_finite(sums.sum("loss/train"), grad_norm, [x for microbatch in microbatches for x in microbatch.examples], losses):
+        grad_norm = self.strategy.clip_gradient(self.config.max_grad_norm)
+        own = [example for microbatch in microbatches for example in microbatch.examples]
+        took_step = self.checks.is_finite(sums.sum("loss/train"), grad_norm, own, losses, self.progress)
+        if took_step:
             self.optimizer.step()
-            self.batch_counter += 1
-            every = self.config.reference.update_every
-            if every is not None and self.batch_counter % every == 0:
-                self.move_reference(self.config.reference.mixup)
         self.optimizer.zero_grad(set_to_none=True)
-        self.eval_metrics = {}  # they were the weights' before this step
-        self.batches_given += 1
-        if self.batches.ends_part(self.batches_given):
-            self.move_reference(1.0)
-        self.previous_counter, self.example_counter = self.example_counter, self.example_counter + len(examples)
+        self.progress.advance(len(examples), took_step)
+        for hook in self.hooks:
+            hook.after_step(self.progress, took_step)
         self.step_values = {"grad_norm": grad_norm, "lr": lr, "examples_per_second": len(examples) / (time.perf_counter() - started)}
         return sums
 
-    @torch.no_grad()
-    def move_reference(self, share: float) -> None:
-        """pi_ref <- share pi + (1 - share) pi_ref, weight by weight: https://arxiv.org/abs/2404.09656, where share is called alpha."""
-        for mine, theirs in zip(self.reference_model.parameters(), self.policy.parameters(), strict=True):
-            mine.lerp_(theirs.to(mine.dtype), share)
-
-    def easy_to_hard(self) -> list[int]:
-        """Numbers of the train examples by log pi(chosen) - log pi(rejected) of the policy as it is, largest first."""
-        data, size = self.data["train"], self.config.eval_batch_size
-        examples = sorted(next(data.epochs(self.seed, shuffle=False)), key=lambda example: data.lengths([example]))
-        batches = [self.feeder.share(examples[start : start + size]) for start in range(0, len(examples), size)]
-        found = []
-        self.policy.eval()
-        with torch.no_grad(), self.computing():
-            for some, microbatch in self.prepared(batches, "train", "Ordering"):
-                self.world.passes += 1
-                scores = self.scorer(microbatch.batch).scores
-                margins = (scores["chosen"].logps - scores["rejected"].logps).tolist()
-                found += zip(margins, map(data.index, some))  # of a placeholder none
-        by_rank = self.world.gather(found)[: self.data_rank[1]]
-        return [index for _, index in sorted((pair for some in by_rank for pair in some), key=lambda pair: (-pair[0], pair[1]))]
-
-    def learning_rate(self) -> float:
-        """Of the next step: rises linearly over the first warmup_steps, as published. A step that was left out is none of the schedule."""
-        return self.config.lr * min(1.0, (self.batch_counter + 1) / (self.config.warmup_steps + 1))
-
-    def with_baseline(self, microbatches: Sequence[Microbatch]) -> Sequence[Microbatch]:
-        """For an objective with z0, the mean over all ranks' examples of r(response to another prompt), at least 0: it is computed, and put
-        into them, before any is scored, so that it depends neither on the ranks nor on how the batch is cut."""
-        if not self.objective.needs_baseline:
-            return microbatches
-        baseline = self.baseline(microbatches, "train", "a smaller tokens_per_microbatch")
-        return [microbatch.with_baseline(baseline) for microbatch in microbatches]
-
-    def baseline(self, microbatches: Iterable[Microbatch], split: str, remedy: str) -> torch.Tensor:
-        """z0 of these microbatches of all ranks, a scalar, nats."""
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        with torch.no_grad():
-            for microbatch in microbatches:
-                self.world.passes += 1
-                with self.explained_out_of_memory(partial(self.described, microbatch.examples, split), remedy):
-                    (score,) = self.scorer(microbatch.mismatched).scores.values()
-                ratios = score.log_ratio[: len(microbatch.examples)]
-                sums[0] += ratios.sum(dtype=torch.float64)
-                sums[1] += len(ratios)
-        total, count = self.reduce(sums)
-        return (total / count).clamp(min=0)
-
     def score(self, microbatch: Microbatch, sums: MetricSums, split: str) -> Scored:
-        """Loss and scores, and the metrics of those examples that count; `split` is train or eval."""
-        self.world.passes += 1
-        counted = len(microbatch.examples)
-        scored = self.scorer(microbatch.batch, counted)
-        metrics = example_metrics(scored.scores, scored.output, split)
-        sums.add(metrics, counted)
+        """Score a microbatch, and add the metrics of its examples to `sums`; `split` is train or eval."""
+        scored = self.passes.score(microbatch, split)
+        sums.add(example_metrics(scored.scores, scored.output, split), len(microbatch.examples))
         return scored
-
-    @contextmanager
-    def explained_out_of_memory(self, what: Callable[[], str], remedy: str) -> Iterator[None]:
-        """Says what does not fit, and what to change: `remedy`, or what helps in any case."""
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            more = ", parallel.reduce_once_a_step=false" if self.sharded else ""
-            raise RunError(
-                f"out of memory on {self.device} with {what()}\n"
-                f"try {remedy}, a smaller max_length, model.fsdp_policy_mp=bfloat16{more} or activation_checkpointing=true"
-            ) from error
-
-    def described(self, examples: list[Example], split: str) -> str:
-        longest = max(self.data[split].lengths(examples), default=0)
-        return f"{len(examples)} {split} examples, the longest of {longest} tokens, in step {self.batch_counter + 1}"
-
-    def is_finite(self, loss: torch.Tensor, grad_norm: torch.Tensor, examples: list[Example], losses: list[torch.Tensor]) -> bool:
-        """Whether to take the step: the same answer on all ranks. The one place in a step that waits for the device.
-
-        Args:
-            loss: this rank's sum.
-            grad_norm: of all ranks' gradient.
-            examples, losses: this rank's.
-
-        Raises:
-            RunError: loss or gradient are not finite, and max_skipped_steps such steps were left out already.
-        """
-        bad = torch.stack([~loss.isfinite(), ~grad_norm.isfinite().to(loss.device)]).int()
-        bad_losses, bad_norm = self.world.sum(bad).tolist()
-        if not bad_losses and not bad_norm:
-            return True
-        self.skipped_steps += 1
-        term = "loss" if bad_losses else "gradient norm"
-        finite = torch.cat(losses).isfinite().tolist() if bad_losses else [False] * len(examples)
-        ids = [self.data["train"].element(example)["example_id"] for example, ok in zip(examples, finite) if not ok]
-        by_rank = self.world.gather(ids)[: self.data_rank[1]]
-        where = [some_of(ids, 8) if self.world.size == 1 else f"{some_of(ids, 8)} (rank {rank})" for rank, ids in enumerate(by_rank) if ids]
-        message = f"step {self.batch_counter + self.skipped_steps}: the {term} is not finite; examples {'; '.join(where)}"
-        with self.world.agreed():
-            if self.skipped_steps > self.config.max_skipped_steps and self.world.is_first:
-                raise RunError(
-                    f"{message}\nstopped before the step was taken; a smaller lr or max_grad_norm, or model.policy_dtype=float32 may help "
-                    "(max_skipped_steps leaves such steps out)"
-                )
-        tqdm.tqdm.write(f"{message}: left out ({self.skipped_steps} of {self.config.max_skipped_steps})")
-        return False
 
     # --- eval and samples ---
 
@@ -375,109 +243,62 @@ class BasicTrainer:
         """Score the eval examples, each once, and sample for some of them where the config asks for it."""
         self.policy.eval()
         sums = MetricSums()
-        batches = self.eval_batches()
-        with torch.no_grad(), self.computing():
-            baseline = None
-            if self.objective.needs_baseline:  # that of the whole split, so that it does not depend on eval_batch_size
-                prepared = self.prepared(batches, "eval", "Baseline")
-                baseline = self.baseline((microbatch for _, microbatch in prepared), "eval", "a smaller eval_batch_size")
-            for examples, microbatch in self.prepared(batches, "eval", "Evaluating"):
-                microbatch = microbatch if baseline is None else microbatch.with_baseline(baseline)
-                with self.explained_out_of_memory(partial(self.described, examples, "eval"), "a smaller eval_batch_size"):
-                    self.score(microbatch, sums, "eval")
-            metrics = sums.means(self.reduce)
+        batches = self.feeder.batches("eval", self.eval_examples, self.config.eval_batch_size)
+        with torch.no_grad(), self.strategy.computing():
+            microbatches = self.passes.over("eval", batches, "Evaluating")
+            for hook in self.hooks:
+                microbatches = hook.before_scoring(microbatches, "eval")
+            for microbatch in microbatches:
+                self.score(microbatch, sums, "eval")
+            metrics = sums.means(self.strategy.reduce)
             rows = self.sample(self.eval_examples[: self.config.n_eval_model_samples]) if self.config.sample_during_eval else []
-        self.eval_metrics, self.evaluated_at = metrics, self.example_counter
+        self.progress.eval_metrics, self.progress.evaluated_at = metrics, self.progress.examples
         for sink in self.sinks:
-            sink.log(metrics, "eval", self.example_counter)
+            sink.log(metrics, "eval", self.progress.examples)
             if rows:
-                sink.samples(rows, self.example_counter)
+                sink.samples(rows, self.progress.examples)
 
-    def prepared(self, batches: list[list[Example]], split: str, title: str) -> Iterator[tuple[list[Example], Microbatch]]:
-        """(batch, microbatch) of each batch of this rank's, with a progress bar; ends where a signal asks for it."""
-        found = ahead(partial(self.feeder.whole, split), batches)
-        for item in tqdm.tqdm(found, title, len(batches), leave=False, disable=self.hide_progress):
-            self.check_stop()
-            yield item
-
-    def eval_batches(self) -> list[list[Example]]:
-        """This rank's parts of eval_batch_size examples each; those of like length together, so that little is padded."""
-        data, size = self.data["eval"], self.config.eval_batch_size
-        ordered = sorted(self.eval_examples, key=lambda example: data.lengths([example]))
-        return [self.feeder.share(ordered[start : start + size]) for start in range(0, len(ordered), size)]
-
-    def cache_reference(self) -> None:
-        """Put the reference's hidden states on disk, unless they are there; then keep of the reference its head alone.
-
-        They are computed in the microbatches of the first epoch and of an eval, so that with the same seed and cut of the batch these are
-        the live reference's, bit by bit.
-
-        Raises:
-            UserError: scoring is plain, or the disk has not the space.
-        """
-        if not self.feeder.fast:
-            raise UserError("reference_cache=true needs fast scoring, which this model rules out; set reference_cache=false")
-        config = self.config
-        whole = config.n_examples is None or config.n_examples >= len(self.data["train"])
-        stream = BatchStream(self.data["train"], config.batch_size, self.seed, 1, drop_last=False) if whole else self.batches
-        model = self.reference_model.config.get_text_config()
-        identity = self.world.from_first(lambda: {"weights": self.reference_identity, "config": identity_of(self.reference_model.config)})
-        examples = {"train": [example for batch in stream for example in batch], "eval": self.eval_examples}
-        folder = self.world.from_first(lambda: os.path.abspath(get_local_dir(config.local_dirs)))
-        caches = {
-            split: ReferenceCache(folder, self.data[split], some, model.hidden_size, self.reference_model.dtype, identity)
-            for split, some in examples.items()
-        }
-        microbatches = {
-            "train": (microbatch[:2] for batch in stream for microbatch in self.feeder.train(batch)),
-            "eval": (self.feeder.whole("eval", batch)[:2] for batch in self.eval_batches()),
-        }
-        for split, cache in caches.items():
-            there = self.world.from_first(cache.is_there)
-            print(f"reference cache, {split}: {cache.plan()}; {'found' if there else 'computing it'}")
-            if not there:
-                cache.fill(microbatches[split], self.scorer, self.world, self.check_stop, self.hide_progress)
-            with self.world.agreed():
-                cache.open()
-        print("reference cache: from now on only the reference's head is in memory, and samples are the policy's alone")
-        self.feeder.reference_caches, self.reference_model = caches, None
-        self.scorer.reference = HeadOnly.instead_of(self.scorer.reference)
+    @property
+    def reference_model(self) -> Optional[nn.Module]:
+        """The whole reference model; None if the loss needs none, or its hidden states are cached."""
+        return None if isinstance(self.scorer.reference, HeadOnly) else self.scorer.reference
 
     def sample(self, examples: list[Example]) -> list[dict]:
-        """One continuation of each prompt by the policy, and by the reference where there is one: {prompt, policy, reference}.
+        """Sample one continuation of each prompt by the policy, and by the reference where there is one: {prompt, policy, reference}.
 
         Texts are whole, prompt included. Drawn from the model's own distribution (temperature 1, no top-k, no top-p), seeded by the run's
         seed, the number of train examples and the rank, so that they do not depend on what was drawn before.
         """
-        models = {"policy": self.policy}
-        if self.reference_model is not None:
-            models["reference"] = self.reference_model
+        models = {"policy": self.policy, "reference": self.reference_model}
+        rank, ranks = self.strategy.data_rank
         rows = []
-        rank, ranks = self.data_rank
-        devices = [self.device] if self.device.type == "cuda" else []
+        devices = [self.world.device] if self.world.device.type == "cuda" else []
         # Compiled blocks would be compiled anew for every length of the cache, until PyTorch gave up on them, for training too.
-        with torch.random.fork_rng(devices=devices), self.gathered(), torch.compiler.set_stance("force_eager"):
-            torch.manual_seed(mixed_seed(self.seed, self.example_counter, rank))
-            starts = tqdm.trange(0, len(examples), self.config.eval_batch_size, desc="Sampling", leave=False, disable=self.hide_progress)
-            for start in starts:
-                self.check_stop()
+        with torch.random.fork_rng(devices=devices), self.strategy.gathered(), torch.compiler.set_stance("force_eager"):
+            torch.manual_seed(mixed_seed(self.seed, self.progress.examples, rank))
+            starts = range(0, len(examples), self.config.eval_batch_size)
+            for start in tqdm.tqdm(starts, desc="Sampling", leave=False, disable=self.passes.hide_progress):
+                self.signals.check()
                 some = examples[start : start + self.config.eval_batch_size]
-                own = self.feeder.share(some)
+                own = self.feeder.shard(some)
                 elements = [self.data["eval"].element(example) for example in own or some[:1]]
-                batch = self.feeder.collated(elements)
-                texts = {name: self.generate(model, batch) for name, model in models.items()}
+                prompts = [element["prompt_input_ids"] for element in elements]
+                texts = {name: self.generate(model, prompts) for name, model in models.items() if model is not None}
                 rows.append(
-                    [{"prompt": e["prompt"], **{name: texts[name][i] for name in models}} for i, e in enumerate(elements[: len(own)])]
+                    [{"prompt": e["prompt"], **{name: texts[name][i] for name in texts}} for i, e in enumerate(elements[: len(own)])]
                 )
         by_rank = self.world.gather(rows)[:ranks]
         return [row for batches in zip(*by_rank) for row in interleaved(batches)]
 
-    def generate(self, model: nn.Module, batch: dict) -> list[str]:
-        return generate(model, batch, self.generation_config, self.tokenizer, synced=self.world.size > 1)
+    def generate(self, model: nn.Module, prompts: list[list[int]]) -> list[str]:
+        """Sample one whole text, prompt included, for each prompt in tokens."""
+        drawn = continuations(model, prompts, 1, self.generation_config, synced=self.world.size > 1)
+        whole = [[*prompt, *ids] for prompt, (ids,) in zip(prompts, drawn)]
+        return self.tokenizer.batch_decode(whole, skip_special_tokens=True)
 
     # --- logs and checkpoints ---
 
-    def log_train(self, sums: MetricSums, progress: tqdm.tqdm) -> None:
+    def log_train(self, sums: MetricSums, bar: tqdm.tqdm) -> None:
         """Log the step's means over its global batch, at most once in minimum_log_interval_secs."""
         now = time.monotonic()
         waited = self.last_log is None or now - self.last_log >= self.config.minimum_log_interval_secs
@@ -485,47 +306,31 @@ class BasicTrainer:
         if not due:
             return
         self.last_log = now
-        metrics = sums.means(self.reduce)
+        metrics = sums.means(self.strategy.reduce)
         metrics.update({name: float(value) for name, value in self.step_values.items()})
-        metrics["counters/examples"] = self.example_counter
-        metrics["counters/updates"] = self.batch_counter
-        self.check_start(metrics)
+        metrics["counters/examples"] = self.progress.examples
+        metrics["counters/updates"] = self.progress.updates
+        if self.progress.previous_examples == 0 and self.objective.implicit_rewards:
+            self.checks.warn_of_start(metrics, self.objective.reward_scale)
         for sink in self.sinks:
-            sink.log(metrics, "train", self.example_counter)
+            sink.log(metrics, "train", self.progress.examples)
         shown = {"loss": f"{metrics['loss/train']:.4f}"}
         accuracy = metrics.get("rewards_train/accuracies", metrics.get("logits_train/accuracies"))
         if accuracy is not None:
             shown["accuracy"] = f"{accuracy:.2f}"
-        progress.set_postfix(shown, refresh=False)
-
-    def check_start(self, metrics: dict[str, float]) -> None:
-        """At the first step policy and reference are the same model: say so where their scores differ."""
-        if self.previous_counter != 0 or not self.objective.implicit_rewards:
-            return
-        beta = self.objective.hyperparameters["beta"]
-        differences = {name: abs(metrics.get(name, 0.0)) for name in ("rewards_train/chosen", "rewards_train/rejected", "kl_train/chosen")}
-        worst = max(differences["kl_train/chosen"], *(differences[f"rewards_train/{role}"] / beta for role in ("chosen", "rejected")))
-        if worst > STEP_ZERO_TOLERANCE:
-            tqdm.tqdm.write(f"warning: policy and reference differ before the first step, by {worst:.2g} nats: other dtypes or weights?")
+        bar.set_postfix(shown, refresh=False)
 
     def save(self, final: bool = False) -> None:
         """Write a checkpoint, unless there is one of this step; the last one also as a Hugging Face folder."""
         if self.config.debug:
             return
-        if self.saved_at != self.example_counter:
+        if self.saved_at != self.progress.examples:
             state = whole_state(self.world, self.policy)
-            self.checkpoint = save_checkpoint(
-                self.world,
-                self.run_dir,
-                self.example_counter,
-                state,
-                self.eval_metrics,
-                training_tensors(self.world, self.policy, self.optimizer, self.moving_reference),
-                self.progress(),
-                (lambda folder: self.export(folder, state)) if final else None,
-            )
-            self.saved_at = self.example_counter
-            tqdm.tqdm.write(f"checkpoint: {self.checkpoint}")
+            tensors = training_tensors(self.world, self.policy, self.optimizer, self.moving_reference)
+            export = (lambda folder: self.export(folder, state)) if final else None
+            self.checkpoint = save_checkpoint(self.world, self.run_dir, state, tensors, self.snapshot(), export)
+            self.saved_at = self.progress.examples
+            log.info(f"checkpoint: {self.checkpoint}")
         elif final:
             state = whole_state(self.world, self.policy)
             add_export(self.world, self.checkpoint, lambda folder: self.export(folder, state))
@@ -537,179 +342,50 @@ class BasicTrainer:
         self.policy.save_pretrained(folder, state_dict=dict(state), is_main_process=True)
         self.tokenizer.save_pretrained(folder)
 
-    def progress(self) -> dict[str, Any]:
-        """What decides the future and is none, and what tells whether a run that goes on is this one."""
-        return {
-            "examples": self.example_counter,
-            "previous_examples": self.previous_counter,
-            "updates": self.batch_counter,
-            "skipped_steps": self.skipped_steps,
-            "batches": self.batches_given,
-            "order": self.order,
-            "evaluated_at": self.evaluated_at,
-            "eval_metrics": self.eval_metrics,
-            "ranks": self.ranks(),
-            "wandb_id": next((sink.run_id for sink in self.sinks if hasattr(sink, "run_id")), self.wandb_id),
-            "data": self.data_identity(),
-            "reference": {"fingerprint": self.reference_identity, "archive": self.archive},
-            "config": OmegaConf.to_container(self.config),
-        }
+    def snapshot(self) -> dict[str, Any]:
+        """The present Progress, as JSON has it: counters, the hooks' state, and what identifies the run."""
+        return asdict(
+            replace(
+                self.progress,
+                hooks={type(hook).__name__: state for hook in self.hooks if (state := hook.state())},
+                ranks=self.ranks(),
+                wandb_id=next((sink.run_id for sink in self.sinks if hasattr(sink, "run_id")), self.progress.wandb_id),
+                data={split: data.fingerprint for split, data in self.data.items()},
+                reference={"fingerprint": self.reference_fingerprint, "archive": self.archive},
+                config=OmegaConf.to_container(self.config),
+            )
+        )
 
     @property
     def moving_reference(self) -> Optional[nn.Module]:
-        """The reference, where training changes it."""
-        return self.reference_model if self.moves_reference else None
+        """The reference, where a hook changes it."""
+        return self.reference_model if any(hook.moves_reference for hook in self.hooks) else None
 
     def ranks(self) -> str:
-        return f"{plural(self.world.size, 'process', 'processes')} on {self.device.type}"
-
-    def data_identity(self) -> dict[str, str]:
-        return {split: data.fingerprint for split, data in self.data.items()}
+        return f"{plural(self.world.size, 'process', 'processes')} on {self.world.device.type}"
 
     def resume(self, resumed: Resumed) -> None:
-        """Go on from a checkpoint, of whatever trainer and number of ranks."""
-        progress = resumed.progress
-        self.example_counter, self.previous_counter = progress["examples"], progress["previous_examples"]
-        self.batch_counter, self.skipped_steps = progress["updates"], progress["skipped_steps"]
-        self.batches_given, self.wandb_id = progress["batches"], progress["wandb_id"]
-        self.order = progress.get("order")
-        self.evaluated_at, self.eval_metrics = progress["evaluated_at"], progress["eval_metrics"]
-        self.saved_at, self.checkpoint, self.resumed_from = progress["examples"], resumed.folder, resumed.folder
+        """Continue from a checkpoint, of whatever trainer and number of ranks."""
+        self.progress = replace(resumed.progress)
+        for hook in self.hooks:
+            if state := resumed.progress.hooks.get(type(hook).__name__):
+                hook.restore(state)
+        self.saved_at, self.checkpoint, self.resumed_from = self.progress.examples, resumed.folder, resumed.folder
         self.archive = archive_of(resumed, self.config.model.archive)
-        same_ranks = progress["ranks"] == self.ranks()
+        same_ranks = resumed.progress.ranks == self.ranks()
         restore_tensors(self.world, resumed.folder, self.policy, self.optimizer, self.moving_reference, with_random=same_ranks)
         if not same_ranks:
-            torch.manual_seed(mixed_seed(self.seed, self.batches_given, self.world.rank))
-            print(f"until now {progress['ranks']}, from now {self.ranks()}: random numbers start anew from seed, step and rank")
-
-    # --- what depends on the device: overridden for several of them ---
-
-    @classmethod
-    def check_model(cls, policy: nn.Module, config: DictConfig, world: World) -> None:
-        """Raises UserError where this trainer cannot train such a model; weights play no part."""
-
-    @property
-    def data_rank(self) -> tuple[int, int]:
-        """(i, n): this process works on part i of n of every batch."""
-        return 0, 1
-
-    def place(self, scorer: Scorer, weights: Mapping[str, Callable[[], nn.Module]]) -> Scorer:
-        """Policy and reference, where they will compute."""
-        if scorer.reference is not None:
-            self.reference_identity = fingerprint(scorer.reference)
-        return scorer.to(self.device)
-
-    def computing(self) -> AbstractContextManager:
-        """Within it the policy computes in `compute_dtype`."""
-        return cast_parameters(self.policy, self.compute_dtype)
-
-    def gathered(self) -> AbstractContextManager:
-        """Within it policy and reference can be called by themselves."""
-        return nullcontext()
-
-    def before_backward(self, is_last: bool) -> None:
-        """`is_last`: of the step's microbatches."""
-
-    def reduce(self, sums: torch.Tensor) -> torch.Tensor:
-        """Sums over the parts of the data that other processes have."""
-        return sums
-
-    def parameter_groups(self) -> list[list[nn.Parameter]]:
-        """What an optimizer may treat together."""
-        return [list(self.policy.parameters())]
-
-    def make_optimizer(self) -> torch.optim.Optimizer:
-        optimizer = getattr(torch.optim, self.config.optimizer)
-        fused = self.device.type == "cuda" and "fused" in inspect.signature(optimizer).parameters
-        try:
-            groups = [{"params": group} for group in self.parameter_groups()]
-            return optimizer(groups, lr=self.config.lr, **({"fused": True} if fused else {}))
-        except (TypeError, ValueError) as error:
-            raise UserError(f"optimizer={self.config.optimizer} does not take this model: {error}") from None
-
-    def clip_gradient(self) -> torch.Tensor:
-        """Scale the gradient down to max_grad_norm; its norm before, a scalar on the device."""
-        return full_tensor(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm))
+            torch.manual_seed(mixed_seed(self.seed, self.progress.batches, self.world.rank))
+            log.info(f"until now {resumed.progress.ranks}, from now {self.ranks()}: random numbers start anew from seed, step and rank")
 
 
 class FSDPTrainer(BasicTrainer):
     """Trains on several devices, on one or many nodes: each holds a shard of policy, reference, gradients and optimizer state (FSDP2)."""
 
-    sharded = True
-
-    @classmethod
-    def check_model(cls, policy: nn.Module, config: DictConfig, world: World) -> None:
-        find_blocks(policy, config.model.block_name)
-
-    @property
-    def data_rank(self) -> tuple[int, int]:
-        return self.world.rank, self.world.size
-
-    def place(self, scorer: Scorer, weights: Mapping[str, Callable[[], nn.Module]]) -> Scorer:
-        model = self.config.model
-        mesh = self.world.mesh(self.config.parallel.replicas)
-        shard_scorer(scorer, mesh, model.block_name, self.compute_dtype, DTYPES[model.policy_dtype])
-        load_weights(self.world, scorer.policy, weights["policy"])
-        if scorer.reference is not None:
-            self.reference_identity = load_weights(self.world, scorer.reference, weights["reference"])
-        return scorer
-
-    @contextmanager
-    def computing(self) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            self.scorer.reshard()  # the wrapper's own unit stays gathered after a forward pass
-
-    @contextmanager
-    def gathered(self) -> Iterator[None]:
-        """The wrapper's own unit (embeddings, head); blocks are gathered one after another as they compute."""
-        self.scorer.unshard()
-        try:
-            yield
-        finally:
-            self.scorer.reshard()
-
-    def before_backward(self, is_last: bool) -> None:
-        if self.config.parallel.reduce_once_a_step:
-            self.scorer.set_requires_gradient_sync(is_last)
-
-    def reduce(self, sums: torch.Tensor) -> torch.Tensor:
-        return self.world.sum(sums)
+    strategy_class = FullySharded
 
 
 class TensorParallelTrainer(BasicTrainer):
     """Trains on several devices that hold and multiply a part of every matrix each, and all work on the whole batch."""
 
-    sharded = True
-
-    @classmethod
-    def check_model(cls, policy: nn.Module, config: DictConfig, world: World) -> None:
-        tensor_parallel_plan(policy, world.size)
-
-    def place(self, scorer: Scorer, weights: Mapping[str, Callable[[], nn.Module]]) -> Scorer:
-        mesh = self.world.mesh()
-        partial = split_matrices(scorer.policy, mesh)
-        load_weights(self.world, scorer.policy, weights["policy"])
-        self.partial = [parameter for name, parameter in scorer.policy.named_parameters() if name in partial]
-        if scorer.reference is not None:
-            split_matrices(scorer.reference, mesh)
-            self.reference_identity = load_weights(self.world, scorer.reference, weights["reference"])
-        return scorer
-
-    def parameter_groups(self) -> list[list[nn.Parameter]]:
-        """Split ones, and whole ones: neither optimizers nor norms take both together."""
-        groups = [], []
-        for parameter in self.policy.parameters():
-            groups[isinstance(parameter, DTensor)].append(parameter)
-        return [group for group in groups if group]
-
-    def clip_gradient(self) -> torch.Tensor:
-        for parameter in self.partial:
-            self.world.sum(parameter.grad)
-        groups = self.parameter_groups()
-        norms = [full_tensor(torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])) for group in groups]
-        norm = torch.linalg.vector_norm(torch.stack(norms))
-        for group in groups:
-            torch.nn.utils.clip_grads_with_norm_(group, self.config.max_grad_norm, norm)
-        return norm
+    strategy_class = TensorParallel

@@ -34,10 +34,12 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import transformers  # noqa: E402
 
-from tdpo.data.batching import balanced_parts  # noqa: E402
+from tdpo.data.batching import cut_into_microbatches  # noqa: E402
 from tdpo.losses import get_objective, tdpo_loss  # noqa: E402
+from tdpo.scoring.logps import concatenated_inputs  # noqa: E402
 from tdpo.scoring.prefix_sharing import prompt_rows  # noqa: E402
-from tdpo.scoring.scorer import Scorer, cast_parameters, concatenated_inputs  # noqa: E402
+from tdpo.scoring.scorer import Scorer  # noqa: E402
+from tdpo.training.strategies import cast_parameters  # noqa: E402
 from tdpo.utils import DTYPES, IGNORED, disable_dropout  # noqa: E402
 
 MODELS = {
@@ -139,7 +141,7 @@ def fast(setting: Setting) -> list[Callable[[], torch.Tensor]]:
     roles = len(setting.scorer.objective.roles)
     pairs = [(prompt, responses[:roles]) for prompt, responses in setting.pairs]
     lengths = [len(prompt) + sum(map(len, responses)) for prompt, responses in pairs]
-    rounds = balanced_parts(lengths, 1, -(-len(pairs) // setting.microbatch))
+    rounds = cut_into_microbatches(lengths, 1, -(-len(pairs) // setting.microbatch))
 
     def loss(indices: list[int]) -> torch.Tensor:
         return setting.scorer(prompt_rows([pairs[i] for i in indices]).to(setting.device)).loss

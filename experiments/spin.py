@@ -24,13 +24,16 @@ from omegaconf import OmegaConf  # noqa: E402
 
 from preference_datasets import load_split  # noqa: E402
 from tdpo.analysis.trained import Trained, find_trained  # noqa: E402
-from tdpo.cli.schema import flat_keys  # noqa: E402
+from tdpo.data.contract import SFT  # noqa: E402
 from tdpo.data.rows import read_rows  # noqa: E402
-from tdpo.data.token_cache import SFT  # noqa: E402
 from tdpo.data.tokenization import special_token_strings  # noqa: E402
 from tdpo.distributed.signals import STOP_SIGNALS  # noqa: E402
 from tdpo.models.build import load_tokenizer, prepare_hub  # noqa: E402
-from tdpo.utils import UserError, plural  # noqa: E402
+from tdpo.utils import (  # noqa: E402
+    UserError,
+    flat_keys,  # noqa: E402
+    plural,
+)
 
 OWN = {"run": None, "out": None, "iterations": None, "n_prompts": "null", "sample_batch_size": "64", "temperature": "1.0"}
 

@@ -10,7 +10,8 @@ chosen y_w and rejected y_l; K(y) = SeqKL = sum over positions t of KL(pi_ref(.|
 All log-probabilities and divergences are in nats. B is the number of examples (pairs, or responses for SFT).
 """
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Optional
 
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class ResponseScores:
-    """What scoring computes for one role (chosen, rejected) of a batch. Every tensor has shape (B,)."""
+    """What scoring computes for one role (chosen, rejected) of a batch: tensors of shape (B,). Of all R roles together: (B, R)."""
 
     logps: torch.Tensor  # sum over the response's tokens of log pi(y_t | s_t), nats
     num_tokens: torch.Tensor  # |y|, the number of response tokens, end-of-sequence included
@@ -37,6 +38,14 @@ class ResponseScores:
     def detach(self) -> "ResponseScores":
         return ResponseScores(*(None if x is None else x.detach() for x in vars(self).values()))
 
+    def by_role(self, roles: Sequence[str]) -> dict[str, "ResponseScores"]:
+        """Split (B, R) scores into one ResponseScores of (B,) for each of the R roles."""
+        tables = {name: value for name, value in vars(self).items() if name != "baseline"}
+        return {
+            role: ResponseScores(**{name: None if x is None else x[:, r] for name, x in tables.items()}, baseline=self.baseline)
+            for r, role in enumerate(roles)
+        }
+
 
 @dataclass(frozen=True)
 class LossOutput:
@@ -45,6 +54,20 @@ class LossOutput:
     losses: torch.Tensor  # (B,), one loss an example; the training loss is their mean over the global batch
     rewards: Mapping[str, torch.Tensor] = field(default_factory=dict)  # role -> (B,), detached: what rewards_*/ curves show
     logits: Optional[torch.Tensor] = None  # (B,), detached: the margin that is trained, positive where the pair is ranked right
+
+    def detach(self) -> "LossOutput":
+        rewards = {role: reward.detach() for role, reward in self.rewards.items()}
+        return LossOutput(self.losses.detach(), rewards, None if self.logits is None else self.logits.detach())
+
+    @staticmethod
+    def concatenate(outputs: Sequence["LossOutput"]) -> "LossOutput":
+        """Join the outputs of consecutive parts of a batch."""
+        first = outputs[0]
+        return LossOutput(
+            torch.cat([output.losses for output in outputs]),
+            {role: torch.cat([output.rewards[role] for output in outputs]) for role in first.rewards},
+            None if first.logits is None else torch.cat([output.logits for output in outputs]),
+        )
 
 
 Scores = Mapping[str, ResponseScores]
@@ -225,7 +248,7 @@ def kto(scores: Scores, beta: float, desirable_weight: float = 1.0, undesirable_
 def sdpo_stepwise(scores: Scores, beta: float, parts: int = 3, order: str = "given") -> LossOutput:
     """sDPO, DPO on consecutive parts of the data, each against the model that the part before has left: https://arxiv.org/abs/2403.19270.
 
-    Of a pair it is DPO's loss; `parts` and `order` are heeded by the trainer.
+    Of a pair it is DPO's loss; the training loop reads `stages` and `easiest_first` of its Objective.
     """
     return dpo(scores, beta)
 
@@ -255,7 +278,10 @@ def _log_ratio_rewards(scores: Scores, beta: float) -> Mapping[str, torch.Tensor
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss, and what data and scoring must bring for it. Call it with scores."""
+    """A loss, and what data, scoring and the training loop must bring for it. Call it with scores.
+
+    Everything outside this file asks these fields, never the loss's name or its hyperparameters.
+    """
 
     name: str
     function: Callable[..., LossOutput]
@@ -265,12 +291,23 @@ class Objective:
     needs_scores: bool = False  # of both responses of a pair, from the data
     needs_baseline: bool = False  # z0, of the whole batch
     needs_segments: bool = False  # responses of which some turns alone are scored
-    in_parts: bool = False  # whether the data come in parts, and the reference is replaced after each
+    stages: int = 1  # consecutive parts of the train data; the policy replaces the reference after each part but the last
+    easiest_first: bool = False  # order the train examples by the margin that the policy gives them before training
     implicit_rewards: bool = True  # whether rewards compare with the reference, and so are 0 at the start
+    declare: Callable[..., Mapping[str, object]] = lambda **_: {}  # fields that depend on the hyperparameters, by name
+    ignored: tuple[str, ...] = ()  # keys of the config's `loss` that this loss does not use
+    notes: tuple[str, ...] = ()  # lines about the chosen hyperparameters, to be printed
     hyperparameters: Mapping[str, object] = field(default_factory=dict)
 
     def __call__(self, scores: Scores) -> LossOutput:
         return self.function(scores, **self.hyperparameters)
+
+    @property
+    def reward_scale(self) -> Optional[float]:
+        """beta, by which rewards multiply log-ratios in nats; None for a loss without it."""
+        parameter = inspect.signature(self.function).parameters.get("beta")
+        default = None if parameter is None or parameter.default is parameter.empty else parameter.default
+        return self.hyperparameters.get("beta", default)
 
 
 OBJECTIVES = {
@@ -280,21 +317,30 @@ OBJECTIVES = {
         Objective("dpo", dpo),
         Objective("ipo", ipo),
         Objective("tdpo1", tdpo1, needs_kl=True),
-        Objective("tdpo2", tdpo2, needs_kl=True),
+        Objective(
+            "tdpo2",
+            tdpo2,
+            needs_kl=True,
+            declare=lambda alpha=0.5, **_: {"notes": ("loss=tdpo2 with loss.alpha=0 is DPO",)} if alpha == 0 else {},
+        ),
         Objective("rdpo", rdpo),
         Objective("dpop", dpop),
         Objective("simpo", simpo, needs_reference=False, implicit_rewards=False),
-        Objective("odpo", odpo, needs_scores=True),
+        Objective("odpo", odpo, needs_scores=True, declare=lambda kl_weight=0.0, **_: {"needs_kl": kl_weight > 0}),
         Objective("slic", slic, roles=("chosen", "rejected", "target"), needs_reference=False, implicit_rewards=False),
-        Objective("kto", kto, roles=("completion",), needs_baseline=True),
-        Objective("sdpo_stepwise", sdpo_stepwise, in_parts=True),
+        Objective("kto", kto, roles=("completion",), declare=lambda z0="batch", **_: {"needs_baseline": z0 == "batch"}),
+        Objective(
+            "sdpo_stepwise",
+            sdpo_stepwise,
+            declare=lambda parts=3, order="given", **_: {"stages": parts, "easiest_first": order == "easy_to_hard"},
+        ),
         Objective("sdpo_segment", sdpo_segment, needs_segments=True),
     )
 }
 
 
-def resolve(name: str, hyperparameters: Mapping) -> tuple[str, dict]:
-    """The name in OBJECTIVES and the hyperparameters that a `loss` config stands for.
+def resolve(name: str, hyperparameters: Mapping) -> tuple[str, dict, tuple[str, ...]]:
+    """Return the name in OBJECTIVES, the hyperparameters and the ignored keys that a `loss` config stands for.
 
     The published name `tdpo` is TDPO2, or TDPO1 where `if_tdpo2` is false; TDPO1 has no alpha, and neither can do without a
     reference, so that the published key `reference_free` must be false.
@@ -303,38 +349,33 @@ def resolve(name: str, hyperparameters: Mapping) -> tuple[str, dict]:
         KeyError: no objective has that name.
         ValueError: reference_free is set for TDPO.
     """
-    values = dict(hyperparameters)
+    values, ignored = dict(hyperparameters), ()
     if name == "tdpo":
         if values.pop("reference_free", False):
             raise ValueError("loss.reference_free=true: TDPO's SeqKL needs the reference; use loss=dpo")
         name = "tdpo2" if values.pop("if_tdpo2", True) else "tdpo1"
-        if name == "tdpo1":
-            values.pop("alpha", None)
+        if name == "tdpo1" and "alpha" in values:
+            del values["alpha"]
+            ignored = ("alpha",)
     if name not in OBJECTIVES:
         raise KeyError(name)
-    return name, values
+    return name, values, ignored
 
 
 def get_objective(name: str, *, log_kl: bool = False, **hyperparameters) -> Objective:
-    """The objective of that name with its hyperparameters bound; `tdpo` as in `resolve`, whose errors it raises.
+    """Return the objective of that name with its hyperparameters bound; `tdpo` as in `resolve`, whose errors it raises.
 
     Args:
         log_kl: SeqKL, and so the reference, are wanted as metrics, also where the loss needs neither.
     """
-    name, values = resolve(name, hyperparameters)
+    name, values, ignored = resolve(name, hyperparameters)
     known = OBJECTIVES[name]
-    needs_kl = known.needs_kl or log_kl or values.get("kl_weight", 0) > 0
-    return replace(
-        known,
-        needs_reference=known.needs_reference or log_kl,
-        needs_kl=needs_kl,
-        needs_baseline=known.needs_baseline and values.get("z0", "batch") == "batch",
-        hyperparameters=values,
-    )
+    bound = replace(known, **known.declare(**values), hyperparameters=values, ignored=ignored)
+    return replace(bound, needs_reference=bound.needs_reference or log_kl, needs_kl=bound.needs_kl or log_kl)
 
 
 def objective_of(loss: Mapping, log_kl: bool = False) -> Objective:
-    """The same from a config's `loss`: its name and hyperparameters in one mapping."""
+    """Return the objective of a config's `loss`, whose name and hyperparameters are in one mapping."""
     values = dict(loss)
     return get_objective(values.pop("name"), log_kl=log_kl, **values)
 
@@ -351,7 +392,20 @@ def tdpo_loss(
     alpha: float = 0.5,
     if_tdpo2: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(losses, chosen_rewards, rejected_rewards), each (B,), from log-ratios r and SeqKLs K, each (B,), nats."""
+    """Compute the TDPO loss of a batch of pairs: https://arxiv.org/abs/2404.11999.
+
+    Args:
+        chosen_logps_margin: log-ratios r of the chosen responses, log pi - log pi_ref summed over tokens, nats. Shape: (B,)
+        rejected_logps_margin: the same of the rejected responses. Shape: (B,)
+        chosen_position_kl: SeqKL of the chosen responses, KL(pi_ref || pi) summed over positions, nats. Shape: (B,)
+        rejected_position_kl: the same of the rejected responses. Shape: (B,)
+        beta: strength of the implicit KL penalty, > 0; 0.1 to 0.5 is usual.
+        alpha: weight of the difference of SeqKL in TDPO2, >= 0; TDPO1 has none.
+        if_tdpo2: TDPO2 if true, else TDPO1.
+
+    Returns:
+        (losses, chosen_rewards, rejected_rewards), each of shape (B,). Losses in nats; rewards are beta (r + SeqKL), detached.
+    """
     objective = get_objective("tdpo", beta=beta, alpha=alpha, if_tdpo2=if_tdpo2)
     chosen = _scores_of_ratio(chosen_logps_margin, chosen_position_kl)
     rejected = _scores_of_ratio(rejected_logps_margin, rejected_position_kl)
@@ -368,7 +422,24 @@ def preference_loss(
     ipo: bool = False,
     reference_free: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(losses, chosen_rewards, rejected_rewards) of DPO, conservative DPO or IPO, each (B,), from summed log-probabilities, each (B,)."""
+    """Compute the DPO, conservative DPO or IPO loss of a batch of pairs: see `dpo` and `ipo` for the papers.
+
+    Args:
+        policy_chosen_logps: log pi of the chosen responses, summed over tokens, nats. Shape: (B,)
+        policy_rejected_logps: log pi of the rejected responses. Shape: (B,)
+        reference_chosen_logps: log pi_ref of the chosen responses. Shape: (B,)
+        reference_rejected_logps: log pi_ref of the rejected responses. Shape: (B,)
+        beta: strength of the implicit KL penalty, > 0; tau of IPO.
+        label_smoothing: the fraction of labels thought to be flipped, 0 <= e < 0.5, of conservative DPO; IPO has none.
+        ipo: IPO if true, else DPO.
+        reference_free: leave the reference out of the loss (a uniform reference); rewards still use it.
+
+    Returns:
+        (losses, chosen_rewards, rejected_rewards), each of shape (B,). Rewards are beta (log pi - log pi_ref), detached.
+
+    Raises:
+        ValueError: ipo and reference_free together.
+    """
     ones = torch.ones_like(policy_chosen_logps)
     scores = {
         "chosen": ResponseScores(policy_chosen_logps, ones, reference_chosen_logps),

@@ -2,11 +2,16 @@
 
 import difflib
 import getpass
+import logging
 import os
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Optional, TypeVar, Union
 
 import torch
+import torch.distributed as dist
+import tqdm
 from torch.distributed.tensor import DTensor
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # of a clone, which has the commands and config/
@@ -34,6 +39,55 @@ class Stopped(Exception):
     def __init__(self, signum: int):
         super().__init__(signum)
         self.signum = signum
+
+
+class ConsoleHandler(logging.Handler):
+    """Writes records above a progress bar to standard output, errors to standard error; both are looked up at each write.
+
+    Of several ranks, all but the first are silenced: only their errors are shown.
+    """
+
+    silenced = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.silenced and record.levelno < logging.ERROR:
+            return
+        prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        stream = sys.stderr if record.levelno >= logging.ERROR else sys.stdout
+        tqdm.tqdm.write(prefix + self.format(record), file=stream)
+        stream.flush()
+
+
+CONSOLE = ConsoleHandler()
+
+
+@contextmanager
+def silenced(other_rank: bool) -> Iterator[None]:
+    """Within the block nothing but errors is logged, if this is not the rank that speaks for all."""
+    before, CONSOLE.silenced = CONSOLE.silenced, other_rank
+    try:
+        yield
+    finally:
+        CONSOLE.silenced = before
+
+
+def get_logger(name: str) -> logging.Logger:
+    """Return the logger of a module of this project; what it logs from INFO on is shown, also where the library is used by itself.
+
+    logging.getLogger("tdpo").setLevel(logging.WARNING) makes it quiet.
+    """
+    root = logging.getLogger("tdpo")
+    if CONSOLE not in root.handlers:
+        root.addHandler(CONSOLE)
+        root.setLevel(logging.INFO)
+        root.propagate = False  # what the application does with other records would show these twice
+    return root if name == "tdpo" else root.getChild(name.removeprefix("tdpo."))
+
+
+def rank0_print(*args, **kwargs) -> None:
+    """Print on rank 0 alone."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(*args, **kwargs)
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -74,6 +128,14 @@ def get_local_dir(prefixes_to_resolve: list[str]) -> str:
 def batched(items: Sequence[T], size: int) -> list[tuple[int, Sequence[T]]]:
     """(number of its first item, items) of each run of `size` items; the last may be shorter."""
     return [(start, items[start : start + size]) for start in range(0, len(items), size)]
+
+
+def flat_keys(values: Mapping, prefix: str = "") -> list[str]:
+    """'a.b.c' for every leaf of a nested mapping."""
+    keys = []
+    for key, value in values.items():
+        keys += flat_keys(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else [f"{prefix}{key}"]
+    return keys
 
 
 def pad_to_length(tensor: torch.Tensor, length: int, pad_value: Union[int, float], dim: int = -1) -> torch.Tensor:

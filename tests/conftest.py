@@ -21,10 +21,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: E402
 
 import train  # noqa: E402
-from tdpo.data.batching import TokenizedSplit  # noqa: E402
-from tdpo.data.token_cache import PAIRS, SFT, tokenize  # noqa: E402
+from tdpo.data.contract import PAIRS, SFT, examples_in_form  # noqa: E402
+from tdpo.data.split import TokenizedSplit  # noqa: E402
+from tdpo.data.token_cache import tokenize  # noqa: E402
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 MINI = ROOT / "tests" / "golden" / "mini"
 
@@ -49,7 +50,10 @@ FAMILIES = {
 def tokenized(data: dict, tokenizer, max_length: int = 64, max_prompt_length: int = 32, sft_mode: bool = False, add_bos: bool = False):
     """A split of datasets given as {name: (contract, options)}."""
     form = SFT if sft_mode else PAIRS
-    tables = [tokenize(name, contract, options, tokenizer, add_bos, form, silent=True) for name, (contract, options) in data.items()]
+    tables = [
+        tokenize(name, examples_in_form(name, contract, form)[0], options, tokenizer, add_bos, silent=True)
+        for name, (contract, options) in data.items()
+    ]
     return TokenizedSplit(tables, tokenizer, max_length, max_prompt_length, form, add_bos)
 
 
@@ -63,10 +67,10 @@ def compose(*overrides: str, name: str = "config"):
 QUIET = ["exp_name=test", "wandb.enabled=false", "sample_during_eval=false", "minimum_log_interval_secs=0"]
 
 
-def run(*overrides: str) -> Path:
+def run(*overrides: str, world=None) -> Path:
     """A run as the command line would make it, in this process or from it, without wandb and samples; its folder."""
     overrides = [*QUIET, *overrides]
-    return Path(train.run(compose(*overrides), overrides))
+    return Path(train.run(compose(*overrides), overrides, world))
 
 
 def run_together(runs: list[list[str]], ranks: int, folder: Path) -> None:

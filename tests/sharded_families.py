@@ -7,8 +7,9 @@ import torch.distributed as dist
 from conftest import FAMILIES
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tdpo.distributed.sharding import load_weights, shard_scorer
 from tdpo.distributed.tensor_parallel import split_matrices, tensor_parallel_plan
-from tdpo.distributed.world import World, load_weights, shard_scorer
+from tdpo.distributed.world import World
 from tdpo.losses import get_objective
 from tdpo.models.build import empty_model
 from tdpo.scoring.prefix_sharing import PromptRows, prompt_rows

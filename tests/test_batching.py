@@ -10,7 +10,8 @@ from conftest import MINI, compose, tokenized
 
 import train
 from preference_datasets import default_options, tokenize_batch_element
-from tdpo.data.batching import BatchStream, TokenizedSplit, ahead, balanced_parts, get_collate_fn
+from tdpo.data.batching import BatchStream, ahead, cut_into_microbatches, get_collate_fn
+from tdpo.data.split import TokenizedSplit
 from tdpo.data.tokenization import truncate
 from tdpo.losses import get_objective
 from tdpo.models.build import embedded_tokenizer
@@ -183,7 +184,7 @@ def lengths(n: int) -> list[int]:
 def test_parts_of_about_equal_tokens(n, parts, ranks):
     """Every example once; as many microbatches on each rank; no cut of the sorted examples has a smaller largest part."""
     sizes = lengths(n)
-    rounds = balanced_parts(sizes, ranks, parts)
+    rounds = cut_into_microbatches(sizes, ranks, parts)
     assert len(rounds) == parts and all(len(some) == ranks for some in rounds)
     assert sorted(i for some in rounds for part in some for i in part) == list(range(n))
     descending = sorted(sizes, reverse=True)
@@ -197,7 +198,7 @@ def test_parts_of_about_equal_tokens(n, parts, ranks):
 @pytest.mark.parametrize("tokens", [1, 300, 2000, 10**6])
 def test_parts_of_at_most_so_many_tokens(tokens, ranks):
     sizes = lengths(64)
-    rounds = balanced_parts(sizes, ranks, parts=3, tokens=tokens)  # parts play no role
+    rounds = cut_into_microbatches(sizes, ranks, microbatches=3, budget=tokens)  # microbatches play no role
     assert all(len(some) == ranks for some in rounds)
     assert sorted(i for some in rounds for part in some for i in part) == list(range(64))
     for part in (part for some in rounds for part in some):
@@ -210,8 +211,8 @@ def test_parts_of_at_most_so_many_tokens(tokens, ranks):
 
 def test_fewer_examples_than_parts():
     """A rank without an example takes part; a round without any is left out."""
-    assert balanced_parts([5, 9, 7], ranks=2, parts=4) == [[[1], [2]], [[0], []]]
-    assert balanced_parts([5], ranks=2, parts=1) == [[[0], []]]
+    assert cut_into_microbatches([5, 9, 7], ranks=2, microbatches=4) == [[[1], [2]], [[0], []]]
+    assert cut_into_microbatches([5], ranks=2, microbatches=1) == [[[0], []]]
 
 
 def test_the_next_item_is_prepared_while_this_one_is_used():

@@ -12,8 +12,9 @@ from conftest import FAMILIES, MINI, compose, run
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from tdpo.checkpointing import checkpoints
-from tdpo.checkpointing.checkpoints import check_archive, holds_a_run, load_tensors, read_archive, save_checkpoint
+from tdpo.checkpointing.checkpoints import holds_a_run, load_tensors, save_checkpoint
 from tdpo.distributed.world import World
+from tdpo.models.archive import check_archive, read_archive
 from tdpo.models.build import Models, build_model, check_model, load_model_config, load_tokenizer
 from tdpo.utils import RunError, UserError
 
@@ -22,7 +23,8 @@ FILES = ["manifest.json", "policy.pt", "state"]
 
 
 def save(run_dir, examples, state=STATE, metrics=None, export=None):
-    return save_checkpoint(World(), str(run_dir), examples, state, metrics or {}, {"policy": state}, {"examples": examples}, export)
+    progress = {"examples": examples, "eval_metrics": metrics or {}}
+    return save_checkpoint(World(), str(run_dir), state, {"policy": state}, progress, export)
 
 
 def test_a_checkpoint_is_the_published_file_and_latest_names_it(tmp_path):

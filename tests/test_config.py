@@ -11,7 +11,8 @@ from omegaconf import OmegaConf
 
 from tdpo import losses
 from tdpo.cli import schema as config_schema
-from tdpo.cli.schema import check_config, check_tool_config
+from tdpo.cli.checked import check_config
+from tdpo.cli.schema import check_tool_config
 from tdpo.utils import UserError
 
 MODELS = sorted(file.stem for file in (ROOT / "config" / "model").glob("*.yaml"))
@@ -236,9 +237,9 @@ def test_values_get_their_types_and_references_their_values():
 def test_what_is_adjusted_or_ignored_is_said():
     overrides = ["exp_name=x", "loss=tdpo", "loss.if_tdpo2=false", "loss.alpha=0.3", "batch_size=64", "save_every=100"]
     config = compose(*overrides)
-    notes = "\n".join(check_config(config, overrides))
+    notes = "\n".join(check_config(config, overrides).notes)
     assert (
         config.eval_every == 19_968 and "eval_every=20000 rounded down to 19968" in notes
     )  # 20,000 with batch 64, as the README's command
     assert config.save_every == 64 and "TDPO1 has no alpha" in notes and "without model.archive" in notes
-    assert check_config(compose("exp_name=x")) == []
+    assert check_config(compose("exp_name=x")).notes == []

@@ -24,8 +24,9 @@ from tdpo.analysis.evaluation import (
 )
 from tdpo.analysis.rewards import gold_reward_of, reward_model
 from tdpo.data.reviews import gold_reward
+from tdpo.data.split import TokenizedExample
 from tdpo.losses import get_objective
-from tdpo.scoring.scorer import token_statistics
+from tdpo.scoring.token_statistics import token_statistics
 from tdpo.utils import UserError, disable_dropout
 
 
@@ -96,8 +97,8 @@ class ByToken(Fixed):
 def test_measures_of_pairs_by_hand():
     """Two pairs, prompt 0. Policy P after token 0 and Q after others; the reference Q after token 0 and P after others."""
     policy, reference = ByToken(P, Q, Q), ByToken(Q, P, P)
-    pairs = {"a": ([0], [[1, 1], [0]]), "b": ([0], [[0], [1, 1]])}
-    split = SimpleNamespace(tokens=pairs.__getitem__, has_masks=False)
+    pairs = {"a": TokenizedExample([0], [[1, 1], [0]], None, []), "b": TokenizedExample([0], [[0], [1, 1]], None, [])}
+    split = SimpleNamespace(example=pairs.__getitem__)
     objective = get_objective("tdpo2", beta=0.5, alpha=0.5)
     found = measure_pairs(policy, reference, objective, split, ["a", "b"], False, 1)
     # Of [1, 1]: log-ratio of the first token log(P1/Q1), of the second log(Q1/P1): 0 together; KL both ways. Of [0]: log(P0/Q0) < 0.

@@ -19,10 +19,10 @@ import eval as eval_tool
 import sample
 import token_report
 from preference_datasets import default_options, get_dataset, load_split
-from tdpo.checkpointing.checkpoints import read_progress
+from tdpo.checkpointing.training_state import read_progress
 from tdpo.data.batching import BatchStream
+from tdpo.data.contract import COMPLETIONS, PAIRS
 from tdpo.data.rows import read_rows
-from tdpo.data.token_cache import COMPLETIONS, PAIRS
 
 ARCHIVE = f"model.archive={MINI}/sft_policy.pt"
 LENGTH = ["n_examples=40", "n_eval_examples=13", "eval_batch_size=5", "eval_every=24"]
@@ -188,7 +188,7 @@ def test_z0_by_hand_and_whatever_the_cut(tmp_path, mini_tokenizer):
     models[0].load_state_dict(torch.load(whole / "step-8" / "policy.pt", weights_only=True)["state"])
 
     def ratio(example) -> float:
-        prompt, (response,) = split_of_example.tokens(example, mismatched=True)
+        prompt, (response,), *_ = split_of_example.example(example._replace(mismatched=True))
         ids = torch.tensor([prompt + response])
         logps = [model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1) for model in models]
         return sum((logps[0] - logps[1])[range(len(response)), response].tolist())
@@ -254,12 +254,12 @@ def test_stepwise_replaces_the_reference_after_each_part(tmp_path, mini_tokenize
 
     @torch.no_grad()
     def margin(example) -> float:
-        prompt, responses = split.tokens(example)
+        prompt, responses, *_ = split.example(example)
         logits = [model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1) for ids in responses]
         chosen, rejected = (x[range(len(ids)), ids].sum().item() for x, ids in zip(logits, responses))
         return chosen - rejected
 
-    order = read_progress(str(run_dir / "LATEST"))["order"]
+    order = read_progress(str(run_dir / "LATEST")).hooks["Stages"]["order"]
     examples = next(split.epochs(0, shuffle=False))
     margins = [margin(examples[i]) for i in order]
     assert sorted(order) == list(range(96)) and all(b <= a + 1e-4 for a, b in zip(margins, margins[1:]))
@@ -316,7 +316,7 @@ def test_self_play(tmp_path, monkeypatch):
         assert abs(logs[0]["rewards_eval/margins"]) < 1e-6 and logs[-1]["rewards_eval/margins"] > 0.01
     from_first = torch.load(tmp_path / "spin/iteration-1/run/LATEST/policy.pt", weights_only=True)["state"]
     second = read_progress(str(tmp_path / "spin/iteration-2/run/LATEST"))
-    assert second["reference"]["archive"].startswith(os.path.realpath(tmp_path / "spin/iteration-1/run"))
+    assert second.reference["archive"].startswith(os.path.realpath(tmp_path / "spin/iteration-1/run"))
     assert any(not torch.equal(tensor, weights_of(tmp_path / "spin/iteration-2/run")[name]) for name, tensor in from_first.items())
 
 

@@ -17,7 +17,7 @@ from tdpo.models.memory import head_memory
 from tdpo.scoring import chunked_loss as chunked_head
 from tdpo.scoring.chunked_loss import Head, HeadOnly, Reference, loss_of_rows, score_rows
 from tdpo.scoring.prefix_sharing import attention_masks, prompt_rows
-from tdpo.scoring.scorer import ReferenceOnly, Scorer, fast_scoring_problem
+from tdpo.scoring.scorer import Scorer, fast_scoring_problem
 from tdpo.training.metrics import example_metrics
 from tdpo.utils import IGNORED, UserError, disable_dropout
 
@@ -153,7 +153,7 @@ def test_known_states_and_the_head_are_the_reference(case):
     rows = prompt_rows(pairs())
     live = scorer(rows)
     with torch.no_grad():
-        known = rows.with_reference(scorer(ReferenceOnly(rows)).clone())
+        known = rows.with_reference(scorer.reference_states(rows).clone())
     reference, scorer.reference = scorer.reference, HeadOnly.instead_of(scorer.reference)
     assert all(tensor.untyped_storage().nbytes() == 0 for tensor in reference.parameters())
     cached = scorer(known)
@@ -280,7 +280,7 @@ def test_scoring_is_chosen_and_said(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.count("scoring: plain, several times slower, because of GPTNeoXForCausalLM: its logits are odd") == 1
     assert logs_of(fallen_back)[:1] == logs_of(plain)[:1]
     assert logs_of(fast)[-1]["loss/eval"] == pytest.approx(logs_of(plain)[-1]["loss/eval"], rel=1e-5)
-    with pytest.raises(UserError, match="scoring=fast: GPTNeoXForCausalLM cannot be scored so: its logits are odd; use scoring=plain"):
+    with pytest.raises(UserError, match="scoring=fast: GPTNeoXForCausalLM does not support it: its logits are odd; use scoring=plain"):
         run(*options, "scoring=fast", f"local_run_dir={tmp_path}/refused")
 
 
@@ -300,7 +300,7 @@ def test_logits_200_apart_and_probabilities_of_0():
     states = torch.tensor([[0.0, 200.0, -200.0, 0.0]] * 2, requires_grad=True)
     reference = Reference(torch.tensor([[200.0, 0.0, -200.0, 0.0]] * 2), Head(torch.eye(4), bias))
     head = Head(torch.eye(4).requires_grad_(), bias)
-    loss, scores = loss_of_rows(states, head, reference, rows, get_objective("tdpo2", beta=0.1), 1)
+    loss, _, scores = loss_of_rows(states, head, reference, rows, get_objective("tdpo2", beta=0.1), 1)
     assert scores.kl.tolist() == [[200.0, 200.0]] and scores.logps.tolist() == [[-200.0, -200.0]]
     loss.backward()
     assert states.grad.isfinite().all() and states.grad.any() and head.weight.grad.isfinite().all()
@@ -311,13 +311,13 @@ def test_a_model_that_is_not_a_number_shows():
         states, head, reference, rows = one_row(8, 16)
         with torch.no_grad():
             (states if poisoned == "policy" else reference.states)[3] = float("nan")
-        loss, _ = loss_of_rows(states, head, reference, rows, get_objective("tdpo2", beta=0.1), 1)
+        loss, *_ = loss_of_rows(states, head, reference, rows, get_objective("tdpo2", beta=0.1), 1)
         assert loss.isnan()
 
 
 def test_the_gradient_can_be_had_once():
     states, head, reference, rows = one_row(8, 16)
-    loss, _ = loss_of_rows(states, head, reference, rows, get_objective("tdpo2", beta=0.1), 1)
+    loss, *_ = loss_of_rows(states, head, reference, rows, get_objective("tdpo2", beta=0.1), 1)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="differentiated already"):
         loss.backward()

@@ -10,9 +10,9 @@ from test_data import load, pair, write_lines
 from transformers import AutoModelForCausalLM
 
 from preference_datasets import default_options, load_prompts, load_split
-from tdpo.cli.schema import check_config
-from tdpo.data.batching import Example, with_partners
-from tdpo.data.token_cache import COMPLETIONS, PAIRS, PAIRS_AND_TARGET, SFT
+from tdpo.cli.checked import check_config
+from tdpo.data.contract import COMPLETIONS, PAIRS, PAIRS_AND_TARGET, SFT
+from tdpo.data.split import Example, with_partners
 from tdpo.losses import get_objective
 from tdpo.scoring.prefix_sharing import prompt_rows
 from tdpo.scoring.scorer import Scorer
@@ -39,10 +39,10 @@ def completion(prompt, text, **more):
 def test_scores_of_pairs_reach_the_loss_in_the_order_of_roles(tmp_path, mini_tokenizer):
     rows = [pair("one", " a", " b", chosen_score=3, rejected_score=1.5), pair("one", " c", " d", chosen_score=-1, rejected_score=-2)]
     split = split_of(tmp_path, rows, SCORED, mini_tokenizer)
-    assert [split.annotations(Example(0, i)) for i in (0, 1)] == [[3.0, 1.5], [-1.0, -2.0]]
+    assert [split.example(Example(0, i)).annotations for i in (0, 1)] == [[3.0, 1.5], [-1.0, -2.0]]
     element = split.element(Example(0, 1))
     assert (element["chosen_annotation"], element["rejected_annotation"]) == (-1.0, -2.0)
-    assert split_of(tmp_path, rows, PAIRS, mini_tokenizer).annotations(Example(0, 0)) == []
+    assert split_of(tmp_path, rows, PAIRS, mini_tokenizer).example(Example(0, 0)).annotations == []
 
 
 @pytest.mark.parametrize(
@@ -63,14 +63,14 @@ def test_votes_are_scores_and_ties_are_left_out(tmp_path, mini_tokenizer, capsys
     options = {"se": {**default_options("se"), "path": str(tmp_path)}}
     split = load_split(options, "train", mini_tokenizer, 64, 16, SCORED)
     assert "1 pair of equal scores left out" in capsys.readouterr().out
-    assert [split.annotations(Example(0, i)) for i in range(len(split))] == [[5.0, 2.0], [5.0, 2.0]]
+    assert [split.example(Example(0, i)).annotations for i in range(len(split))] == [[5.0, 2.0], [5.0, 2.0]]
     assert len(load_split(options, "train", mini_tokenizer, 64, 16, PAIRS, silent=True)) == 3  # as published
 
 
 def test_gold_rewards_are_scores_and_a_dataset_without_is_refused(mini_tokenizer):
     reviews = {**default_options("reviews"), "n_train": 4}
     split = load_split({"reviews": reviews}, "train", mini_tokenizer, 64, 16, SCORED, silent=True)
-    chosen, rejected = split.annotations(Example(0, 0))
+    chosen, rejected = split.example(Example(0, 0)).annotations
     assert chosen - rejected >= reviews["min_margin"]
     with pytest.raises(UserError, match="hh has no scores, which this loss needs"):
         load_split({"hh": {**default_options("hh"), "path": str(MINI / "data")}}, "train", mini_tokenizer, 64, 16, SCORED, silent=True)
@@ -86,7 +86,7 @@ def test_scored_completions_become_pairs_by_score(tmp_path, mini_tokenizer):
     data = load("jsonl", path=str(tmp_path / "a.jsonl"), eval_path="x", rows="scored", pairs_by="extremes")
     assert data["p"]["pairs"] == [(1, 0)]
     split = split_of(tmp_path, rows, SCORED, mini_tokenizer, rows="scored", min_margin=0.7)
-    assert len(split) == 1 and split.annotations(Example(0, 0)) == [0.9, 0.1]
+    assert len(split) == 1 and split.example(Example(0, 0)).annotations == [0.9, 0.1]
     with pytest.raises(UserError, match=r"no such field: columns.score=score \(of datasets.jsonl\); it has prompt, completion: .* row 1"):
         split_of(tmp_path, [completion("p", " x")], SCORED, mini_tokenizer, rows="scored")
     with pytest.raises(UserError, match="'score' must be a number: .*rows.jsonl row 2"):
@@ -112,7 +112,7 @@ def test_scored_completions_of_imdb(mini_tokenizer):
     best = max(first, key=lambda row: row["reward"])
     assert len(split) == len({row["prompt"] for row in rows})
     assert split.element(Example(0, 0))["chosen"] == rows[0]["prompt"] + " " + best["text"]
-    assert split.annotations(Example(0, 0)) == [best["reward"], min(row["reward"] for row in first)]
+    assert split.example(Example(0, 0)).annotations == [best["reward"], min(row["reward"] for row in first)]
 
 
 # --- labels ---
@@ -121,7 +121,7 @@ def test_scored_completions_of_imdb(mini_tokenizer):
 def test_labelled_completions(tmp_path, mini_tokenizer):
     rows = [completion("p", " good", label=True), completion("p", " bad", label=False), completion("q", " worse", label=False)]
     split = split_of(tmp_path, rows, COMPLETIONS, mini_tokenizer, rows="labelled")
-    assert len(split) == 3 and [split.annotations(Example(*at)) for at in ((0, 0), (0, 1), (1, 0))] == [[1.0], [0.0], [0.0]]
+    assert len(split) == 3 and [split.example(Example(*at)).annotations for at in ((0, 0), (0, 1), (1, 0))] == [[1.0], [0.0], [0.0]]
     assert split.element(Example(0, 1))["completion"] == "p bad"
     assert len(split_of(tmp_path, rows, SFT, mini_tokenizer, rows="labelled")) == 1  # q has nothing desirable
     with pytest.raises(UserError, match="'label' must be true or false: .*row 1"):
@@ -140,7 +140,7 @@ def test_labelled_chat_rows(tmp_path, chat_tokenizer):
 def test_a_pair_unpaired_is_two_examples(tmp_path, mini_tokenizer):
     rows = [pair("p", " a", " b"), pair("p", " c", " a"), pair("q", " d", " e")]
     split = split_of(tmp_path, rows, COMPLETIONS, mini_tokenizer, unpair=True)
-    found = [(split.element(example)["completion"], split.annotations(example)) for example in next(split.epochs(0, shuffle=False))]
+    found = [(split.element(example)["completion"], split.example(example).annotations) for example in next(split.epochs(0, shuffle=False))]
     assert found == [("p a", [1]), ("p b", [0]), ("p c", [1]), ("p a", [0]), ("q d", [1]), ("q e", [0])]
     with pytest.raises(UserError, match=r"jsonl has pairs, this loss takes single responses: datasets.jsonl.unpair=true"):
         split_of(tmp_path, rows, COMPLETIONS, mini_tokenizer)
@@ -169,9 +169,10 @@ def test_z0_of_a_batch_needs_a_second_prompt(tmp_path):
 def test_mismatched_tokens_are_the_prompt_with_the_partners_response(tmp_path, mini_tokenizer):
     split = split_of(tmp_path, [pair("a b", " c", " d"), pair("e", " f g", " h")], COMPLETIONS, mini_tokenizer, unpair=True)
     example = next(split.epochs(0, shuffle=False))[1]
-    (prompt, _), (mine, (other,)) = split.tokens(example), split.tokens(example, mismatched=True)
-    assert mine == prompt and other == split.tokens(Example(1, 0, (0, 0)))[1][0]
-    assert split.element(example, mismatched=True)["completion_input_ids"] == prompt + other
+    mismatched = example._replace(mismatched=True)
+    (prompt, *_), (mine, (other,), *_) = split.example(example), split.example(mismatched)
+    assert mine == prompt and other == split.example(Example(1, 0, (0, 0))).responses[0]
+    assert split.element(mismatched)["completion_input_ids"] == prompt + other
 
 
 # --- prompts ---
@@ -193,7 +194,7 @@ def test_pairs_with_their_target(tmp_path, mini_tokenizer):
     split = split_of(tmp_path, rows, PAIRS_AND_TARGET, mini_tokenizer)
     responses = [split.element(Example(0, i)) for i in (0, 1)]
     assert [(e["chosen"], e["rejected"], e["target"]) for e in responses] == [("p a", "p b", "p c"), ("p c", "p d", "p c")]
-    assert len(split.tokens(Example(0, 0))[1]) == 3
+    assert len(split.example(Example(0, 0)).responses) == 3
 
 
 # --- segments ---
@@ -220,14 +221,14 @@ SEGMENTS = {
 def test_only_a_segments_turns_are_scored(tmp_path, chat_tokenizer):
     split = split_of(tmp_path, [SEGMENTS], PAIRS, chat_tokenizer, 200, rows="segments")
     example = Example(0, 0)
-    prompt, responses = split.tokens(example)
+    prompt, responses, masks, _ = split.example(example)
     decoded = chat_tokenizer.convert_ids_to_tokens
     assert "".join(decoded(prompt)).endswith("<|start|>user\na<|end|>\n<|start|>assistant\n")
-    scored = [[t for t, m in zip(decoded(ids), mask) if m] for ids, mask in zip(responses, split.masks(example))]
+    scored = [[t for t, m in zip(decoded(ids), mask) if m] for ids, mask in zip(responses, masks)]
     assert scored == [["b", "c", "<|end|>", "e", "<|end|>"], ["f", "<|end|>", "i", "j", "<|end|>"]]
     assert "".join(decoded(responses[0])) == "bc<|end|>\n<|start|>user\nd<|end|>\n<|start|>assistant\ne<|end|>"  # nothing after it
     element = split.element(example)
-    assert [x for x in element["chosen_labels"] if x != -100] == [i for i, m in zip(responses[0], split.masks(example)[0]) if m]
+    assert [x for x in element["chosen_labels"] if x != -100] == [i for i, m in zip(responses[0], masks[0]) if m]
     assert split.response_tokens().tolist() == [10]
 
 
@@ -239,7 +240,7 @@ def test_a_segment_is_scored_as_its_turns_one_by_one(tmp_path, chat_tokenizer):
     config.vocab_size, config.max_position_embeddings = len(chat_tokenizer), 256
     model = AutoModelForCausalLM.from_config(config).double().eval()
     scorer, example = Scorer(model, None, get_objective("simpo", beta=1.0, gamma=0.0)), Example(0, 0)
-    rows = prompt_rows([split.tokens(example)], [split.masks(example)])
+    rows = prompt_rows([split.example(example)])
     from tdpo.data.batching import get_collate_fn
 
     plain = scorer(get_collate_fn(chat_tokenizer)([split.element(example)])).scores
@@ -264,7 +265,7 @@ def test_segments_of_unequal_length(tmp_path, chat_tokenizer, capsys):
         split_of(tmp_path, [short], PAIRS, chat_tokenizer, 200, rows="segments")
     split = split_of(tmp_path, [short], PAIRS, chat_tokenizer, 200, rows="segments", segments="cut")
     decoded = chat_tokenizer.convert_ids_to_tokens
-    assert ["".join(decoded(ids)) for ids in split.tokens(Example(0, 0))[1]] == ["bc<|end|>", "f<|end|>"]
+    assert ["".join(decoded(ids)) for ids in split.example(Example(0, 0)).responses] == ["bc<|end|>", "f<|end|>"]
     with pytest.raises(UserError, match=r'need turns of the assistant marked \{"segment": true\}'):
         split_of(tmp_path, [{**SEGMENTS, "rejected": SHARED}], PAIRS, chat_tokenizer, 200, rows="segments")
     for length in (30, 40):  # no turn of the segment is left, or one of two
@@ -276,7 +277,7 @@ def test_a_loss_of_segments_wants_them_and_sft_heeds_them(tmp_path, chat_tokeniz
     with pytest.raises(UserError, match="jsonl has no segments, which this loss needs"):
         split_of(tmp_path, [pair()], PAIRS._replace(segments=True), mini_tokenizer)
     split = split_of(tmp_path, [SEGMENTS], SFT, chat_tokenizer, 200, rows="segments")
-    assert sum(split.masks(Example(0, 0))[0]) == 5
+    assert sum(split.example(Example(0, 0)).masks[0]) == 5
     with pytest.raises(UserError, match="escape_special_tokens=true would escape the chat template's own"):
         split_of(tmp_path, [SEGMENTS], PAIRS, chat_tokenizer, 200, rows="segments", escape_special_tokens=True)
     unpaired = split_of(
@@ -289,7 +290,7 @@ def test_a_loss_of_segments_wants_them_and_sft_heeds_them(tmp_path, chat_tokeniz
         unpair=True,
     )
     for example in next(unpaired.epochs(0)):
-        assert unpaired.masks(example, mismatched=True) == unpaired.masks(Example(*example.partner))
+        assert unpaired.example(example._replace(mismatched=True)).masks == unpaired.example(Example(*example.partner)).masks
 
 
 def test_data_without_what_is_wanted(tmp_path, mini_tokenizer):
@@ -305,7 +306,7 @@ def test_votes_against_the_label_are_a_defect_where_scores_are_needed(tmp_path, 
     rows = [{**texts, "score_A": 10, "score_B": 2, "labels": 1}, {**texts, "score_A": 3, "score_B": 3, "labels": 1}]
     options = {"shp": {**default_options("shp"), "path": str(tmp_path)}}
     write_lines(tmp_path / "train.jsonl", rows)
-    assert load_split(options, "train", mini_tokenizer, 64, 16, SCORED).annotations(Example(0, 0)) == [10, 2]
+    assert load_split(options, "train", mini_tokenizer, 64, 16, SCORED).example(Example(0, 0)).annotations == [10, 2]
     assert "1 pair of equal scores left out" in capsys.readouterr().out
     write_lines(tmp_path / "train.jsonl", [*rows, {**texts, "score_A": 10, "score_B": 2, "labels": 0}])
     with pytest.raises(UserError, match="the preferred response has the lower score: .*row 3"):
@@ -343,4 +344,4 @@ def test_what_does_not_go_together(overrides, message):
 
 
 def test_tdpo2_with_alpha_0_is_said_to_be_dpo():
-    assert "loss=tdpo2 with loss.alpha=0 is DPO" in check_config(compose("exp_name=x", "loss=tdpo2", "loss.alpha=0"))
+    assert "loss=tdpo2 with loss.alpha=0 is DPO" in check_config(compose("exp_name=x", "loss=tdpo2", "loss.alpha=0")).notes

@@ -17,7 +17,7 @@ import trainers
 from tdpo import losses
 from tdpo.cli.schema import HYPERPARAMETERS
 from tdpo.losses import ResponseScores, get_objective
-from tdpo.scoring.scorer import _get_batch_logps, _tdpo_get_batch_logps
+from tdpo.scoring.logps import _get_batch_logps, _tdpo_get_batch_logps
 
 CASES = [
     ("sft", {}),

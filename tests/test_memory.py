@@ -11,7 +11,7 @@ from conftest import ROOT, compose
 from omegaconf import OmegaConf
 
 from preference_datasets import load_split
-from tdpo.data.token_cache import PAIRS, SFT
+from tdpo.data.contract import PAIRS, SFT
 from tdpo.losses import OBJECTIVES
 from tdpo.models import memory
 from tdpo.models.build import embedded_tokenizer

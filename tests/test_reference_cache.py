@@ -13,10 +13,10 @@ import torch
 from conftest import MINI, PREFERENCE, logs_of, run, weights_of
 from test_golden_runs import assert_same_logs, overrides
 
-from tdpo.scoring.scorer import ReferenceOnly, Scorer
+from tdpo.scoring.scorer import Scorer
 from tdpo.training import reference_cache
+from tdpo.training.hooks import CachedReference
 from tdpo.utils import RunError, Stopped, UserError
-from trainers import BasicTrainer
 
 
 @pytest.fixture
@@ -56,13 +56,11 @@ def test_a_second_run_finds_it_and_later_epochs_use_it(options, tmp_path, capsys
     (positions,) = re.findall(r"reference cache, train: 96 examples, ([\d,]+) positions x 32 numbers x 4 bytes = 0.[3-9] MB", printed)
     sizes = {file.stat().st_size for file in (tmp_path / "cache").glob("*/reference/*")}
     assert int(positions.replace(",", "")) * 32 * 4 in sizes and "found" not in printed
-    forward = Scorer.forward
 
-    def refusing(self, batch, counted=None):
-        assert not isinstance(batch, ReferenceOnly), "computed again"
-        return forward(self, batch, counted)
+    def refusing(self, rows):
+        raise AssertionError("computed again")
 
-    monkeypatch.setattr(Scorer, "forward", refusing)
+    monkeypatch.setattr(Scorer, "reference_states", refusing)
     second = run(*options, f"local_run_dir={tmp_path}/second")
     assert capsys.readouterr().out.count("; found") == 2
     assert logs_of(first)[-1] == logs_of(second)[-1]
@@ -122,14 +120,14 @@ def test_a_file_of_another_size_is_made_again(options, tmp_path, capsys):
 
 def test_only_the_head_stays(options, tmp_path, monkeypatch):
     trainers = []
-    cache_reference = BasicTrainer.cache_reference
+    before_training = CachedReference.before_training
 
     def noted(self):
-        reference = self.reference_model
-        cache_reference(self)
-        trainers.append((self, reference))
+        reference = self.passes.scorer.reference
+        before_training(self)
+        trainers.append((self.passes, reference))
 
-    monkeypatch.setattr(BasicTrainer, "cache_reference", noted)
+    monkeypatch.setattr(CachedReference, "before_training", noted)
     sampled = ["sample_during_eval=true", "n_eval_model_samples=2", "n_examples=8"]
     run_dir = run(*options, *sampled, "reference_cache=true", f"local_run_dir={tmp_path}/run")
     ((trainer, reference),) = trainers
@@ -152,18 +150,17 @@ def test_a_disk_that_is_too_small(options, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("how", ["signal", "error"])
 def test_what_was_not_finished_is_not_there(how, options, tmp_path, monkeypatch):
-    forward, calls = Scorer.forward, []
+    compute, calls = Scorer.reference_states, []
 
-    def interrupted(self, batch, counted=None):
-        if isinstance(batch, ReferenceOnly):
-            calls.append(batch)
-            if len(calls) == 3:
-                if how == "error":
-                    raise RunError("out of memory")
-                os.kill(os.getpid(), signal.SIGTERM)
-        return forward(self, batch, counted)
+    def interrupted(self, rows):
+        calls.append(rows)
+        if len(calls) == 3:
+            if how == "error":
+                raise RunError("out of memory")
+            os.kill(os.getpid(), signal.SIGTERM)
+        return compute(self, rows)
 
-    monkeypatch.setattr(Scorer, "forward", interrupted)
+    monkeypatch.setattr(Scorer, "reference_states", interrupted)
     with pytest.raises(Stopped if how == "signal" else RunError):
         run(*options, "reference_cache=true", f"local_run_dir={tmp_path}/run")
     assert not files(tmp_path)
@@ -171,11 +168,11 @@ def test_what_was_not_finished_is_not_there(how, options, tmp_path, monkeypatch)
 
 def test_two_runs_at_once_do_not_meet(options, tmp_path, monkeypatch):
     """While one writes, another one begins and ends; what a killed run left is removed, what a living one writes is not."""
-    forward, inner = Scorer.forward, []
+    compute, inner = Scorer.reference_states, []
     folder = tmp_path / "cache" / getpass.getuser() / "reference"
 
-    def meanwhile(self, batch, counted=None):
-        if isinstance(batch, ReferenceOnly) and not inner:
+    def meanwhile(self, rows):
+        if not inner:
             inner.append(True)
             (own,) = folder.glob("*.new")
             own.rename(living := folder / own.name.replace(str(os.getpid()), "1"))  # as of process 1
@@ -183,9 +180,9 @@ def test_two_runs_at_once_do_not_meet(options, tmp_path, monkeypatch):
             inner.append(run(*options, "reference_cache=true", "n_examples=16", f"local_run_dir={tmp_path}/inner"))
             assert living.exists() and not left.exists()
             living.rename(own)
-        return forward(self, batch, counted)
+        return compute(self, rows)
 
-    monkeypatch.setattr(Scorer, "forward", meanwhile)
+    monkeypatch.setattr(Scorer, "reference_states", meanwhile)
     outer = run(*options, "reference_cache=true", "n_examples=16", f"local_run_dir={tmp_path}/outer")
     assert [{**log, "examples_per_second": 0} for log in logs_of(outer)] == [{**log, "examples_per_second": 0} for log in logs_of(inner[1])]
     assert len(files(tmp_path)) == 2

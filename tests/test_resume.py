@@ -18,6 +18,7 @@ from test_parallel import SHARDED, has_steps, start, wait_for
 
 from tdpo.checkpointing import resume
 from tdpo.data.batching import BatchStream
+from tdpo.losses import get_objective
 from tdpo.utils import Stopped, UserError
 from trainers import BasicTrainer
 
@@ -69,7 +70,7 @@ def test_a_signal_saves_the_step_under_way(where, signum, tmp_path, monkeypatch)
     original = getattr(BasicTrainer, method)
 
     def interrupted(self, *arguments):
-        if self.example_counter == 24 and not self.signals.received and not (method == "score" and arguments[-1] == "train"):
+        if self.progress.examples == 24 and not self.signals.received and not (method == "score" and arguments[-1] == "train"):
             os.kill(os.getpid(), signum)
         return original(self, *arguments)
 
@@ -192,7 +193,7 @@ def test_a_run_that_was_stopped_before_its_end_gets_its_export(tmp_path, monkeyp
     score = BasicTrainer.score
 
     def interrupted(self, examples, sums, split):
-        if split == "eval" and self.example_counter == 16:
+        if split == "eval" and self.progress.examples == 16:
             os.kill(os.getpid(), signal.SIGTERM)
         return score(self, examples, sums, split)
 
@@ -350,8 +351,10 @@ def test_a_folder_that_another_run_trains_into_is_left_alone(tmp_path, monkeypat
     run_dir = short(tmp_path)
     before = losses_of(run_dir)
     monkeypatch.setattr(resume, "LOCK_PATIENCE", 0.2)
-    with resume.FolderLock(str(run_dir)), pytest.raises(UserError, match="another run trains into"):
+    lock = resume.FolderLock(str(run_dir))
+    with pytest.raises(UserError, match="another run trains into"):
         go_on("n_examples=40", f"resume={run_dir}")
+    lock.release()
     assert losses_of(run_dir) == before
     go_on("n_examples=40", f"resume={run_dir}")
     assert len(logs_of(run_dir, "train")) == 5
@@ -397,6 +400,7 @@ def test_wandb_goes_on_with_the_same_run(tmp_path, monkeypatch):
 
 
 def test_keys_that_make_another_run():
+    objective = get_objective("dpo", beta=0.1)
     saved = {
         "seed": 0,
         "lr": 1.0,
@@ -404,5 +408,5 @@ def test_keys_that_make_another_run():
         "datasets": {"hh": {"path": "p", "invalid_rows": "keep"}},
     }
     now = {"seed": 1, "lr": 2.0, "model": {"archive": "b", "name_or_path": "y"}, "datasets": {"hh": {"path": "q", "invalid_rows": "skip"}}}
-    assert set(resume.differing_keys(saved, now)) == {"seed", "lr", "model.name_or_path", "datasets.hh.invalid_rows"}
-    assert resume.differing_keys(saved, saved) == {}
+    assert set(resume.differing_keys(saved, now, objective)) == {"seed", "lr", "model.name_or_path", "datasets.hh.invalid_rows"}
+    assert resume.differing_keys(saved, saved, objective) == {}

@@ -14,7 +14,9 @@ from tdpo.data.batching import get_collate_fn
 from tdpo.data.tokenization import tokenize_batch_element
 from tdpo.losses import get_objective
 from tdpo.models.build import Models, load_model_config, load_tokenizer
-from tdpo.scoring.scorer import Scorer, _get_batch_logps, _tdpo_get_batch_logps, cast_parameters, concatenated_inputs, forward_kl
+from tdpo.scoring.logps import _get_batch_logps, _tdpo_get_batch_logps, concatenated_inputs, forward_kl
+from tdpo.scoring.scorer import Scorer
+from tdpo.training.strategies import cast_parameters
 
 
 def load(dtype: torch.dtype):

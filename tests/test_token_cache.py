@@ -11,8 +11,8 @@ import preference_datasets
 import train
 from preference_datasets import default_options, get_dataset, load_split
 from tdpo.data import token_cache
-from tdpo.data.batching import Example
-from tdpo.data.token_cache import PAIRS, PAIRS_AND_TARGET, SFT
+from tdpo.data.contract import PAIRS, PAIRS_AND_TARGET, SFT
+from tdpo.data.split import Example
 from tdpo.data.tokenization import truncate
 from tdpo.distributed.world import World
 from tdpo.losses import get_objective
@@ -38,7 +38,7 @@ def load(data, tmp_path, mini_tokenizer, monkeypatch):
 
 
 def all_tokens(split) -> list:
-    return [split.tokens(example) for example in next(split.epochs(0, shuffle=False))]
+    return [split.example(example)[:2] for example in next(split.epochs(0, shuffle=False))]
 
 
 @pytest.fixture
@@ -160,7 +160,8 @@ def test_ranks_that_do_not_see_the_files_are_sent_the_tokens(data, tmp_path, mon
     config = compose("exp_name=x", *options, f"local_dirs=[{tmp_path}]")
 
     def read():
-        return train.read_inputs(config, World(), get_objective("dpo", beta=0.1), None).data["train"]
+        plan = train.prepare(config, get_objective("dpo", beta=0.1), World(), None)
+        return train.shared_data(World(), plan)["train"]
 
     mapped = read()
     monkeypatch.setattr(World, "gather", lambda self, value: [value, False])
@@ -172,7 +173,7 @@ def test_lengths_are_those_of_the_tokens(load):
     for form in (PAIRS, SFT, PAIRS_AND_TARGET):
         split = load(form=form)
         examples = next(split.epochs(0))
-        tokens = [split.tokens(example) for example in examples]
+        tokens = [split.example(example)[:2] for example in examples]
         assert split.lengths(examples) == [len(prompt) + sum(map(len, responses)) for prompt, responses in tokens]
         assert sorted(map(split.index, examples)) == list(range(len(split)))
         row = split.prompts[examples[0].prompt]

@@ -10,7 +10,7 @@ from conftest import DATA, PREFERENCE, compose, run
 
 import token_report
 from tdpo.analysis.trained import find_trained, load_compared
-from tdpo.scoring.scorer import token_statistics
+from tdpo.scoring.token_statistics import token_statistics
 from tdpo.utils import UserError
 
 HOSTILE = "</script><script>throw 1</script> <b>&amp;"

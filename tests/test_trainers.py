@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from tdpo.losses import get_objective
 from tdpo.scoring.scorer import Scorer
+from tdpo.training.strategies import SingleDevice
 from tdpo.utils import RunError
 from trainers import BasicTrainer
 
@@ -229,28 +230,28 @@ def spy(function, seen: list):
 
 def poison(monkeypatch, at_step: int, where: str):
     """Make the loss (or a gradient) of one step not finite."""
-    score, clip = BasicTrainer.score, BasicTrainer.clip_gradient
+    score, clip = BasicTrainer.score, SingleDevice.clip_gradient
     steps = {"clip": 0}
 
     def poisoned_score(self, microbatch, sums, split):
         scored = score(self, microbatch, sums, split)
-        if split == "train" and where == "loss" and self.batch_counter + self.skipped_steps == at_step:
+        if split == "train" and where == "loss" and self.progress.updates + self.progress.skipped_steps == at_step:
             losses = scored.output.losses * torch.tensor([float("nan")] + [1.0] * (len(microbatch.examples) - 1))
             sums.add({"loss/train": losses})
             return scored._replace(loss=scored.loss * float("nan"), output=replace(scored.output, losses=losses))
         return scored
 
-    def poisoned_clip(self):
-        norm = clip(self)
+    def poisoned_clip(self, max_norm):
+        norm = clip(self, max_norm)
         steps["clip"] += 1
         if where == "gradient" and steps["clip"] == at_step + 1:
-            for parameter in self.policy.parameters():
+            for parameter in self.scorer.policy.parameters():
                 parameter.grad *= float("nan")
             return norm * float("nan")
         return norm
 
     monkeypatch.setattr(BasicTrainer, "score", poisoned_score)
-    monkeypatch.setattr(BasicTrainer, "clip_gradient", poisoned_clip)
+    monkeypatch.setattr(SingleDevice, "clip_gradient", poisoned_clip)
 
 
 @pytest.mark.parametrize(
@@ -278,7 +279,7 @@ def test_such_steps_can_be_left_out(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "owner, method, message",
     [
-        (Scorer, "_both_ways", r"two sequences of max_length=64 tokens, by which fast scoring is tried\ntry more devices"),
+        (Scorer, "both_ways", r"two sequences of max_length=64 tokens, by which fast scoring is tried\ntry more devices"),
         (Scorer, "_fast", r"8 train examples, the longest of \d+ tokens, in step 1\ntry a smaller tokens_per_microbatch"),
         (torch.Tensor, "backward", r"8 train examples, the longest of \d+ tokens, in step 1\ntry a smaller tokens_per_microbatch"),
     ],

@@ -15,9 +15,9 @@ import tqdm
 from torch import nn
 
 from tdpo.analysis.rewards import Reward
-from tdpo.data.batching import Example, TokenizedSplit
+from tdpo.data.split import Example, TokenizedSplit
 from tdpo.losses import Objective, ResponseScores
-from tdpo.scoring.scorer import TokenStatistics, token_statistics
+from tdpo.scoring.token_statistics import TokenStatistics, token_statistics
 from tdpo.utils import batched
 
 RESAMPLES = 1000
@@ -119,10 +119,9 @@ def measure_pairs(
     """
     found: list[dict[str, np.ndarray]] = []
     for _, some in tqdm.tqdm(batched(examples, batch_size), "Scoring pairs", leave=False, disable=None):
-        tokens = [split.tokens(example) for example in some]
-        masks = [split.masks(example) for example in some] if split.has_masks else None
-        counts = [sum(mask) for pair in masks for mask in pair] if masks else [len(ids) for _, responses in tokens for ids in responses]
-        sums = of_responses(token_statistics(policy, reference, tokens, fast, masks), counts)
+        tokens = [split.example(example) for example in some]
+        counts = [n for example in tokens for n in example.counts()]
+        sums = of_responses(token_statistics(policy, reference, tokens, fast), counts)
         found.append({name: values.reshape(-1, 2) for name, values in {**sums, "tokens": np.array(counts)}.items()})
     table = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
     ratio = table["logps"] - table["reference_logps"]

@@ -1,7 +1,10 @@
 """What a run's own numbers say to the questions that are asked most of preference training, in words."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Optional
+
+from tdpo.training.metrics import start_difference
 
 # Where a finding begins; the sentences state them.
 SANE = 1e-3  # nats, at the first step
@@ -64,12 +67,9 @@ def _start(logs: Sequence[Mapping]) -> Optional[Finding]:
         first = next((log for log in logs if "rewards_eval/chosen" in log and log["counters/examples"] == 0), None)
     if first is None:
         return None
-    split = first["split"]
-    names = [f"rewards_{split}/chosen", f"rewards_{split}/rejected", f"kl_{split}/chosen", f"kl_{split}/rejected"]
-    known = [first[name] for name in names if name in first]
-    if None in known:
+    worst = start_difference(first, first["split"])
+    if worst == math.inf:
         return Finding(True, "At the start rewards or SeqKL are not finite.")
-    worst = max(map(abs, known))
     if worst > SANE:
         cause = "policy and reference differ in dtype or weights"
         return Finding(True, f"At the start rewards or SeqKL are {worst:.3g}, not 0 (to {SANE:g}): {cause}.")

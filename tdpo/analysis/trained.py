@@ -7,13 +7,16 @@ from typing import Any, NamedTuple, Optional, Union
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from tdpo.checkpointing.checkpoints import PROGRESS, read_progress
-from tdpo.data.token_cache import PAIRS, SFT
-from tdpo.distributed.world import fingerprint
+from tdpo.checkpointing.checkpoints import PROGRESS
+from tdpo.checkpointing.training_state import read_progress
+from tdpo.data.contract import PAIRS, SFT
+from tdpo.distributed.sharding import fingerprint
 from tdpo.losses import Objective, get_objective, objective_of
-from tdpo.models.build import build_model, check_model, load_model_config, load_tokenizer, prepare_hub
+from tdpo.models.build import build_model, check_model, compute_dtype, load_model_config, load_tokenizer, prepare_hub, reference_dtype
 from tdpo.scoring.scorer import Scorer, fast_scoring_problem
-from tdpo.utils import CONFIG_DIR, DTYPES, UserError, get_local_dir
+from tdpo.utils import CONFIG_DIR, UserError, get_local_dir, get_logger
+
+log = get_logger(__name__)
 
 
 class Trained(NamedTuple):
@@ -57,7 +60,7 @@ class Trained(NamedTuple):
 
     def moved_its_reference(self) -> bool:
         return self.config is not None and (
-            _objective_of(self.config).in_parts or OmegaConf.select(self.config, "reference.update_every") is not None
+            _objective_of(self.config).stages > 1 or OmegaConf.select(self.config, "reference.update_every") is not None
         )
 
     def cache_dir(self) -> str:
@@ -94,7 +97,7 @@ def find_trained(path: str) -> Trained:
     model = OmegaConf.merge(config.model, {"archive": policy})
     archive, identity = config.model.archive, ""
     if os.path.exists(os.path.join(checkpoint, PROGRESS)):  # an absolute path, whatever the folder in which the run was started
-        noted = read_progress(checkpoint)["reference"]
+        noted = read_progress(checkpoint).reference
         archive, identity = noted["archive"], noted["fingerprint"]
     # What a loss without reference has started from will do as well.
     known = _objective_of(config).roles != SFT.roles and (archive is not None or config.model.from_config is None)
@@ -164,10 +167,8 @@ def load_compared(trained: Trained, archive: Optional[str], device: torch.device
     reference = None
     if node is not None:
         if archive is None and trained.moved_its_reference():
-            print(f"{trained.name}: its reference has moved while it was trained; it is compared with the one that it started from")
-        model = trained.model
-        dtype = DTYPES[model.reference_dtype or model.fsdp_policy_mp or model.policy_dtype]
-        reference = _built(node, trained.cache_dir(), tokenizer, dtype, max_length)
+            log.info(f"{trained.name}: its reference has moved while it was trained; it is compared with the one that it started from")
+        reference = _built(node, trained.cache_dir(), tokenizer, reference_dtype(trained.model), max_length)
         if archive is None and trained.reference_identity not in ("", fingerprint(reference)):
             raise UserError(
                 f"run={trained.name}: {node.archive or node.name_or_path} no longer holds the weights that this run started from: "
@@ -187,8 +188,7 @@ def load_trained(trained: Trained, device: torch.device, max_length: int = 1) ->
         UserError: weights or tokenizer are not there, or do not fit.
     """
     tokenizer = load_tokenizer(trained.model, trained.cache_dir())
-    dtype = DTYPES[trained.model.fsdp_policy_mp or trained.model.policy_dtype]
-    return _built(trained.model, trained.cache_dir(), tokenizer, dtype, max_length).to(device), tokenizer
+    return _built(trained.model, trained.cache_dir(), tokenizer, compute_dtype(trained.model), max_length).to(device), tokenizer
 
 
 def _built(node: DictConfig, cache_dir: str, tokenizer, dtype: torch.dtype, max_length: int) -> torch.nn.Module:

@@ -13,7 +13,6 @@ import os
 import pickle
 import shutil
 import warnings
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Optional
@@ -24,10 +23,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from tdpo.distributed.world import World, is_of_a_collective
-from tdpo.utils import PeerError, RunError, UserError, some_of
+from tdpo.utils import PeerError, RunError, get_logger, some_of
 
-# Buffers that checkpoints of 2023 carry and models no longer have.
-LEGACY_BUFFERS = (".attention.bias", ".attention.masked_bias", ".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+log = get_logger(__name__)
+
 PROGRESS = os.path.join("state", "progress.json")
 NOT_HASHED = ("manifest.json", "hf")  # the latter may be added later
 
@@ -35,9 +34,7 @@ NOT_HASHED = ("manifest.json", "hf")  # the latter may be added later
 def save_checkpoint(
     world: World,
     run_dir: str,
-    examples: int,
     policy: Mapping[str, torch.Tensor],
-    metrics: Mapping[str, float],
     tensors: Mapping[str, Any],
     progress: Mapping[str, Any],
     export: Optional[Callable[[str], None]] = None,
@@ -46,11 +43,9 @@ def save_checkpoint(
 
     Args:
         run_dir: the run's folder.
-        examples: train examples seen, policy.pt's step_idx.
         policy: the policy's whole state dict; of interest on rank 0 alone.
-        metrics: plain floats (weights_only refuses NumPy's).
         tensors: nested dicts of tensors, whole or sharded: what resuming needs.
-        progress: the rest of it, as JSON has it.
+        progress: the rest of it, as JSON has it; its `examples` and `eval_metrics` (plain floats) go into policy.pt too.
         export: writes a Hugging Face model into the folder it is given; called on rank 0.
 
     Returns:
@@ -59,6 +54,7 @@ def save_checkpoint(
     Raises:
         RunError: it could not be written. What was there before is untouched.
     """
+    examples = progress["examples"]
     target = os.path.join(run_dir, f"step-{examples}")
     temporary = target + ".tmp"
     needed = _bytes(policy) * (2 if export else 1) + _bytes(tensors)
@@ -71,7 +67,8 @@ def save_checkpoint(
             dcp.save(dict(tensors), checkpoint_id=os.path.join(temporary, "state"), **_group(world))
         with world.agreed():
             if world.is_first:
-                content = {"step_idx": examples, "state": dict(policy), "metrics": {k: float(v) for k, v in metrics.items()}}
+                metrics = {name: float(value) for name, value in progress["eval_metrics"].items()}
+                content = {"step_idx": examples, "state": dict(policy), "metrics": metrics}
                 torch.save(content, os.path.join(temporary, "policy.pt"))
                 _write_json(os.path.join(temporary, PROGRESS), progress)
                 if export is not None:
@@ -92,7 +89,7 @@ def save_checkpoint(
 
 def _group(world: World) -> dict[str, Any]:
     """How torch.distributed.checkpoint finds the other ranks."""
-    return {"no_dist": True} if world.size == 1 else {"process_group": world.patient_group}
+    return {"no_dist": True} if world.size == 1 else {"process_group": world.long_timeout_group}
 
 
 def _bytes(tensors: Mapping[str, Any]) -> int:
@@ -193,7 +190,7 @@ def remove_old(run_dir: str, keep: int, never: Iterable[str]) -> None:
             os.rename(folder, folder + ".tmp")
             shutil.rmtree(folder + ".tmp")
         except OSError as error:
-            print(f"warning: the old checkpoint {folder} could not be removed ({error})")
+            log.warning(f"the old checkpoint {folder} could not be removed ({error})")
 
 
 def set_aside(path: str) -> None:
@@ -213,7 +210,7 @@ def list_checkpoints(run_dir: str) -> list[str]:
             if os.path.exists(os.path.join(folder, "manifest.json")):
                 found.append((int(number), folder))
             else:
-                print(f"warning: {folder} is not a whole checkpoint of this program (no manifest.json): ignored")
+                log.warning(f"{folder} is not a whole checkpoint of this program (no manifest.json): ignored")
     return [folder for _, folder in sorted(found, reverse=True)]
 
 
@@ -234,12 +231,6 @@ def _read_manifest(folder: str) -> Optional[dict[str, dict]]:
         return files if {"policy.pt", PROGRESS} <= set(files) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def read_progress(folder: str) -> dict[str, Any]:
-    """What save_checkpoint was given as `progress`. Of a sound checkpoint, see damaged_files."""
-    with open(os.path.join(folder, PROGRESS)) as handle:
-        return json.load(handle)
 
 
 def saved_tensors(folder: str) -> dict[str, TensorStorageMetadata]:
@@ -330,7 +321,7 @@ def _try_export(export: Callable[[str], None], folder: str) -> None:
         export(folder)
     except Exception as error:
         shutil.rmtree(folder, ignore_errors=True)
-        print(f"warning: no Hugging Face folder was written ({' '.join(str(error).split())[:200]}); policy.pt has the weights")
+        log.warning(f"no Hugging Face folder was written ({' '.join(str(error).split())[:200]}); policy.pt has the weights")
 
 
 def _sync(folder: str) -> None:
@@ -365,43 +356,3 @@ def holds_a_run(run_dir: str) -> bool:
     if not os.path.isdir(run_dir):
         return False
     return any(name in ("config.yaml", "metrics.jsonl", "LATEST") or name.startswith("step-") for name in os.listdir(run_dir))
-
-
-def read_archive(path: str) -> dict[str, torch.Tensor]:
-    """The state dict of a policy.pt, also of one that the published code wrote; tensors stay on disk until they are copied.
-
-    Raises:
-        UserError: no such file, or it is no policy.pt.
-    """
-    if not os.path.isfile(path):
-        raise UserError(f"model.archive={path} does not exist")
-    if not zipfile.is_zipfile(path):
-        raise UserError(f"model.archive={path} is no policy.pt: torch.save did not write it")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        state = {name.replace("_orig_mod.", ""): tensor.detach() for name, tensor in content["state"].items()}
-    except Exception as error:  # zip, pickle and key errors: whatever it is, it is no policy.pt
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise UserError(f"model.archive={path} is no policy.pt, a file with {{step_idx, state, metrics}} ({reason})") from None
-    return {name: tensor for name, tensor in state.items() if not name.endswith(LEGACY_BUFFERS)}
-
-
-def check_archive(path: str, state: Mapping[str, torch.Tensor], model: torch.nn.Module) -> None:
-    """Compare an archive with a model, which may be on the meta device.
-
-    Raises:
-        UserError: keys are missing or too many, or shapes differ; it names them.
-    """
-    expected = model.state_dict()
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    missing = sorted(set(expected) - set(state) - tied)
-    unexpected = sorted(set(state) - set(expected))
-    shapes = [
-        f"{name} {tuple(state[name].shape)} (model: {tuple(expected[name].shape)})"
-        for name in expected
-        if name in state and state[name].shape != expected[name].shape
-    ]
-    problems = [("missing", missing), ("not in the model", unexpected), ("other shape", shapes)]
-    found = "; ".join(f"{what}: {some_of(names, 4)}" for what, names in problems if names)
-    if found:
-        raise UserError(f"model.archive={path} does not fit the model: {found}")

@@ -1,9 +1,10 @@
-"""Going on where a run stopped: in which folder, from which checkpoint, whether it is the same run, and its logs cut back to there."""
+"""Resume a run where it stopped: in which folder, from which checkpoint, whether it is the same run, and its logs cut back to there."""
 
 import fcntl
 import json
 import os
 import shutil
+import socket
 import time
 from collections.abc import Mapping
 from datetime import datetime
@@ -11,34 +12,38 @@ from typing import Any, NamedTuple, Optional
 
 from omegaconf import DictConfig, OmegaConf
 
-from tdpo.checkpointing.checkpoints import damaged_files, holds_a_run, list_checkpoints, point_latest, read_progress, set_aside
-from tdpo.cli.schema import flat_keys
+from tdpo.checkpointing.checkpoints import damaged_files, holds_a_run, list_checkpoints, point_latest, set_aside
+from tdpo.checkpointing.training_state import Progress, read_progress
 from tdpo.distributed.world import World
-from tdpo.losses import OBJECTIVES
-from tdpo.utils import UserError, get_local_dir, some_of
+from tdpo.losses import Objective
+from tdpo.utils import UserError, flat_keys, get_local_dir, get_logger, some_of
+
+log = get_logger(__name__)
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
 
 # Keys that may differ from the run that is resumed: where and how it computes, how long, how often it saves. What stands for a file's
 # content (model.archive, datasets.*.path) is compared by that content.
-FREE = (
+MAY_CHANGE = (
     "exp_name debug fsdp_port wandb local_dirs local_run_dir resume keep_checkpoints trainer nproc_per_node parallel "
     "gradient_accumulation_steps tokens_per_microbatch scoring compile reference_cache eval_batch_size activation_checkpointing "
     "deterministic n_epochs n_examples save_every max_skipped_steps minimum_log_interval_secs "
     "model.archive model.block_name model.attn_implementation"
 ).split()
-# These change what comes, not what was: said, not refused.
-WARNED = "lr warmup_steps max_grad_norm eval_every n_eval_examples n_eval_model_samples sample_during_eval do_first_eval".split()
+# These change what comes, not what was: a warning, not an error.
+MAY_CHANGE_WITH_WARNING = (
+    "lr warmup_steps max_grad_norm eval_every n_eval_examples n_eval_model_samples sample_during_eval do_first_eval"
+).split()
 
 
 LOCK_PATIENCE = 30.0  # seconds
 
 
 class Resumed(NamedTuple):
-    """A sound checkpoint of the run that goes on."""
+    """A sound checkpoint of the run that is resumed."""
 
     folder: str
-    progress: dict[str, Any]
+    progress: Progress
 
 
 def choose_run_dir(config: DictConfig) -> str:
@@ -73,21 +78,20 @@ def choose_run_dir(config: DictConfig) -> str:
     return run_dir
 
 
-def find_checkpoint(world: World, run_dir: str, config: DictConfig) -> Optional[Resumed]:
-    """The newest sound checkpoint of the folder; None where the run starts. Called by all ranks; changes nothing.
+def find_checkpoint(world: World, config: DictConfig, objective: Objective) -> Optional[Resumed]:
+    """Return the newest sound checkpoint of the run's folder; None where the run starts. Called by all ranks; changes nothing.
 
     Raises:
         UserError: none is sound and `resume` asks for one, or it is another run's.
     """
     if config.resume is None:
         return None
-    for folder in world.from_first(lambda: list_checkpoints(run_dir)):
+    run_dir, folders = world.from_first(lambda: (found := choose_run_dir(config), list_checkpoints(found)))
+    for folder in folders:
         if damaged := damaged_files(world, folder):
-            print(f"warning: {folder} is damaged ({some_of(damaged, 4)}): it is passed over")
+            log.warning(f"{folder} is damaged ({some_of(damaged, 4)}): it is passed over")
             continue
-        resumed = Resumed(folder, world.from_first(lambda folder=folder: read_progress(folder)))
-        world.from_first(lambda resumed=resumed: _check_same_config(resumed, config))
-        return resumed
+        return world.from_first(lambda folder=folder: _same_run(Resumed(folder, read_progress(folder)), config, objective))
     return world.from_first(lambda: _nothing_sound(config.resume, run_dir))
 
 
@@ -95,12 +99,13 @@ def _nothing_sound(resume: str, run_dir: str) -> None:
     if resume != "auto":
         raise UserError(f"resume={resume}: no checkpoint in {run_dir} is sound")
     if holds_a_run(run_dir):
-        print(f"warning: no sound checkpoint in {run_dir}: the run starts anew, what was there gets the ending .old")
+        log.warning(f"no sound checkpoint in {run_dir}: the run starts anew, what was there gets the ending .old")
 
 
-def _check_same_config(resumed: Resumed, config: DictConfig) -> None:
-    different = differing_keys(resumed.progress["config"], OmegaConf.to_container(config))
-    refused = {key: values for key, values in different.items() if key not in WARNED}
+def _same_run(resumed: Resumed, config: DictConfig, objective: Objective) -> Resumed:
+    """Return the checkpoint, or raise UserError if its run has another config."""
+    different = differing_keys(resumed.progress.config, OmegaConf.to_container(config), objective)
+    refused = {key: values for key, values in different.items() if key not in MAY_CHANGE_WITH_WARNING}
     if refused:
         told = some_of([f"{key}={now} (was {was})" for key, (was, now) in refused.items()], 8)
         raise UserError(
@@ -108,16 +113,15 @@ def _check_same_config(resumed: Resumed, config: DictConfig) -> None:
             "nothing was changed; repeat the options of its command, or choose another folder"
         )
     for key, (was, now) in different.items():
-        print(f"warning: {key}={now}, until now {was}")
+        log.warning(f"{key}={now}, until now {was}")
+    return resumed
 
 
-def differing_keys(saved: Mapping, current: Mapping) -> dict[str, tuple[Any, Any]]:
-    """Keys that make this another run, or (WARNED) another continuation: (saved, current) values, None for a missing one."""
+def differing_keys(saved: Mapping, current: Mapping, objective: Objective) -> dict[str, tuple[Any, Any]]:
+    """Return the keys that make this another run, or another continuation: (saved, current) values, None for a missing one."""
     keys = dict.fromkeys([*flat_keys(saved), *flat_keys(current)])
-    free = set(FREE)
-    loss = OBJECTIVES.get(_value(current, ["loss", "name"]))
-    if loss is not None and loss.in_parts:  # how often each part of the data is given decides what comes after it
-        free.remove("n_epochs")
+    # How often each stage's part of the data is given decides what comes after it.
+    free = set(MAY_CHANGE) - ({"n_epochs"} if objective.stages > 1 else set())
     different = {}
     for key in keys:
         parts = key.split(".")
@@ -142,22 +146,22 @@ def check_same_data(resumed: Resumed, data: Mapping[str, str], reference: str) -
         UserError: train data or reference are others. Other eval data are said.
     """
     saved = resumed.progress
-    if saved["data"]["train"] != data["train"]:
+    if saved.data["train"] != data["train"]:
         raise UserError(f"the train data, or their tokens, are not those of {os.path.dirname(resumed.folder)}: it cannot go on with them")
-    if saved["data"]["eval"] != data["eval"]:
-        print("warning: the eval data are not those that the run had until now")
-    if saved["reference"]["fingerprint"] != reference:
+    if saved.data["eval"] != data["eval"]:
+        log.warning("the eval data are not those that the run had until now")
+    if saved.reference["fingerprint"] != reference:
         raise UserError(
             f"the reference's weights are not those of {os.path.dirname(resumed.folder)}: "
-            f"give the archive that it started with (then {saved['reference']['archive']})"
+            f"give the archive that it started with (then {saved.reference['archive']})"
         )
 
 
 def archive_of(resumed: Optional[Resumed], given: Optional[str]) -> Optional[str]:
-    """The file or folder that `model.archive` means: for a run that goes on by the same words, what they meant then, because LATEST may
-    name another checkpoint by now. Other words mean what they say; check_same_data compares the weights."""
-    if resumed is not None and given == resumed.progress["config"]["model"]["archive"]:
-        saved = resumed.progress["reference"]["archive"]
+    """Resolve model.archive. When a run is resumed with the same value, the path recorded at its start is used: LATEST may point elsewhere
+    by now. Another value means what it says; check_same_data compares the weights."""
+    if resumed is not None and given == resumed.progress.config["model"]["archive"]:
+        saved = resumed.progress.reference["archive"]
         return saved if saved is not None and os.path.exists(saved) else given
     return given
 
@@ -172,8 +176,50 @@ def check_seen_by_all(world: World, run_dir: str) -> None:
             time.sleep(0.5)
 
 
+class RunFolder:
+    """A run's folder while this run writes into it: made, or what a run left in it made ready to continue, and other runs kept out.
+
+    A context manager; called by all ranks. If a UserError leaves it before anything was logged or saved, its config.yaml goes again, since
+    the corrected command starts anew.
+
+    Args:
+        world: the run's processes.
+        run_dir: path.
+        config: to be kept there.
+        resumed: the checkpoint to continue from; None where the run starts.
+
+    Raises:
+        UserError: it cannot be written, another run is in it, or a rank does not see it.
+    """
+
+    def __init__(self, world: World, run_dir: str, config: DictConfig, resumed: Optional[Resumed]):
+        self.world, self.run_dir, self.config, self.resumed = world, run_dir, config, resumed
+        self.lock: Optional[FolderLock] = None
+
+    def __enter__(self) -> "RunFolder":
+        with self.world.agreed():
+            try:
+                if self.world.is_first:
+                    os.makedirs(self.run_dir, exist_ok=True)
+                    self.lock = FolderLock(self.run_dir)
+                    prepare_run_dir(self.run_dir, self.resumed)
+                    OmegaConf.save(self.config, os.path.join(self.run_dir, "config.yaml"))
+            except OSError as error:
+                raise UserError(f"local_run_dir={self.run_dir} cannot be written: {error}") from None
+        check_seen_by_all(self.world, self.run_dir)
+        log.info("=" * 80 + f"\nWriting to {socket.gethostname()}:{self.run_dir}\n" + "=" * 80)
+        return self
+
+    def __exit__(self, kind: Optional[type], *_: object) -> None:
+        if self.lock is None:
+            return
+        if kind is not None and issubclass(kind, UserError) and not {"metrics.jsonl", "LATEST"} & set(os.listdir(self.run_dir)):
+            os.remove(os.path.join(self.run_dir, "config.yaml"))
+        self.lock.release()
+
+
 class FolderLock:
-    """Keeps other runs out of a folder until it is left, or this process ends: a job that is requeued may overlap with the one before.
+    """Keeps other runs out of a folder until it is released, or this process ends: a job that is requeued may overlap with the one before.
 
     Raises:
         UserError: another run is in it, and does not end within LOCK_PATIENCE.
@@ -187,16 +233,13 @@ class FolderLock:
                 return
             except BlockingIOError:
                 if time.monotonic() > end:
-                    os.close(self.handle)
+                    self.release()
                     raise UserError(f"another run trains into {run_dir}: wait for it, or choose another folder") from None
                 time.sleep(0.5)
             except OSError:  # a network disk that locks no folders
                 return
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
+    def release(self) -> None:
         os.close(self.handle)
 
 
@@ -220,20 +263,20 @@ def prepare_run_dir(run_dir: str, resumed: Optional[Resumed]) -> None:
         _cut_back(os.path.join(run_dir, name), resumed.progress)
 
 
-def _cut_back(path: str, progress: Mapping) -> None:
+def _cut_back(path: str, progress: Progress) -> None:
     """Leave out the log lines of steps and evals that will be done again, and one that a dying run left unfinished."""
     if not os.path.exists(path):
         return
-    evaluated = progress["evaluated_at"] == progress["examples"]
+    evaluated = progress.evaluated_at == progress.examples
     kept = []
     with open(path) as handle:
         for line in handle:
             try:
-                log = json.loads(line)
+                entry = json.loads(line)
             except ValueError:
                 continue
-            of_eval = log.get("split") != "train"
-            if log["counters/examples"] < progress["examples"] + (evaluated or not of_eval):
+            of_eval = entry.get("split") != "train"
+            if entry["counters/examples"] < progress.examples + (evaluated or not of_eval):
                 kept.append(line)
     with open(path + ".tmp", "w") as handle:
         handle.writelines(kept)

@@ -1,16 +1,74 @@
-"""What decides a run's future and is a tensor: weights, optimizer state, random numbers; and how it is put back."""
+"""What decides a run's future: tensors (weights, optimizer state, random numbers) and Progress; and how it is put back."""
 
+import json
+import os
 import random
 from collections.abc import Mapping
-from typing import Optional
+from dataclasses import dataclass, field, fields
+from typing import Any, Optional
 
 import numpy as np
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-from tdpo.checkpointing.checkpoints import load_tensors, saved_tensors
+from tdpo.checkpointing.checkpoints import PROGRESS, load_tensors, saved_tensors
 from tdpo.distributed.world import World
+from tdpo.utils import UserError
+
+
+@dataclass
+class Progress:
+    """The non-tensor part of a checkpoint, progress.json: counters needed to resume, and what identifies the run."""
+
+    examples: int = 0  # trained on
+    previous_examples: int = -1  # `examples` before the last step
+    updates: int = 0  # optimizer steps
+    skipped_steps: int = 0
+    batches: int = 0  # position in the train data
+    evaluated_at: int = -1  # `examples` at the last eval
+    eval_metrics: dict[str, float] = field(default_factory=dict)  # of the present weights; {} if they were not evaluated
+    hooks: dict[str, dict] = field(default_factory=dict)  # state of each hook by its class's name
+    ranks: str = ""  # number of processes and kind of device
+    wandb_id: Optional[str] = None
+    data: dict[str, str] = field(default_factory=dict)  # fingerprint of each split
+    reference: dict[str, Optional[str]] = field(default_factory=dict)  # fingerprint of its weights, and the archive they came from
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def advance(self, examples: int, took_step: bool) -> None:
+        """Count a train step on so many examples; `took_step`: false for a skipped one."""
+        self.previous_examples, self.examples = self.examples, self.examples + examples
+        self.batches += 1
+        self.updates += took_step
+        self.skipped_steps += not took_step
+        self.eval_metrics = {}  # they were the weights' before this step
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], folder: str) -> "Progress":
+        """Read what progress.json of a checkpoint's folder holds, also one from before hooks had a state of their own.
+
+        Raises:
+            UserError: it was written by a version of this program that is too different.
+        """
+        values = dict(values)
+        if "hooks" not in values:
+            values["hooks"] = {"Stages": {"order": values.pop("order", None)}}
+        missing = sorted({entry.name for entry in fields(cls)} - set(values))
+        unknown = sorted(set(values) - {entry.name for entry in fields(cls)})
+        if missing or unknown:
+            what = f"it lacks {', '.join(missing)}" if missing else f"it has {', '.join(unknown)}"
+            raise UserError(f"{folder} was written by another version of this program ({what}): resume it with that version, or start anew")
+        return cls(**values)
+
+
+def read_progress(folder: str) -> Progress:
+    """Read what save_checkpoint was given as `progress`. Of a sound checkpoint, see damaged_files.
+
+    Raises:
+        UserError: another version of this program wrote it.
+    """
+    with open(os.path.join(folder, PROGRESS)) as handle:
+        return Progress.of(json.load(handle), folder)
 
 
 def training_tensors(

@@ -5,7 +5,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import hydra
@@ -13,14 +13,13 @@ import torch
 import transformers
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tdpo.cli.schema import explain_composition_error, flat_keys
 from tdpo.distributed.launch import is_supervised, own_rank
-from tdpo.utils import CONFIG_DIR, PeerError, RunError, Stopped, UserError, plural
+from tdpo.utils import CONFIG_DIR, PeerError, RunError, Stopped, UserError, flat_keys, nearest, plural
 
 GROUPS = ("model", "datasets", "loss")
 
@@ -67,35 +66,25 @@ def reported_errors(config_name: str) -> Iterator[None]:
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
-        fail(explain_composition_error(error, CONFIG_DIR, known_keys(config_name)), 2)
+        exit_with_error(explain_composition_error(error, CONFIG_DIR, known_keys(config_name)), 2)
     except UserError as error:
-        fail(str(error), 2)
+        exit_with_error(str(error), 2)
     except RunError as error:
-        fail(str(error), 1)
+        exit_with_error(str(error), 1)
     except PeerError:
-        leave_silently(1)
+        exit_quietly(1)
     except Stopped as stopped:
         sys.exit(0 if is_supervised() else 128 + stopped.signum)
     except torch.OutOfMemoryError as error:
-        fail(f"out of memory: {str(error).splitlines()[0]}", 1)
+        exit_with_error(f"out of memory: {str(error).splitlines()[0]}", 1)
     except KeyboardInterrupt:
-        fail("interrupted; what was saved is kept", 130)
+        exit_with_error("interrupted; what was saved is kept", 130)
 
 
-@contextmanager
-def silence_unless(is_first: bool) -> Iterator[None]:
-    """What all ranks would print alike, one prints; errors go to standard error."""
-    if is_first:
-        yield
-        return
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-        yield
-
-
-def leave_silently(code: int) -> NoReturn:
-    """Another rank says what is wrong; a launcher, which ends all ranks when one has ended, must not keep it from that."""
+def exit_quietly(code: int) -> NoReturn:
+    """Exit after a delay: launchers kill all ranks when the first one exits, and the failing rank must get to print its error."""
     time.sleep(5)
-    leave(code)
+    exit_rank(code)
 
 
 def known_keys(config_name: str) -> list[str]:
@@ -111,16 +100,35 @@ def known_keys(config_name: str) -> list[str]:
     return []
 
 
-def fail(message: str, code: int) -> NoReturn:
+def exit_with_error(message: str, code: int) -> NoReturn:
     sys.stdout.flush()
     if not torch.distributed.is_initialized() and own_rank() > 0:
-        leave_silently(code)  # before the ranks meet, all make the same mistake
+        exit_quietly(code)  # before the ranks meet, all make the same mistake
     print("\n".join(line if line.startswith(" ") else f"error: {line}" for line in message.splitlines()), file=sys.stderr, flush=True)
-    leave(code)
+    exit_rank(code)
 
 
-def leave(code: int) -> NoReturn:
+def exit_rank(code: int) -> NoReturn:
     """One of several ranks must not wait for the others at the interpreter's end, which PyTorch's communication may do."""
     if is_supervised() and torch.distributed.is_initialized():
         os._exit(code)
     sys.exit(code)
+
+
+def explain_composition_error(error: Exception, config_dir: str, known_keys: list[str]) -> str:
+    """A command line that Hydra cannot compose, as one line with a remedy."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = error.missing_cfg_file.removesuffix(".yaml").partition("/")
+        folder = os.path.join(config_dir, group)
+        options = sorted(file.removesuffix(".yaml") for file in os.listdir(folder)) if os.path.isdir(folder) else []
+        return f"{group}={name}: there is no config/{group}/{name}.yaml{nearest(name, options)}; there are {', '.join(options)}"
+    if found := re.search(r"Could not override '([^'@]+)", text):
+        return f"unknown key {found.group(1)}{nearest(found.group(1), known_keys)}"
+    if found := re.search(r"Could not append to config\. An item is already at '([^']+)'", text):
+        return f"{found.group(1)} exists already: leave the + out"
+    if found := re.search(r"Missing mandatory value: (\S+)", text):
+        return f"missing: {found.group(1)}=..."
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: not of the form key=value ({text})"
+    return text

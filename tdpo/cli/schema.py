@@ -1,19 +1,16 @@
-"""What a config must be: types, ranges and closed sets of every key, and which values go together. Everything wrong is said at once."""
+"""What a config must be: types, ranges and closed sets of every key. Which values go together: checked.py."""
 
 import inspect
-import os
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Optional, Union
 
 import pydantic
 import torch
-from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, StrictBool
 
 from tdpo import losses
-from tdpo.utils import DTYPES, UserError, nearest
+from tdpo.utils import DTYPES, UserError, flat_keys, nearest
 
 Dtype = Literal[tuple(DTYPES)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # NumPy takes no larger one
@@ -248,39 +245,14 @@ def check_tool_config(config: DictConfig, schema: type[Node]) -> None:
     Raises:
         UserError: something is wrong; it names everything that is.
     """
-    problems = _schema_problems(_resolved(config), config, schema)
+    problems = schema_problems(resolved(config), config, schema)
     if not problems and 1 < config.get("num_beams", 1) < config.n:
         problems = [f"n={config.n} is more than num_beams={config.num_beams}, which has no more texts"]
     if problems:
         raise UserError("\n".join(problems))
 
 
-def check_config(config: DictConfig, overrides: Iterable[str] = ()) -> list[str]:
-    """Check a config. In place it is resolved, its values get their types (4.0 becomes 4), and eval_every and save_every are rounded
-    down to multiples of batch_size.
-
-    Args:
-        config: as Hydra composed it.
-        overrides: the command line's, to tell a value that was given from a default.
-
-    Returns:
-        lines to print: what was adjusted, what will have no effect.
-
-    Raises:
-        UserError: something is wrong; it names everything that is.
-    """
-    values = _resolved(config)
-    problems = _schema_problems(values, config, Config) + _loss_problems(values.get("loss"), config)
-    if problems:
-        raise UserError("\n".join(problems))
-    problems = _joint_problems(config)
-    notes = _round_down(config, problems)
-    if problems:
-        raise UserError("\n".join(problems))
-    return notes + _warnings(config, list(overrides))
-
-
-def _resolved(config: DictConfig) -> dict:
+def resolved(config: DictConfig) -> dict:
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise UserError(f"missing: {', '.join(f'{key}=...' for key in missing)}")
@@ -288,7 +260,7 @@ def _resolved(config: DictConfig) -> dict:
     return OmegaConf.to_container(config)
 
 
-def _schema_problems(values: Mapping, config: DictConfig, schema: type[Node]) -> list[str]:
+def schema_problems(values: Mapping, config: DictConfig, schema: type[Node]) -> list[str]:
     try:
         config.merge_with(schema.model_validate(values).model_dump(exclude={"loss"}, exclude_unset=True))
     except pydantic.ValidationError as error:
@@ -315,15 +287,7 @@ def _line(problem: Mapping, values: Mapping) -> str:
     return f"{key}={problem['input']}: must be {message}"
 
 
-def flat_keys(values: Mapping, prefix: str = "") -> list[str]:
-    """'a.b.c' for every leaf of a nested mapping."""
-    keys = []
-    for key, value in values.items():
-        keys += flat_keys(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else [f"{prefix}{key}"]
-    return keys
-
-
-def _loss_problems(loss: Optional[Mapping], config: DictConfig) -> list[str]:
+def loss_problems(loss: Optional[Mapping], config: DictConfig) -> list[str]:
     """The loss's name, and its hyperparameters by the signature of its function."""
     if not isinstance(loss, Mapping) or "name" not in loss:
         return [f"missing: loss=... ({', '.join(losses.OBJECTIVES)})"]
@@ -332,7 +296,7 @@ def _loss_problems(loss: Optional[Mapping], config: DictConfig) -> list[str]:
     if switches:
         return [f"loss.{key}={values[key]}: must be true or false" for key in switches]
     try:
-        name, values = losses.resolve(values.pop("name", None), values)
+        name, values, _ = losses.resolve(values.pop("name", None), values)
     except KeyError as error:
         return [f"loss.name={error.args[0]}: not a loss{nearest(str(error.args[0]), losses.OBJECTIVES)}"]
     except ValueError as error:
@@ -344,107 +308,3 @@ def _loss_problems(loss: Optional[Mapping], config: DictConfig) -> list[str]:
     except pydantic.ValidationError as error:
         return [_line({**problem, "loc": ("loss", *problem["loc"])}, {"loss": {key: 0 for key in known}}) for problem in error.errors()]
     return []
-
-
-def _joint_problems(config: DictConfig) -> list[str]:
-    """Values that are right one by one, but cannot go together."""
-    problems = []
-    if config.trainer == "BasicTrainer" and (config.nproc_per_node or 1) > 1:
-        problems.append(f"nproc_per_node={config.nproc_per_node}: trainer=BasicTrainer is one process; several are trainer=FSDPTrainer")
-    if config.trainer != "FSDPTrainer" and config.parallel.replicas > 1:
-        problems.append(f"parallel.replicas={config.parallel.replicas} needs trainer=FSDPTrainer")
-    if config.exp_name.strip(".") == "" or ".." in config.exp_name:
-        problems.append(f"exp_name={config.exp_name!r}: '..' is no part of a name")
-    if config.tokens_per_microbatch is None and config.batch_size % config.gradient_accumulation_steps:
-        problems.append(
-            f"batch_size={config.batch_size} does not divide by gradient_accumulation_steps={config.gradient_accumulation_steps}"
-        )
-    if config.max_prompt_length >= config.max_length:
-        problems.append(
-            f"max_prompt_length={config.max_prompt_length} leaves no room for a response: it must be below max_length={config.max_length}"
-        )
-    if config.n_epochs is None and config.n_examples is None:
-        problems.append("n_epochs and n_examples are both null: give one of them")
-    problems += _reference_problems(config)
-    if config.model.name_or_path is None and config.model.from_config is None:
-        problems.append("model.name_or_path is null: name a model on the hub or a local folder")
-    if config.model.name_or_path is not None and config.model.from_config is not None:
-        problems.append(
-            f"model.name_or_path={config.model.name_or_path} and model.from_config exclude each other: "
-            "a model of the hub or a folder is model=blank_model model.name_or_path=..."
-        )
-    if config.model.from_config is not None and not config.model.tokenizer_name_or_path:
-        problems.append("model.from_config needs model.tokenizer_name_or_path")
-    return problems
-
-
-def _reference_problems(config: DictConfig) -> list[str]:
-    """What a loss asks of the reference, and what is asked of it beside."""
-    problems = []
-    objective = losses.objective_of(OmegaConf.to_container(config.loss), config.log_kl)
-    if config.reference_cache and config.scoring == "plain":
-        problems.append("reference_cache=true needs fast scoring: scoring=auto, or reference_cache=false")
-    if config.reference_cache and objective.needs_baseline:
-        problems.append("reference_cache=true: loss=kto asks the reference for other responses too; loss.z0=0, or reference_cache=false")
-    if objective.needs_baseline and config.batch_size < 2:
-        problems.append("batch_size=1: loss=kto takes z0 over the batch's other examples; batch_size of 2 at least, or loss.z0=0")
-    moves = config.reference.update_every is not None
-    if moves and not objective.needs_reference:
-        problems.append(f"reference.update_every={config.reference.update_every}: loss={objective.name} has no reference")
-    if config.reference_cache and (moves or objective.in_parts):
-        problems.append("reference_cache=true is for a reference that stays as it is: set reference_cache=false")
-    if objective.in_parts and (moves or config.n_epochs is None):
-        problems.append(
-            f"loss={objective.name} replaces the reference after n_epochs of each part: set n_epochs, and reference.update_every=null"
-        )
-    return problems
-
-
-def _round_down(config: DictConfig, problems: list[str]) -> list[str]:
-    notes = []
-    for key in ("eval_every", "save_every"):
-        value = config[key]
-        if value is None or value % config.batch_size == 0:
-            continue
-        if value < config.batch_size:
-            problems.append(f"{key}={value} is less than batch_size={config.batch_size}")
-            continue
-        config[key] = value - value % config.batch_size
-        notes.append(f"{key}={value} rounded down to {config[key]}, a multiple of batch_size={config.batch_size}")
-    return notes
-
-
-def _warnings(config: DictConfig, overrides: list[str]) -> list[str]:
-    notes = []
-    objective = losses.objective_of(OmegaConf.to_container(config.loss), config.log_kl)
-    name = objective.name
-    if name == "tdpo1" and any(re.match(r"\+*loss\.alpha=", override) for override in overrides):
-        notes.append("warning: TDPO1 has no alpha; loss.alpha is ignored")
-    if config.tokens_per_microbatch is not None and config.gradient_accumulation_steps > 1:
-        notes.append("tokens_per_microbatch is set; gradient_accumulation_steps is ignored")
-    if config.reference_cache and not objective.needs_reference:
-        notes.append(f"warning: {name} has no reference; reference_cache is ignored")
-    if name == "tdpo2" and objective.hyperparameters["alpha"] == 0:
-        notes.append("loss=tdpo2 with loss.alpha=0 is DPO")
-    if objective.needs_reference and config.model.archive is None:
-        notes.append(f"warning: {name} without model.archive: policy and reference start from the model as it is, without SFT")
-    return notes
-
-
-def explain_composition_error(error: Exception, config_dir: str, known_keys: list[str]) -> str:
-    """A command line that Hydra cannot compose, as one line with a remedy."""
-    text = " ".join(str(error).split())
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, name = error.missing_cfg_file.removesuffix(".yaml").partition("/")
-        folder = os.path.join(config_dir, group)
-        options = sorted(file.removesuffix(".yaml") for file in os.listdir(folder)) if os.path.isdir(folder) else []
-        return f"{group}={name}: there is no config/{group}/{name}.yaml{nearest(name, options)}; there are {', '.join(options)}"
-    if found := re.search(r"Could not override '([^'@]+)", text):
-        return f"unknown key {found.group(1)}{nearest(found.group(1), known_keys)}"
-    if found := re.search(r"Could not append to config\. An item is already at '([^']+)'", text):
-        return f"{found.group(1)} exists already: leave the + out"
-    if found := re.search(r"Missing mandatory value: (\S+)", text):
-        return f"missing: {found.group(1)}=..."
-    if isinstance(error, OverrideParseException):
-        return f"{error.override}: not of the form key=value ({text})"
-    return text

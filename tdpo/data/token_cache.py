@@ -14,18 +14,19 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, Optional
+from typing import Optional
 
 import datasets
 import numpy as np
 
+from tdpo.data.contract import Examples, Form
 from tdpo.data.rows import identity_of
 from tdpo.data.tokenization import encode, trim_after_eos, with_bos, with_eos
-from tdpo.utils import UserError, cores
+from tdpo.utils import UserError, cores, get_logger
 
-Dataset = dict[str, dict]  # what a loader returns, see preference_datasets.py
+log = get_logger(__name__)
 
 TEXTS_A_CORE = 10_000  # for fewer, starting another process takes longer than it saves; for fewer in all, so does a cache
 PART = 20_000  # prompts
@@ -47,80 +48,43 @@ FEATURES = datasets.Features(
 )
 
 
-class Form(NamedTuple):
-    """What an example is made of."""
-
-    roles: tuple[str, ...]  # of its responses
-    scored: bool = False  # whether the data must give each response of a pair a score
-    segments: bool = False  # whether the data must say which turns of a response are scored
-
-
-SFT, PAIRS, PAIRS_AND_TARGET, COMPLETIONS = (
-    Form(("chosen",)),
-    Form(("chosen", "rejected")),
-    Form(("chosen", "rejected", "target")),
-    Form(("completion",)),
-)
-
-
-class Examples(NamedTuple):
-    """Of one prompt."""
-
-    texts: list[str]
-    spans: list[list[tuple[int, int]]]  # of each text: where it is scored, characters; [] for all of it
-    indices: list[tuple[int, ...]]  # of each example's texts, one a role
-    annotations: list[list[float]]  # of each example, one a role or none
-
-
-def examples_of(entry: Mapping, form: Form) -> Examples:
-    """What a prompt's entry in the data contract (preference_datasets.py) gives in that form."""
-    texts, scores = list(entry["responses"]), entry.get("scores")
-    spans = list(entry.get("spans") or [[]] * len(texts))
-    if form.roles == SFT.roles:
-        target = entry["sft_target"]
-        return Examples([target], [spans[texts.index(target)] if target in texts else []], [(0,)], [[]])
-    if form.roles == COMPLETIONS.roles:
-        return Examples(texts, spans, [(i,) for i in range(len(texts))], [[float(label)] for label in entry["labels"]])
-    indices = [tuple(pair) for pair in entry["pairs"]]
-    annotations = [[float(scores[i]) for i in pair] if form.scored else [] for pair in indices]
-    if "target" in form.roles:
-        if (target := entry["sft_target"]) not in texts:
-            texts, spans = [*texts, target], [*spans, []]
-        indices = [(*pair, texts.index(target)) for pair in indices]
-    return Examples(texts, spans, indices, annotations)
-
-
-def count_texts(data: Dataset, form: Form) -> int:
+def count_texts(examples: Iterable[Examples]) -> int:
     """Prompts and responses."""
-    return sum(1 + len(examples_of(entry, form).texts) for entry in data.values())
+    return sum(1 + len(some.texts) for some in examples)
 
 
 def tokenize(
-    name: str, data: Dataset, options: Mapping, tokenizer, add_bos: bool, form: Form, silent: bool = False, file: Optional[str] = None
+    name: str,
+    examples: Mapping[str, Examples],
+    options: Mapping,
+    tokenizer,
+    add_bos: bool,
+    silent: bool = False,
+    file: Optional[str] = None,
 ) -> datasets.Dataset:
-    """The table of a dataset, in memory or, where `file` is given, in it.
+    """Make the table of a dataset, in memory or, where `file` is given, in it.
 
     Args:
         name: of the dataset.
-        data, options: its contract and options.
+        examples: by prompt, see contract.examples_in_form.
+        options: of the dataset.
         tokenizer: of Transformers.
         add_bos: begin every prompt with beginning-of-sequence.
-        form: of its examples.
         silent: no progress bar.
 
     Raises:
         UserError: a prompt has no tokens.
     """
-    found = [examples_of(entry, form) for entry in data.values()]
+    found = list(examples.values())
     columns = {
-        "prompt": list(data),
+        "prompt": list(examples),
         "texts": [[trim_after_eos(text, tokenizer) for text in some.texts] for some in found],
         "spans": [some.spans for some in found],
         "examples": [some.indices for some in found],
         "annotations": [some.annotations for some in found],
     }
     features = datasets.Features({column: FEATURES.get(column, SPANS) for column in columns})
-    processes = min(cores(), (len(found) + sum(len(some.texts) for some in found)) // TEXTS_A_CORE)
+    processes = min(cores(), count_texts(found) // TEXTS_A_CORE)
     settings = {
         "name": name,
         "tokenizer": tokenizer,
@@ -252,7 +216,7 @@ class TokenCache:
                     os.rename(os.path.join(new, "whole"), self.folder)  # whole or not there
                 loaded = self.load()
         except OSError as error:
-            print(f"tokens are not kept for the next run: {error}")
+            log.info(f"tokens are not kept for the next run: {error}")
             loaded = None
         return loaded[0] if loaded else make(None)
 

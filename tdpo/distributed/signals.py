@@ -4,15 +4,22 @@ import signal
 from types import FrameType
 from typing import Optional
 
+from tdpo.distributed.world import World
+from tdpo.utils import Stopped
+
 # What schedulers send before they take a machine away, and Ctrl-C.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopSignals:
-    """While entered, STOP_SIGNALS are noted in `received` (0 for none); a second Ctrl-C interrupts at once."""
+    """While entered, STOP_SIGNALS are noted in `received` (0 for none); a second Ctrl-C interrupts at once.
 
-    def __init__(self):
-        self.received = 0
+    Args:
+        world: the processes that end together.
+    """
+
+    def __init__(self, world: World):
+        self.world, self.received = world, 0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -22,6 +29,12 @@ class StopSignals:
     def __exit__(self, *_: object) -> None:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
+
+    def check(self) -> None:
+        """Raise Stopped on all ranks together, if one of them was sent a signal."""
+        (signum,) = self.world.maximum(self.received)
+        if signum:
+            raise Stopped(signum)
 
     def _note(self, signum: int, frame: Optional[FrameType]) -> None:
         if signum == signal.SIGINT and self.received == signal.SIGINT:

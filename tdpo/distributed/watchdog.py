@@ -5,7 +5,6 @@ Each process shows a sign of life in the store through which all met, from a thr
 
 import faulthandler
 import os
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -16,7 +15,9 @@ from typing import Optional
 import torch.distributed as dist
 
 from tdpo.distributed.world import World, is_of_a_collective
-from tdpo.utils import PeerError, RunError, Stopped
+from tdpo.utils import PeerError, RunError, Stopped, get_logger
+
+log = get_logger(__name__)
 
 INTERVAL = 1.0  # seconds between signs of life
 PATIENCE = 45.0  # seconds without one, after which a process that waits for another ends by itself: a long write may hold up the thread
@@ -75,7 +76,7 @@ class Watch:
             raise PeerError("another rank has failed") from error
         after = self._signs()
         gone = [rank for rank, (beat, _) in after.items() if beat == before[rank][0] != ENDED]
-        behind = [rank for rank, (_, done) in after.items() if done < self.world.passes]
+        behind = [rank for rank, (_, done) in after.items() if done < self.world.forward_passes]
         reason = (str(error).splitlines() or [""])[0][:200]
         for ranks, what in ((gone, "no sign of life of"), (behind, "no progress of")):
             if ranks:
@@ -93,7 +94,7 @@ class Watch:
         return int(beat), int(passes)
 
     def _show(self, beat: int) -> None:
-        self._store.set(f"alive/{self.world.rank}", f"{beat} {self.world.passes}")
+        self._store.set(f"alive/{self.world.rank}", f"{beat} {self.world.forward_passes}")
 
     def _failed(self) -> Optional[int]:
         return int(self._store.get("failed")) if self._store.check(["failed"]) else None
@@ -124,7 +125,7 @@ class Watch:
     def _end(self, reason: str, stacks: bool = False) -> None:
         if self._ended.is_set():
             return
-        print(f"error: rank {self.world.rank}: {reason}; what was saved is kept", file=sys.stderr, flush=True)
+        log.error(f"rank {self.world.rank}: {reason}; what was saved is kept")
         with suppress(RuntimeError):
             self._store.set("failed", str(self.world.rank))
         if stacks:

@@ -12,9 +12,11 @@ import torch
 import transformers
 from omegaconf import DictConfig, OmegaConf
 
-from tdpo.checkpointing.checkpoints import LEGACY_BUFFERS, check_archive, read_archive
 from tdpo.data import reviews
-from tdpo.utils import DTYPES, UserError, disable_dropout, looks_local, some_of
+from tdpo.models.archive import LEGACY_BUFFERS, check_archive, read_archive
+from tdpo.utils import DTYPES, UserError, disable_dropout, get_logger, looks_local, some_of
+
+log = get_logger(__name__)
 
 EMBEDDED_TOKENIZER = "reviews"  # model.tokenizer_name_or_path of model=tiny
 
@@ -30,7 +32,7 @@ def prepare_hub(names: Iterable[Optional[str]]) -> None:
     try:
         huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
     except Exception as error:  # whatever HTTP library the hub's client uses
-        print(f"the Hugging Face hub cannot be reached ({error}): {', '.join(remote)} can come from the local cache alone")
+        log.info(f"the Hugging Face hub cannot be reached ({error}): {', '.join(remote)} can come from the local cache alone")
         huggingface_hub.constants.HF_HUB_OFFLINE = True
         datasets.config.HF_HUB_OFFLINE = True
 
@@ -160,10 +162,18 @@ def build_model(
     return built
 
 
+def compute_dtype(model: DictConfig) -> torch.dtype:
+    """Return the dtype in which the policy of a config's `model` computes."""
+    return DTYPES[model.fsdp_policy_mp or model.policy_dtype]
+
+
+def reference_dtype(model: DictConfig) -> torch.dtype:
+    """Return the dtype of the reference: unless told otherwise, the one in which the policy computes."""
+    return DTYPES[model.reference_dtype] if model.reference_dtype else compute_dtype(model)
+
+
 class Models:
     """Policy and reference of a run, which start from the same weights; each is built when it is asked for.
-
-    The reference has, unless told otherwise, the dtype in which the policy computes.
 
     Args:
         archive: what check_model returned.
@@ -180,10 +190,7 @@ class Models:
     ):
         self.model, self.model_config, self.cache_dir, self.needs_reference = model, model_config, cache_dir, needs_reference
         self._weights = archive
-        self.dtypes = {
-            "policy": DTYPES[model.policy_dtype],
-            "reference": DTYPES[model.reference_dtype or model.fsdp_policy_mp or model.policy_dtype],
-        }
+        self.dtypes = {"policy": DTYPES[model.policy_dtype], "reference": reference_dtype(model)}
 
     def policy(self) -> torch.nn.Module:
         """With its weights, on the CPU; before `reference`."""

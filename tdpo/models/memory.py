@@ -1,6 +1,8 @@
-"""Memory of one device in training, computed before a machine is rented for it. `python -m tdpo.models.memory` prints the tables of docs/scaling.md.
+"""Memory of one device in training, computed before a machine is rented for it.
 
-The counts of copies below were read off scoring.py, chunked_head.py and PyTorch's FSDP2; tests/test_memory.py holds them against measured
+`python -m tdpo.models.memory` prints the tables of docs/scaling.md.
+
+The counts of copies below were read off tdpo/scoring and PyTorch's FSDP2; tests/models/test_memory.py holds them against measured
 peaks.
 """
 
@@ -8,7 +10,7 @@ from dataclasses import dataclass
 
 import transformers
 
-from tdpo.distributed.world import find_blocks
+from tdpo.distributed.sharding import find_blocks
 from tdpo.models.build import empty_model
 from tdpo.scoring.chunked_loss import CHUNK
 

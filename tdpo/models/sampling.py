@@ -1,6 +1,6 @@
 """Continuations of prompts."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Optional
 
@@ -25,18 +25,6 @@ def own_distribution(tokenizer, max_length: int, **others) -> transformers.Gener
     return transformers.GenerationConfig(**settings | others)
 
 
-def generate(
-    model: nn.Module, batch: Mapping[str, torch.Tensor], settings: transformers.GenerationConfig, tokenizer, synced: bool
-) -> list[str]:
-    """Whole texts, prompt included, of `batch`'s prompts (padded on the left).
-
-    `synced`: other processes generate with the same sharded model: one whose texts have ended takes part until all have.
-    """
-    with _settings_of(model, settings):
-        output = model.generate(input_ids=batch["prompt_input_ids"], attention_mask=batch["prompt_attention_mask"], synced_gpus=synced)
-    return tokenizer.batch_decode(output, skip_special_tokens=True)
-
-
 @contextmanager
 def _settings_of(model: nn.Module, settings: transformers.GenerationConfig) -> Iterator[None]:
     """Within it these are the model's own: Transformers fills what is missing in settings that it is given from the model's."""
@@ -53,6 +41,7 @@ def continuations(
     n: int,
     settings: transformers.GenerationConfig,
     max_new_tokens: Optional[int] = None,
+    synced: bool = False,
 ) -> list[list[list[int]]]:
     """For each prompt n continuations, in tokens, end-of-sequence included where the model wrote it.
 
@@ -62,13 +51,15 @@ def continuations(
         n: of each prompt; with beams the best n.
         settings: how to draw them; its max_length counts the longest prompt.
         max_new_tokens: of a continuation, where that is less.
+        synced: other processes generate with the same sharded model: one whose texts have ended takes part until all have.
     """
     longest = max(map(len, prompts))
     ids = torch.tensor([[settings.pad_token_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
     with _settings_of(model, settings):
         length = min(settings.max_length, longest + (max_new_tokens or settings.max_length))
-        output = model.generate(input_ids=ids, attention_mask=mask, num_return_sequences=n, max_length=length)[:, longest:].tolist()
+        options = {"num_return_sequences": n, "max_length": length, "synced_gpus": synced}
+        output = model.generate(input_ids=ids, attention_mask=mask, **options)[:, longest:].tolist()
     whole = [ids[: ids.index(settings.eos_token_id) + 1] if settings.eos_token_id in ids else ids for ids in output]
     return [whole[i : i + n] for i in range(0, len(whole), n)]
 

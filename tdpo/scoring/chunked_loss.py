@@ -22,12 +22,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from tdpo.losses import Objective, ResponseScores
+from tdpo.losses import LossOutput, Objective, ResponseScores
 from tdpo.scoring.prefix_sharing import PromptRows
 from tdpo.utils import full_tensor
 
 # Positions of a chunk, by device: enough to keep its matrix units busy. float32 log-probabilities of 512 over 50,304 entries take 103 MB.
 CHUNK = {"cpu": 512, "cuda": 2048}
+
+
+def chunk_size(device: torch.device) -> int:
+    """Positions of a chunk on a device."""
+    return CHUNK.get(device.type, CHUNK["cuda"])
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Head:
 
     @classmethod
     def of(cls, model: nn.Module, compiled: bool = False) -> "Head":
-        """Of a causal language model of Transformers, whose `problem_with` is None."""
+        """Of a causal language model of Transformers, for which `unsupported_head` is None."""
         layer = model.get_output_embeddings()
         weight, bias = (None if x is None else full_tensor(x) for x in (layer.weight, layer.bias))  # tensor parallelism splits them
         return cls(weight, bias, getattr(model.config.get_text_config(), "final_logit_softcapping", None), compiled)
@@ -80,7 +85,7 @@ class HeadOnly(nn.Module):
         return self
 
 
-def problem_with(model: nn.Module) -> Optional[str]:
+def unsupported_head(model: nn.Module) -> Optional[str]:
     """Why this model's head cannot be computed here; None where nothing is known against it."""
     layer = model.get_output_embeddings()
     return None if isinstance(layer, nn.Linear) else f"its head is a {type(layer).__name__}, no linear layer"
@@ -94,36 +99,21 @@ class Reference:
     head: Head
 
 
-@dataclass(frozen=True)
-class RowScores:
-    """(B, R) each, nats, without gradient; None where the objective needs none."""
+def _zero_scores(rows: PromptRows, objective: Objective, dtype: torch.dtype) -> ResponseScores:
+    """Scores of all rows, (B, R), to be summed into; None where the objective needs none."""
 
-    logps: torch.Tensor
-    reference_logps: Optional[torch.Tensor]
-    kl: Optional[torch.Tensor]
+    def zeros(needed: bool) -> Optional[torch.Tensor]:
+        return torch.zeros(rows.num_tokens.shape, dtype=dtype, device=rows.labels.device) if needed else None
 
-    @classmethod
-    def zeros(cls, rows: PromptRows, objective: Objective, dtype: torch.dtype) -> "RowScores":
-        def zeros(needed: bool) -> Optional[torch.Tensor]:
-            return torch.zeros(rows.num_tokens.shape, dtype=dtype, device=rows.labels.device) if needed else None
-
-        return cls(zeros(True), zeros(objective.needs_reference), zeros(objective.needs_kl))
-
-    def by_role(self, rows: PromptRows, objective: Objective, part: slice = slice(None)) -> dict[str, ResponseScores]:
-        """As an objective takes them; these are scores of a part of the rows."""
-        annotations = None if rows.annotations is None else rows.annotations[part]
-        columns = (self.logps, rows.num_tokens[part], self.reference_logps, self.kl, annotations)
-        return {
-            role: ResponseScores(*(None if x is None else x[:, r] for x in columns), rows.baseline)
-            for r, role in enumerate(objective.roles)
-        }
+    sums = zeros(True), rows.num_tokens, zeros(objective.needs_reference), zeros(objective.needs_kl)
+    return ResponseScores(*sums, rows.annotations, rows.baseline)
 
 
 @torch.no_grad()
-def score_rows(states: torch.Tensor, head: Head, reference: Optional[Reference], rows: PromptRows, objective: Objective) -> RowScores:
-    """Scores alone, for evaluation. Arguments as those of `loss_of_rows`."""
+def score_rows(states: torch.Tensor, head: Head, reference: Optional[Reference], rows: PromptRows, objective: Objective) -> ResponseScores:
+    """Compute scores alone, (B, R), for evaluation. Arguments as those of `loss_of_rows`."""
     work = _Workspace(head, states, reference, objective.needs_kl)
-    scores = RowScores.zeros(rows, objective, work.dtype)
+    scores = _zero_scores(rows, objective, work.dtype)
     for chunk in pieces(0, len(rows.labels), work.size):
         work.compute(chunk, rows).add_to(scores, rows.responses[chunk])
     return scores
@@ -131,8 +121,8 @@ def score_rows(states: torch.Tensor, head: Head, reference: Optional[Reference],
 
 def loss_of_rows(
     states: torch.Tensor, head: Head, reference: Optional[Reference], rows: PromptRows, objective: Objective, counted: int
-) -> tuple[torch.Tensor, RowScores]:
-    """Sum of the losses of the first `counted` rows, with its gradient, and all rows' scores.
+) -> tuple[torch.Tensor, LossOutput, ResponseScores]:
+    """Compute the sum of the losses of the first `counted` rows, with its gradient, and what was computed of all rows.
 
     Args:
         states: (N, H), the policy's hidden states that `rows.states` names.
@@ -143,28 +133,32 @@ def loss_of_rows(
         counted: rows.
 
     Returns:
-        a scalar in nats that can be differentiated once, and the scores.
+        a scalar in nats that can be differentiated once; the objective's output, (B,), detached; and the scores, (B, R), detached.
     """
-    total, logps, reference_logps, kl = _LossOfRows.apply(states, head.weight, head.bias, head, reference, rows, objective, counted)
-    return total, RowScores(logps, reference_logps, kl)
+    outputs: list[LossOutput] = []
+    arguments = head, reference, rows, objective, counted, outputs
+    total, logps, reference_logps, kl = _LossOfRows.apply(states, head.weight, head.bias, *arguments)
+    scores = ResponseScores(logps, rows.num_tokens, reference_logps, kl, rows.annotations, rows.baseline)
+    return total, LossOutput.concatenate(outputs), scores
 
 
 class _LossOfRows(torch.autograd.Function):
     """Value and gradients together, see above; backward only multiplies by what comes from above, a scalar."""
 
     @staticmethod
-    def forward(ctx, states, weight, bias, head, reference, rows, objective, counted):
+    def forward(ctx, states, weight, bias, head, reference, rows, objective, counted, outputs):
         ctx.set_materialize_grads(False)
         work = _Workspace(head, states, reference, objective.needs_kl)
-        scores = RowScores.zeros(rows, objective, work.dtype)
+        scores = _zero_scores(rows, objective, work.dtype)
         gradients = _Gradients(head, states, ctx.needs_input_grad, work.dtype)
         total = torch.zeros((), dtype=work.dtype, device=states.device)
         for part, chunks in _groups(rows.counts, work.size):
             for chunk in chunks:
                 distributions = work.compute(chunk, rows)
                 distributions.add_to(scores, rows.responses[chunk])
-            value, *coefficients = _coefficients(scores, rows, objective, part, counted)
+            value, output, *coefficients = _coefficients(scores, objective, part, counted)
             total += value
+            outputs.append(output)
             for chunk in chunks:
                 if len(chunks) > 1:
                     distributions = work.compute(chunk, rows)
@@ -179,18 +173,20 @@ class _LossOfRows(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("the loss of these rows was differentiated already: its gradients are gone")
         gradients, ctx.gradients = ctx.gradients, None
-        return *(None if x is None else x.mul_(factor) for x in gradients), None, None, None, None, None
+        return *(None if x is None else x.mul_(factor) for x in gradients), None, None, None, None, None, None
 
 
-def _coefficients(scores: RowScores, rows: PromptRows, objective: Objective, part: slice, counted: int) -> tuple:
-    """Of some rows: the sum of their losses, and its derivatives by logps and by kl, (rows, R) each."""
+def _coefficients(scores: ResponseScores, objective: Objective, part: slice, counted: int) -> tuple:
+    """Evaluate the objective on some rows: the sum of the counted losses, all output, and derivatives by logps and kl, (rows, R) each."""
     logps, reference_logps, kl = (None if x is None else x[part].clone() for x in (scores.logps, scores.reference_logps, scores.kl))
     inputs = [x.requires_grad_() for x in (logps, kl) if x is not None]
+    annotation = None if scores.annotation is None else scores.annotation[part]
+    own = ResponseScores(logps, scores.num_tokens[part], reference_logps, kl, annotation, scores.baseline)
     with torch.enable_grad():
-        losses = objective(RowScores(logps, reference_logps, kl).by_role(rows, objective, part)).losses
-        total = losses[: max(0, counted - part.start)].sum()
+        output = objective(own.by_role(objective.roles))
+        total = output.losses[: max(0, counted - part.start)].sum()
     g, h = (*torch.autograd.grad(total, inputs, allow_unused=True, materialize_grads=True), None)[:2]
-    return total.detach(), g, h
+    return total.detach(), output.detach(), g, h
 
 
 def pieces(start: int, stop: int, size: int) -> list[slice]:
@@ -221,7 +217,7 @@ class _Distributions:
     reference: Optional[torch.Tensor]  # (C, V), q; None where no KL is asked for
     slope: Optional[torch.Tensor]  # (C, V), derivative of soft-capped logits by uncapped ones
 
-    def add_to(self, scores: RowScores, responses: torch.Tensor) -> None:
+    def add_to(self, scores: ResponseScores, responses: torch.Tensor) -> None:
         """Sums over each response's positions; `responses` (C,) says whose they are."""
         for table, values in zip((scores.logps, scores.reference_logps, scores.kl), self.values):
             if table is not None:
@@ -239,7 +235,7 @@ class _Workspace:
     def __init__(self, head: Head, states: torch.Tensor, reference: Optional[Reference], needs_kl: bool):
         self.head, self.states, self.reference, self.needs_kl = head, states.detach(), reference, needs_kl
         self.dtype = torch.promote_types(states.dtype, torch.float32)
-        self.size = CHUNK.get(states.device.type, CHUNK["cuda"])
+        self.size = chunk_size(states.device)
         shape = min(self.size, len(states)), head.weight.shape[0]
         self.buffers = [torch.empty(shape, dtype=self.dtype, device=states.device) for _ in range(3 if needs_kl else 1)]
 

@@ -61,19 +61,19 @@ class PromptRows:
         return visible
 
 
-def prompt_rows(
-    rows: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]],
-    masks: Optional[Sequence[Sequence[Sequence[int]]]] = None,
-    annotations: Optional[Sequence[Sequence[float]]] = None,
-) -> PromptRows:
-    """From (prompt, responses) in tokens, neither ever empty, and the same number of responses in each row.
+def prompt_rows(examples: Sequence[tuple]) -> PromptRows:
+    """Put each example into a row.
 
     Args:
-        masks: of each row's responses, 1 for the tokens that are scored; None: all are.
-        annotations: of each row's responses, what the data says of them.
+        examples: (prompt, responses[, masks[, annotations]]) each, as data.split.TokenizedExample. Prompt and responses are token ids, none
+            empty, and every example has the same number of responses. masks: of each response, 1 for the tokens in the loss; None: all are.
+            annotations: what the data says of each response; none at all if an example has none.
 
     prompt_rows([([5, 6], [[7, 8], [9]])]): input_ids [[5, 6, 7]], states [1, 2, 1], labels [7, 8, 9].
     """
+    rows = [example[:2] for example in examples]
+    masks = [example[2] if len(example) > 2 else None for example in examples]
+    annotations = [example[3] if len(example) > 3 else () for example in examples]
     lengths = [len(prompt) + sum(len(response) - 1 for response in responses) for prompt, responses in rows]
     shape = len(rows), max(lengths)
     input_ids, position_ids, segments = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.full(shape, -1)
@@ -88,7 +88,7 @@ def prompt_rows(
                 np.arange(n, n + end - start),
                 r + 1,
             )
-            keep = slice(None) if masks is None else np.array(masks[b][r], bool)
+            keep = slice(None) if masks[b] is None else np.array(masks[b][r], bool)
             labels.append(np.array(response)[keep])
             states.append(b * shape[1] + np.concatenate([[n - 1], np.arange(start, end)])[keep])
             num_tokens[b, r] = len(labels[-1])
@@ -98,7 +98,7 @@ def prompt_rows(
         *map(torch.from_numpy, tensors),
         torch.from_numpy(num_tokens),
         tuple(num_tokens.sum(-1).tolist()),
-        annotations=None if annotations is None else torch.tensor(annotations, dtype=torch.float64),
+        annotations=torch.tensor(annotations, dtype=torch.float64) if all(annotations) else None,
     )
 
 
@@ -156,7 +156,7 @@ def _blocks(rows: PromptRows, window: Optional[int]):
 FORMS = {"sdpa": _boolean, "eager": _additive, "flex_attention": _blocks}
 
 
-def problem_with(config) -> Optional[str]:
+def unsupported_attention(config) -> Optional[str]:
     """Why a model of this Transformers config cannot be given such rows; None where nothing is known against it."""
     unknown = set(getattr(config.get_text_config(), "layer_types", None) or ()) - LAYER_TYPES
     if unknown:

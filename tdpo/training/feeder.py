@@ -7,7 +7,8 @@ from typing import NamedTuple, Optional, Union
 
 import torch
 
-from tdpo.data.batching import Example, TokenizedSplit, balanced_parts
+from tdpo.data.batching import cut_into_microbatches
+from tdpo.data.split import Example, TokenizedSplit
 from tdpo.scoring.prefix_sharing import PromptRows, prompt_rows
 from tdpo.training.reference_cache import ReferenceCache
 
@@ -22,7 +23,7 @@ class Microbatch(NamedTuple):
     mismatched: Optional[Batch] = None  # the same prompts with the responses of other ones
 
     def with_baseline(self, baseline: torch.Tensor) -> "Microbatch":
-        """For an objective that needs one."""
+        """Attach KTO's z0, a scalar in nats."""
         rows = isinstance(self.batch, PromptRows)
         return self._replace(
             batch=replace(self.batch, baseline=baseline) if rows else MappingProxyType({**self.batch, "baseline": baseline})
@@ -36,10 +37,12 @@ class Feeder:
         data: by split (train, eval).
         collate: see batching.get_collate_fn.
         device: where batches go.
-        part: (i, n): this process works on part i of n of every batch.
-        parts, tokens: of a train batch, see batching.balanced_parts.
+        data_rank: (i, n): this process works on the i-th of n shards of every batch.
+        microbatches, budget: of a train batch, see batching.cut_into_microbatches.
         placeholders: by split, an example whose tokens stand in where this process has none: a sharded model needs every process at
             every forward pass.
+        fast: make rows for fast scoring, else collated batches.
+        mismatched: pair each prompt with another one's response too.
     """
 
     def __init__(
@@ -47,57 +50,58 @@ class Feeder:
         data: Mapping[str, TokenizedSplit],
         collate: Callable[[list[dict]], dict],
         device: torch.device,
-        part: tuple[int, int],
-        parts: int,
-        tokens: Optional[int],
+        data_rank: tuple[int, int],
+        *,
+        microbatches: int,
+        budget: Optional[int],
         placeholders: Mapping[str, Example],
+        fast: bool,
+        mismatched: bool,
     ):
-        self.data, self.collate, self.device = data, collate, device
-        self.part, self.parts, self.tokens, self.placeholders = part, parts, tokens, placeholders
-        self.fast = True  # rows for fast scoring, else collated batches
-        self.mismatched = False  # whether prompts are wanted with the responses of other ones too
-        self.reference_caches: Mapping[str, ReferenceCache] = {}  # by split
+        self.data, self.collate, self.device, self.data_rank = data, collate, device, data_rank
+        self.microbatches, self.budget, self.placeholders = microbatches, budget, placeholders
+        self.fast, self.mismatched = fast, mismatched
+        self.reference_caches: dict[str, ReferenceCache] = {}  # by split, once they are filled
 
-    def share(self, items: list) -> list:
-        """This process's part of them."""
-        i, n = self.part
+    def shard(self, items: list) -> list:
+        """Return this process's shard of them."""
+        i, n = self.data_rank
         return items[i::n]
 
-    def train(self, examples: Sequence[Example]) -> list[Microbatch]:
-        """This process's part of a batch, in microbatches of about equal tokens; as many on all processes.
+    def batches(self, split: str, examples: Sequence[Example], size: int) -> list[list[Example]]:
+        """Return this process's shards of batches of `size` examples; those of like length together, so that little is padded."""
+        data = self.data[split]
+        ordered = sorted(examples, key=lambda example: data.lengths([example]))
+        return [self.shard(ordered[start : start + size]) for start in range(0, len(ordered), size)]
 
-        One may be empty where another process's is not: its forward and backward are then needed all the same.
+    def train(self, examples: Sequence[Example]) -> list[Microbatch]:
+        """Return this process's shard of a train batch, in microbatches of about equal tokens; every rank gets the same number of them.
+
+        A rank may get an empty one; it must still run forward and backward, because FSDP's collectives involve every rank.
         """
-        rank, ranks = self.part
-        lengths = self.data["train"].lengths(examples)
+        rank, ranks = self.data_rank
+        data = self.data["train"]
+        lengths = data.lengths(examples)
         if self.mismatched:  # whichever of its two rows is longer
-            others = (self.data["train"].tokens(example, mismatched=True) for example in examples)
-            lengths = [max(n, len(prompt) + len(response)) for n, (prompt, (response,)) in zip(lengths, others)]
-        rounds = balanced_parts(lengths, ranks, self.parts, self.tokens)
-        return [self._microbatch([examples[i] for i in microbatches[rank]], "train") for microbatches in rounds]
+            lengths = list(map(max, lengths, data.lengths([example._replace(mismatched=True) for example in examples])))
+        rounds = cut_into_microbatches(lengths, ranks, self.microbatches, self.budget)
+        return [self.whole("train", [examples[i] for i in microbatches[rank]]) for microbatches in rounds]
 
     def whole(self, split: str, examples: list[Example]) -> Microbatch:
-        """These examples together."""
-        return self._microbatch(examples, split)
-
-    def _microbatch(self, examples: list[Example], split: str) -> Microbatch:
+        """Return these examples as one microbatch."""
         scored = examples or [self.placeholders[split]]
-        return Microbatch(examples, self._batch(scored, split), self._batch(scored, split, mismatched=True) if self.mismatched else None)
+        others = self._batch([example._replace(mismatched=True) for example in scored], split) if self.mismatched else None
+        return Microbatch(examples, self._batch(scored, split), others)
 
-    def _batch(self, examples: list[Example], split: str, mismatched: bool = False) -> Batch:
+    def _batch(self, examples: list[Example], split: str) -> Batch:
         data = self.data[split]
         if not self.fast:
-            # A proxy, because FSDP would move a dict's labels to the device too, and finding the response tokens would wait for it.
-            return MappingProxyType(self.collated([data.element(example, mismatched) for example in examples]))
-        tokens = [data.tokens(example, mismatched) for example in examples]
-        masks = [data.masks(example, mismatched) for example in examples] if data.has_masks else None
-        annotations = [data.annotations(example) for example in examples]
-        rows = prompt_rows(tokens, masks, annotations if all(annotations) else None)
+            batch = self.collate([data.element(example) for example in examples])
+            # Labels stay on the CPU, so that finding the response tokens does not wait for the device. A proxy, because FSDP would move a
+            # dict's labels too.
+            moved = {k: v.to(self.device, non_blocking=True) for k, v in batch.items() if k.endswith(("_input_ids", "_mask"))}
+            return MappingProxyType({**batch, **moved})
+        rows = prompt_rows([data.example(example) for example in examples])
         if split in self.reference_caches:
             rows = self.reference_caches[split].add_to(rows, examples)
         return (rows.pin_memory() if self.device.type == "cuda" else rows).to(self.device)
-
-    def collated(self, elements: list[dict]) -> dict:
-        """Token ids and masks on the device; labels stay, so that finding the response tokens does not wait for it."""
-        batch = self.collate(elements)
-        return {k: v.to(self.device, non_blocking=True) if k.endswith(("_input_ids", "_mask")) else v for k, v in batch.items()}

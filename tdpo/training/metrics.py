@@ -12,7 +12,9 @@ import tqdm
 from omegaconf import DictConfig, OmegaConf
 
 from tdpo.losses import LossOutput, ResponseScores
-from tdpo.utils import formatted_dict
+from tdpo.utils import formatted_dict, get_logger
+
+log = get_logger(__name__)
 
 
 class Weighted(NamedTuple):
@@ -75,6 +77,24 @@ def _by_label(score: ResponseScores, output: LossOutput, split: str) -> dict[str
 
 def _detached(values: Union[torch.Tensor, Weighted]) -> Union[torch.Tensor, Weighted]:
     return Weighted(*(x.detach() for x in values)) if isinstance(values, Weighted) else values.detach()
+
+
+def start_difference(metrics: Mapping[str, Optional[float]], split: str, reward_scale: Optional[float] = None) -> Optional[float]:
+    """How far policy and reference are apart by a log of the start, where they should be the same model.
+
+    Args:
+        metrics: of the first train step, or of an eval before it; `split` says which.
+        reward_scale: divide rewards by it, which makes them nats; None or 0: as they are.
+
+    Returns:
+        the largest |reward| and SeqKL, or None if the log has none; infinity if one is not finite.
+    """
+    roles = ("chosen", "rejected")
+    rewards = [metrics[name] for role in roles if (name := f"rewards_{split}/{role}") in metrics]
+    divergences = [metrics[name] for role in roles if (name := f"kl_{split}/{role}") in metrics]
+    if None in rewards + divergences:  # as JSON has what is not finite
+        return math.inf
+    return max([abs(x) / (reward_scale or 1.0) for x in rewards] + list(map(abs, divergences)), default=None)
 
 
 class MetricSums:
@@ -184,9 +204,9 @@ class WandbSink:
         if mode == "online":
             problem = self._start_online(arguments)
             if problem is None:
-                print(f"wandb: {self.run.url}")
+                log.info(f"wandb: {self.run.url}")
                 return
-            print(f"wandb: {problem}; logging offline to {run_dir}/wandb (wandb sync uploads it)")
+            log.info(f"wandb: {problem}; logging offline to {run_dir}/wandb (wandb sync uploads it)")
             mode = "offline"
         self.run = wandb.init(mode=mode, **arguments)
 
@@ -225,7 +245,7 @@ def open_sinks(run_dir: str, config: DictConfig, wandb_id: Optional[str] = None)
         try:
             sinks.append(WandbSink(run_dir, config, wandb_id))
         except ImportError:
-            print("wandb is not installed: metrics go to metrics.jsonl alone")
+            log.info("wandb is not installed: metrics go to metrics.jsonl alone")
         except Exception as error:  # wandb refuses its settings: a project's name, WANDB_MODE
-            print(f"wandb: {' '.join(str(error).split())[:200]}; metrics go to metrics.jsonl alone")
+            log.info(f"wandb: {' '.join(str(error).split())[:200]}; metrics go to metrics.jsonl alone")
     return sinks

@@ -17,10 +17,10 @@ import torch
 import tqdm
 import transformers
 
-from tdpo.data.batching import Example, TokenizedSplit
+from tdpo.data.split import Example, TokenizedSplit
 from tdpo.distributed.world import World
 from tdpo.scoring.prefix_sharing import PromptRows
-from tdpo.scoring.scorer import ReferenceOnly, Scorer
+from tdpo.scoring.scorer import Scorer
 from tdpo.utils import UserError, plural
 
 FORMAT = 1  # of the file, and of how rows are computed
@@ -78,7 +78,7 @@ class ReferenceCache:
         """Compute the states and write them, all ranks into one file; whole or not there, also where a signal or an error ends it.
 
         Args:
-            microbatches: this rank's, (examples, rows) each, so that over all ranks every example is in one.
+            microbatches: this rank's, so that over all ranks every example is in one.
             scorer: with the reference.
             check_stop: raises where the run is to end.
             hide_progress: tqdm's `disable`.
@@ -89,9 +89,9 @@ class ReferenceCache:
                 self._check(new)
             # Written by position and not through a mapping, which several machines could not share.
             with open(new, "r+b", buffering=0) as file:
-                for examples, rows in tqdm.tqdm(microbatches, "Reference", unit=" microbatches", disable=hide_progress):
+                for microbatch in tqdm.tqdm(microbatches, "Reference", unit=" microbatches", disable=hide_progress):
                     check_stop()
-                    self._write(file, examples, scorer(ReferenceOnly(rows)).to("cpu", self.dtype))
+                    self._write(file, microbatch.examples, scorer.reference_states(microbatch.batch).to("cpu", self.dtype))
                 os.fsync(file.fileno())
             world.gather(None)  # all have written
             world.from_first(lambda: os.replace(new, self.file))

@@ -1,0 +1,161 @@
+"""The data contract: what a loader is given, what it returns, and the examples that a loss takes from that.
+
+A loader returns a dict from prompt to
+    responses: list of texts; pairs: list of (index of chosen, index of rejected); sft_target: the text that SFT trains on
+and may add `scores`, one a response; `spans`, the parts of each response that are scored, in characters ([]: all of it); and, instead of
+pairs, `labels`, one a response, true for a desirable one. Prompt and response are concatenated as they are: a response brings its own
+leading space.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple, Optional
+
+from tdpo.data.rows import Row, RowReport, read_rows
+from tdpo.utils import UserError, plural
+
+Contract = dict[str, dict]  # see above
+
+
+class Form(NamedTuple):
+    """What an example is made of."""
+
+    roles: tuple[str, ...]  # of its responses
+    scored: bool = False  # whether the data must give each response of a pair a score
+    segments: bool = False  # whether the data must say which turns of a response are scored
+
+
+SFT, PAIRS, PAIRS_AND_TARGET, COMPLETIONS = (
+    Form(("chosen",)),
+    Form(("chosen", "rejected")),
+    Form(("chosen", "rejected", "target")),
+    Form(("completion",)),
+)
+
+
+class Source(NamedTuple):
+    """What a loader is given."""
+
+    split: str  # train or test
+    options: Mapping  # config/datasets/<name>.yaml
+    report: RowReport
+    cache_dir: Optional[str]
+    tokenizer: object  # for chat templates; None where a caller has none
+    form: Form  # of the examples that are wanted
+
+    def rows(self, split: Optional[str] = None, path: Optional[str] = None) -> Iterator[Row]:
+        """Yield the readable rows of a split; the others are noted in the report."""
+        rows = read_rows(path or self.options["path"], split or self.split, self.options.get("subset"), self.cache_dir)
+        return self.report.rows(rows)
+
+
+def add_pair(entry: dict, chosen: str, rejected: str) -> None:
+    """Add a pair to a prompt's entry; its chosen response becomes the SFT target."""
+    first = len(entry["responses"])
+    entry["pairs"].append((first, first + 1))
+    entry["responses"] += [chosen, rejected]
+    entry["sft_target"] = chosen
+
+
+class Examples(NamedTuple):
+    """The examples of one prompt."""
+
+    texts: list[str]
+    spans: list[list[tuple[int, int]]]  # of each text: where it is scored, characters; [] for all of it
+    indices: list[tuple[int, ...]]  # of each example's texts, one a role
+    annotations: list[list[float]]  # of each example, one a role or none
+
+
+def examples_in_form(name: str, data: Contract, form: Form, unpair: bool = False) -> tuple[dict[str, Examples], list[str]]:
+    """Return the prompts that have examples of that form, and lines that say what was made of the data.
+
+    Args:
+        name: of the dataset.
+        data: what its loader returned.
+        form: of the wanted examples.
+        unpair: make two single responses of each pair, where these are wanted.
+
+    Raises:
+        UserError: the dataset has none.
+    """
+    if form.roles == SFT.roles:
+        return _targets(name, data)
+    labelled = any("labels" in entry for entry in data.values())
+    if labelled and form.roles == COMPLETIONS.roles:
+        return _completions(data), []
+    _check_paired(name, data, labelled)
+    if form.roles == COMPLETIONS.roles:
+        return _unpaired(name, data, unpair)
+    notes = [f"{name}: unpair=true is for loss=kto; here its pairs are taken as they are"] if unpair else []
+    return _pairs(name, data, form), notes
+
+
+def _targets(name: str, data: Contract) -> tuple[dict[str, Examples], list[str]]:
+    """One example a prompt, its SFT target."""
+    found = {}
+    for prompt, entry in data.items():
+        if "sft_target" in entry:
+            target, texts, spans = entry["sft_target"], *_texts_of(entry)
+            found[prompt] = Examples([target], [spans[texts.index(target)] if target in texts else []], [(0,)], [[]])
+    if not found:
+        raise UserError(f"{name} has no SFT target: none of its responses is labelled desirable")
+    left_out = len(data) - len(found)
+    return found, [f"{name}: {plural(left_out, 'prompt')} without a desirable response left out"] if left_out else []
+
+
+def _completions(data: Contract) -> dict[str, Examples]:
+    """One example a response, annotated with its label."""
+    return {
+        prompt: Examples(*_texts_of(entry), [(i,) for i in range(len(entry["responses"]))], [[float(label)] for label in entry["labels"]])
+        for prompt, entry in data.items()
+    }
+
+
+def _check_paired(name: str, data: Contract, labelled: bool) -> None:
+    if labelled:
+        raise UserError(f"{name} has single responses with labels, which are for loss=kto; pairs are needed here")
+    if any(entry["pairs"] for entry in data.values()):
+        return
+    if any("scores" in entry for entry in data.values()):
+        raise UserError(f"{name} has no pairs: no scores differ by more than datasets.{name}.min_margin")
+    raise UserError(f"{name} has no pairs: it is for loss=sft, and its prompts are for sample.py (see experiments/frontier)")
+
+
+def _unpaired(name: str, data: Contract, unpair: bool) -> tuple[dict[str, Examples], list[str]]:
+    """Two examples a pair: its chosen response, desirable, and its rejected one, undesirable."""
+    if not unpair:
+        raise UserError(f"{name} has pairs, this loss takes single responses: datasets.{name}.unpair=true makes two of each pair")
+    single = {}
+    for prompt, entry in data.items():
+        if entry["pairs"]:
+            texts, spans = _texts_of(entry)
+            indices = [i for pair in entry["pairs"] for i in pair]
+            labels = [True, False] * len(entry["pairs"])
+            single[prompt] = {"responses": [texts[i] for i in indices], "spans": [spans[i] for i in indices], "labels": labels}
+    count = sum(len(entry["pairs"]) for entry in data.values())
+    note = f"{name}: {plural(count, 'pair')} taken as {2 * count:,} single responses, the chosen ones desirable (unpair)"
+    return _completions(single), [note]
+
+
+def _pairs(name: str, data: Contract, form: Form) -> dict[str, Examples]:
+    """One example a pair, with the SFT target and the scores where the form has them."""
+    if form.scored and not all("scores" in entry for entry in data.values()):
+        raise UserError(f"{name} has no scores, which this loss needs: datasets=[shp], [se], [reviews], or [jsonl] with scores")
+    if form.segments and not all("spans" in entry for entry in data.values()):
+        raise UserError(f"{name} has no segments, which this loss needs: datasets=[jsonl] datasets.jsonl.rows=segments")
+    found = {}
+    for prompt, entry in data.items():
+        texts, spans = _texts_of(entry)
+        indices = [tuple(pair) for pair in entry["pairs"]]
+        annotations = [[float(entry["scores"][i]) for i in pair] if form.scored else [] for pair in indices]
+        if "target" in form.roles:
+            if (target := entry["sft_target"]) not in texts:
+                texts, spans = [*texts, target], [*spans, []]
+            indices = [(*pair, texts.index(target)) for pair in indices]
+        found[prompt] = Examples(texts, spans, indices, annotations)
+    return found
+
+
+def _texts_of(entry: Mapping) -> tuple[list[str], list]:
+    """The responses of an entry and their spans."""
+    texts = list(entry["responses"])
+    return texts, list(entry.get("spans") or [[]] * len(texts))

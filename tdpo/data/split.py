@@ -1,0 +1,210 @@
+"""A split of one or several datasets, tokenized once: its examples, and their order in each epoch."""
+
+import functools
+import hashlib
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple, Optional, TypeVar
+
+import datasets
+import numpy as np
+
+from tdpo.data.contract import COMPLETIONS, Form
+from tdpo.data.token_cache import digest_of, flat
+from tdpo.data.tokenization import batch_element, truncate, truncated_lengths
+from tdpo.utils import UserError, plural, some_of
+
+EVAL_SEED = 0  # of the eval order, whatever the run's seed, so that runs of different seeds see the same eval pairs
+Item = TypeVar("Item")
+
+
+class Example(NamedTuple):
+    """Index of a prompt of the split and of its pair (for SFT 0, of unpaired data its completion)."""
+
+    prompt: int
+    pair: int
+    partner: Optional[tuple[int, int]] = None  # of unpaired data: the next example of the epoch that has another prompt
+    mismatched: bool = False  # asks for this prompt with the partner's response
+
+
+class TokenizedExample(NamedTuple):
+    """An example after truncation; responses, masks and annotations are in the order of the form's roles."""
+
+    prompt: list[int]
+    responses: list[list[int]]
+    masks: Optional[list[list[int]]]  # of each response, 1 for the tokens in the loss; None if all tokens of the split are
+    annotations: list[float]  # what the data says of each response: its score, or its label (1 desirable); [] for nothing
+
+    def counts(self) -> list[int]:
+        """Tokens in the loss of each response."""
+        return list(map(len, self.responses)) if self.masks is None else list(map(sum, self.masks))
+
+
+class TokenizedSplit:
+    """A split of one or several datasets, tokenized once.
+
+    Args:
+        tables: of token_cache.py, one a dataset.
+        tokenizer: of Transformers.
+        max_length, max_prompt_length: tokens, see `tokenization.truncate`.
+        form: of its examples.
+        add_bos: prompts begin with the tokenizer's beginning-of-sequence token.
+    """
+
+    def __init__(
+        self, tables: Sequence[datasets.Dataset], tokenizer, max_length: int, max_prompt_length: int, form: Form, add_bos: bool = False
+    ):
+        self.max_length, self.max_prompt_length, self.form = max_length, max_prompt_length, form
+        self.bos_token_id = tokenizer.bos_token_id if add_bos else None
+        known = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id, None}
+        self.unknown_token_id = None if tokenizer.unk_token_id in known else tokenizer.unk_token_id
+        self.prompts = datasets.concatenate_datasets(list(tables))  # a row a prompt
+        self._ids = self.prompts.select_columns(["prompt_ids", "response_ids", "masks", "examples", "annotations", "truncation_mode"])
+        self.examples_per_prompt = flat(self.prompts, "examples", 0)
+        self._first = np.cumsum(self.examples_per_prompt) - self.examples_per_prompt  # example of each prompt's first pair
+        self.has_masks = bool(flat(self.prompts, "masks", 1).any())  # whether some tokens of some responses are not scored
+        self._lengths = self._truncated_lengths()
+        if self.has_masks:
+            self._check_masks()
+
+    def __len__(self) -> int:
+        """Number of examples: pairs, completions, or prompts for SFT."""
+        return int(self.examples_per_prompt.sum())
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of all tokens and pairs, and of the lengths to which they are cut."""
+        form = f"Form(roles={self.form.roles}, scored={self.form.scored}, segments={self.form.segments})"  # as in older checkpoints
+        cut = f"{self.max_length} {self.max_prompt_length} {form} {self.bos_token_id}"
+        return hashlib.sha256(f"{cut} {digest_of(self.prompts)}".encode()).hexdigest()
+
+    @property
+    def files(self) -> list[str]:
+        """That are mapped into memory; none where all of it is in memory."""
+        return [file["filename"] for file in self.prompts.cache_files]
+
+    def in_memory(self) -> "TokenizedSplit":
+        """The same for who does not see the files."""
+        copy = object.__new__(TokenizedSplit)
+        vars(copy).update(vars(self))
+        copy.prompts, copy._ids = (datasets.Dataset(datasets.table.InMemoryTable(x.data.table)) for x in (self.prompts, self._ids))
+        return copy
+
+    def epochs(self, seed: int, shuffle: bool = True) -> Iterator[list[Example]]:
+        """The examples of each epoch, for ever, in the order of the published TDPO code (its DPO ancestor draws seeds below 2**32)."""
+        pairs = self.examples_per_prompt.tolist()
+        for order in reshuffled(range(len(self.prompts)), np.random.RandomState(seed), shuffle):
+            examples = [Example(prompt, pair) for prompt in order for pair in range(pairs[prompt])]
+            yield with_partners(examples) if self.form.roles == COMPLETIONS.roles and len(pairs) > 1 else examples
+
+    def index(self, example: Example) -> int:
+        """Its number among the split's examples, whatever the order of an epoch."""
+        return int(self._first[example.prompt]) + example.pair
+
+    def example(self, example: Example) -> TokenizedExample:
+        """Return the tokens of an example, truncated; of a mismatched one, those of its partner's response."""
+        return self._tokenized(self._ids[example.prompt], example)
+
+    def _tokenized(self, entry: Mapping, example: Example) -> TokenizedExample:
+        """The same of a row of the table that was read already."""
+        source, pair = (self._ids[example.partner[0]], example.partner[1]) if example.mismatched else (entry, example.pair)
+        indices = source["examples"][pair]
+        whole = [source["response_ids"][i] for i in indices]
+        lengths = self.max_length, self.max_prompt_length
+        prompt, responses = truncate(entry["prompt_ids"], whole, entry["truncation_mode"], *lengths, self.bos_token_id)
+        masks = None
+        if self.has_masks:
+            masks = [source["masks"][i][: len(ids)] or [1] * len(ids) for i, ids in zip(indices, responses)]
+        return TokenizedExample(prompt, responses, masks, entry["annotations"][example.pair])
+
+    def element(self, example: Example) -> dict:
+        """Return the example in the published form (`tokenization.batch_element`), with `example_id`, '<dataset>:<prompt>.<pair>', and
+        `<role>_annotation` where the data says something of its responses."""
+        entry, roles = self.prompts[example.prompt], self.form.roles
+        texts = dict(zip(roles, (entry["texts"][i] for i in entry["examples"][example.pair])))
+        prompt, responses, masks, annotations = self._tokenized(entry, example)
+        by_role = dict(zip(roles, responses)), None if masks is None else dict(zip(roles, masks))
+        element = batch_element(entry["prompt"], texts, prompt, *by_role)
+        element["example_id"] = f"{entry['dataset']}:{example.prompt}.{example.pair}"
+        return element | {f"{role}_annotation": value for role, value in zip(roles, annotations)}
+
+    def _check_masks(self) -> None:
+        """No scored token may be cut away: segments would no longer have equal turns."""
+        lost = []
+        for i, example in enumerate(next(self.epochs(0, shuffle=False))):
+            entry = self._ids[example.prompt]
+            whole = [sum(entry["masks"][k]) for k in entry["examples"][example.pair]]  # 0 of a response that is scored as a whole
+            lost += [i] if any(sum(mask) < n for mask, n in zip(self.example(example).masks, whole)) else []
+        if lost:
+            raise UserError(
+                f"{plural(len(lost), 'example')} ({some_of(lost)}) of {len(self):,} have turns to be scored beyond "
+                f"max_length={self.max_length}: raise it, or leave them out"
+            )
+
+    def lengths(self, examples: Sequence[Example]) -> list[int]:
+        """Tokens of each example after truncation, its prompt counted once."""
+        return self._truncated(examples).sum(-1).tolist()
+
+    def _truncated(self, examples: Sequence[Example]) -> np.ndarray:
+        """(examples, 1 + responses): tokens of prompt and responses after truncation."""
+        if not examples or not examples[0].mismatched:
+            return self._lengths[[self.index(example) for example in examples]]
+        prompts = self._whole_lengths[[self.index(example) for example in examples], :1]
+        responses = self._whole_lengths[[self.index(Example(*example.partner)) for example in examples], 1:]
+        return truncated_lengths(np.concatenate([prompts, responses], axis=1), self.max_length, self.max_prompt_length)
+
+    def response_tokens(self) -> np.ndarray:
+        """(examples,): scored tokens of each example's responses together, by `index`."""
+        if self.has_masks:
+            examples = next(self.epochs(0, shuffle=False))
+            return np.array([sum(self.example(example).counts()) for example in examples])
+        return self._lengths[:, 1:].sum(-1)
+
+    def _truncated_lengths(self) -> np.ndarray:
+        """(examples, 1 + responses): tokens of prompt and responses after truncation, of all examples at once."""
+        prompts = np.repeat(flat(self.prompts, "prompt_ids", 0), self.examples_per_prompt)
+        counts = flat(self.prompts, "response_ids", 0)
+        starts = np.repeat(np.cumsum(counts) - counts, self.examples_per_prompt)[:, None]
+        indices = flat(self.prompts, "examples", 2).reshape(-1, len(self.form.roles))
+        responses = flat(self.prompts, "response_ids", 1)[starts + indices]
+        self._whole_lengths = np.concatenate([prompts[:, None], responses], axis=1)
+        return truncated_lengths(self._whole_lengths, self.max_length, self.max_prompt_length)
+
+    def describe(self) -> str:
+        """'1,536 pairs of 1,500 prompts, 345,678 tokens; 12 prompts and 3 responses truncated; 2 occur more than once'."""
+        cut = self._lengths < self._whole_lengths
+        tokens = int((self._lengths[:, :1] + self._lengths[:, 1:]).sum())
+        kind = "example" if len(self.form.roles) == 1 else "pair"
+        parts = [f"{plural(len(self), kind)} of {plural(len(self.prompts), 'prompt')}, {tokens:,} tokens"]
+        if cut.any():
+            parts.append(f"{plural(int(cut[:, 0].sum()), 'prompt')} and {plural(int(cut[:, 1:].sum()), 'response')} truncated")
+        if (repeated := len(self) - len(np.unique(flat(self.prompts, "hashes", 1)))) > 0:
+            parts.append(f"{repeated:,} occur more than once")
+        if self.unknown_token_id is not None:
+            unknown = sum(
+                int((flat(self.prompts, *place) == self.unknown_token_id).sum()) for place in (("prompt_ids", 1), ("response_ids", 2))
+            )
+            parts += [f"{unknown:,} tokens are unknown to the tokenizer"] if unknown else []
+        return "; ".join(parts)
+
+
+def with_partners(examples: Sequence[Example]) -> list[Example]:
+    """Set each example's partner: the next example (cyclically) with a different prompt. Needs at least two prompts."""
+    n = len(examples)
+    partners: list[Optional[tuple[int, int]]] = [None] * n
+    partner = None
+    for i in reversed(range(2 * n)):  # two rounds, so that the last examples see the first ones
+        following = examples[(i + 1) % n]
+        if following.prompt != examples[i % n].prompt:
+            partner = following[:2]
+        partners[i % n] = partner
+    return [example._replace(partner=found) for example, found in zip(examples, partners)]
+
+
+def reshuffled(items: Sequence[Item], seeds: np.random.RandomState, shuffle: bool = True) -> Iterator[list[Item]]:
+    """Yield the items for ever, each time shuffled from the order before by the next seed; in their own order without `shuffle`."""
+    order = list(items)
+    while True:
+        if shuffle:
+            random.Random(int(seeds.randint(0, 2**31))).shuffle(order)
+        yield list(order)

@@ -1,0 +1,65 @@
+"""What can be said of every response token: log-probabilities, entropy and both divergences; for evaluation."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Optional
+
+import torch
+from torch import nn
+
+from tdpo.scoring.chunked_loss import Head, chunk_size, pieces
+from tdpo.scoring.logps import forward_kl, full_logits, label_logps
+from tdpo.scoring.prefix_sharing import PromptRows, attention_masks, prompt_rows
+from tdpo.scoring.scorer import hidden_states
+
+
+class TokenStatistics(NamedTuple):
+    """Of N response positions, row by row, response by response, (N,) each, nats. None without a reference."""
+
+    logps: torch.Tensor  # log pi(y_t|s_t)
+    entropy: torch.Tensor  # of pi(.|s_t), over the whole vocabulary
+    reference_logps: Optional[torch.Tensor]
+    kl: Optional[torch.Tensor]  # KL(pi_ref || pi), whose sum over a response is SeqKL
+    reverse_kl: Optional[torch.Tensor]  # KL(pi || pi_ref), whose sum over a response drawn from pi estimates that of whole responses
+
+
+@torch.inference_mode()
+def token_statistics(
+    policy: nn.Module,
+    reference: Optional[nn.Module],
+    examples: Sequence[tuple],
+    fast: bool,
+) -> TokenStatistics:
+    """What can be said of every response token; for evaluation.
+
+    Args:
+        policy, reference: on their device.
+        examples: prompts with their responses, as for `prompt_rows`.
+        fast: rows of several responses, which fast_scoring_problem must have found right for the model; else each response by itself.
+    """
+    if not fast:
+        examples = [alone for example in examples for alone in _one_by_one(*example)]
+    rows = prompt_rows(examples).to(policy.device)
+    logits_of = [_logits_at(model, rows, fast) for model in (policy, reference) if model is not None]
+    parts = []
+    for chunk in pieces(0, len(rows.labels), chunk_size(policy.device)):
+        labels = rows.labels[chunk]
+        log_p, *rest = (logits(chunk).log_softmax(-1) for logits in logits_of)
+        log_q = rest[0] if rest else None
+        others = (None, None, None) if log_q is None else (label_logps(log_q, labels), forward_kl(log_q, log_p), forward_kl(log_p, log_q))
+        parts.append((label_logps(log_p, labels), torch.special.entr(log_p.exp()).sum(-1), *others))
+    return TokenStatistics(*(None if values[0] is None else torch.cat(values) for values in zip(*parts)))
+
+
+def _one_by_one(prompt, responses, masks=None, _=()) -> list[tuple]:
+    """Give each response of an example a row of its own."""
+    return [(prompt, [response], masks and [masks[i]]) for i, response in enumerate(responses)]
+
+
+def _logits_at(model: nn.Module, rows: PromptRows, fast: bool) -> Callable[[slice], torch.Tensor]:
+    """A function from a slice of `rows.states` to logits, in float32 at least."""
+    if fast:
+        states, head = hidden_states(model, rows, attention_masks(rows, model.config)), Head.of(model)
+        return lambda chunk: head.logits(states[chunk])
+    stacked = {"concatenated_input_ids": rows.input_ids, "concatenated_attention_mask": (rows.segments >= 0).long()}
+    logits = full_logits(model, stacked).flatten(0, 1)
+    return lambda chunk: logits[rows.states[chunk]]

@@ -1,0 +1,195 @@
+"""What an objective or an option adds to the training loop."""
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from tdpo.checkpointing.training_state import Progress
+from tdpo.data.batching import BatchStream, StagedBatchStream
+from tdpo.data.split import Example
+from tdpo.losses import Objective
+from tdpo.scoring.chunked_loss import HeadOnly
+from tdpo.scoring.scorer import Scorer
+from tdpo.training.feeder import Microbatch
+from tdpo.training.passes import Passes
+from tdpo.training.reference_cache import ReferenceCache, identity_of
+from tdpo.utils import UserError, get_local_dir, get_logger
+
+log = get_logger(__name__)
+
+
+class Hook:
+    """What is added to the loop; each method does nothing unless a hook overrides it."""
+
+    moves_reference = False  # whether it changes the reference's weights, which then belong to a checkpoint
+
+    def before_training(self) -> None:
+        """Called once, before the first batch, also when a run is resumed."""
+
+    def before_scoring(self, microbatches: Iterable[Microbatch], split: str) -> Iterable[Microbatch]:
+        """Called with all microbatches of a train step or of an eval, which may be iterated more than once; returns those to be scored."""
+        return microbatches
+
+    def after_step(self, progress: Progress, took_step: bool) -> None:
+        """Called after each train step, with the counters that include it; `took_step`: false for a skipped one."""
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed run needs, as JSON has it."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take what `state` returned back."""
+
+
+class KtoBaseline(Hook):
+    """Attach KTO's z0 to the microbatches.
+
+    z0 = max(0, mean log-ratio of mismatched responses) over the global batch, or the whole eval split, so it is computed before the first
+    microbatch is scored: it depends neither on the ranks nor on how the batch is cut.
+    """
+
+    def __init__(self, passes: Passes):
+        self.passes = passes
+
+    def before_scoring(self, microbatches: Iterable[Microbatch], split: str) -> Iterable[Microbatch]:
+        baseline = self.passes.mean_mismatched_ratio(microbatches, split).clamp(min=0)
+        return (microbatch.with_baseline(baseline) for microbatch in microbatches)
+
+
+class MovingReference(Hook):
+    """Move the reference towards the policy every `every` optimizer steps: TR-DPO, https://arxiv.org/abs/2404.09656.
+
+    Args:
+        mixup: the policy's weight in the moved reference, called alpha in the paper; 1 replaces it.
+    """
+
+    moves_reference = True
+
+    def __init__(self, scorer: Scorer, every: int, mixup: float):
+        self.scorer, self.every, self.mixup = scorer, every, mixup
+
+    def after_step(self, progress: Progress, took_step: bool) -> None:
+        if took_step and progress.updates % self.every == 0:
+            move_reference(self.scorer, self.mixup)
+
+
+@torch.no_grad()
+def move_reference(scorer: Scorer, mixup: float) -> None:
+    """Set pi_ref <- mixup pi + (1 - mixup) pi_ref, weight by weight."""
+    for mine, theirs in zip(scorer.reference.parameters(), scorer.policy.parameters(), strict=True):
+        mine.lerp_(theirs.to(mine.dtype), mixup)
+
+
+class Stages(Hook):
+    """Replace the reference by the policy after each part of the data, which may come easiest first: sDPO, https://arxiv.org/abs/2403.19270.
+
+    Args:
+        batches: the train data in parts.
+        easiest_first: order the train examples before training by log pi(chosen) - log pi(rejected), largest first.
+        batch_size: examples scored at a time for that.
+    """
+
+    moves_reference = True
+
+    def __init__(self, passes: Passes, batches: StagedBatchStream, easiest_first: bool, batch_size: int):
+        self.passes, self.batches, self.easiest_first, self.batch_size = passes, batches, easiest_first, batch_size
+        self.order: list[int] | None = None  # of the train examples by number, where it is not the data's
+
+    def before_training(self) -> None:
+        if self.easiest_first:
+            self.order = self.order or self._easiest_first()
+            self.batches.reorder(self.order)
+
+    @torch.no_grad()
+    def _easiest_first(self) -> list[int]:
+        """Numbers of the train examples by the margin of the policy as it is, largest first; the same on all ranks."""
+        passes, data = self.passes, self.batches.split
+        shards = passes.feeder.batches("train", next(data.epochs(self.batches.seed, shuffle=False)), self.batch_size)
+        found = []
+        passes.scorer.policy.eval()
+        with passes.strategy.computing():
+            for microbatch in passes.over("train", shards, "Ordering"):
+                scores = passes.score(microbatch, "train").scores
+                margins = (scores["chosen"].logps - scores["rejected"].logps).tolist()
+                found += zip(margins, map(data.index, microbatch.examples))  # a placeholder has none
+        by_rank = passes.world.gather(found)[: passes.strategy.data_rank[1]]
+        return [index for _, index in sorted((pair for some in by_rank for pair in some), key=lambda pair: (-pair[0], pair[1]))]
+
+    def after_step(self, progress: Progress, took_step: bool) -> None:
+        if self.batches.ends_stage(progress.batches):
+            move_reference(self.passes.scorer, 1.0)
+
+    def state(self) -> dict[str, Any]:
+        return {"order": self.order}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.order = state["order"]
+
+
+class CachedReference(Hook):
+    """Put the reference's hidden states on disk before training, unless they are there; then keep of the reference its head alone.
+
+    They are computed in the microbatches of the first epoch and of an eval, so that with the same seed and cut of the batch they are the
+    live reference's, bit by bit.
+
+    Args:
+        config: a checked config.
+        batches: the train data.
+        eval_examples: those that are evaluated.
+        fingerprint: of the reference's weights, on rank 0.
+
+    Raises:
+        UserError: scoring is plain, or the disk has not the space.
+    """
+
+    def __init__(self, config: DictConfig, passes: Passes, batches: BatchStream, eval_examples: list[Example], fingerprint: str):
+        self.config, self.passes, self.batches, self.eval_examples, self.fingerprint = config, passes, batches, eval_examples, fingerprint
+
+    def before_training(self) -> None:
+        config, passes, world, feeder = self.config, self.passes, self.passes.world, self.passes.feeder
+        if not feeder.fast:
+            raise UserError("reference_cache=true needs fast scoring, which this model rules out; set reference_cache=false")
+        reference = passes.scorer.reference
+        data, model = feeder.data, reference.config.get_text_config()
+        whole = config.n_examples is None or config.n_examples >= len(data["train"])
+        stream = BatchStream(data["train"], config.batch_size, self.batches.seed, 1, drop_last=False) if whole else self.batches
+        examples = {"train": [example for batch in stream for example in batch], "eval": self.eval_examples}
+        identity = world.from_first(lambda: {"weights": self.fingerprint, "config": identity_of(reference.config)})
+        folder = world.from_first(lambda: os.path.abspath(get_local_dir(config.local_dirs)))
+        caches = {
+            split: ReferenceCache(folder, data[split], some, model.hidden_size, reference.dtype, identity)
+            for split, some in examples.items()
+        }
+        microbatches = {
+            "train": (microbatch for batch in stream for microbatch in feeder.train(batch)),
+            "eval": (feeder.whole("eval", batch) for batch in feeder.batches("eval", self.eval_examples, config.eval_batch_size)),
+        }
+        for split, cache in caches.items():
+            there = world.from_first(cache.is_there)
+            log.info(f"reference cache, {split}: {cache.plan()}; {'found' if there else 'computing it'}")
+            if not there:
+                cache.fill(microbatches[split], passes.scorer, world, passes.signals.check, passes.hide_progress)
+            with world.agreed():
+                cache.open()
+        log.info("reference cache: from now on only the reference's head is in memory, and samples are the policy's alone")
+        feeder.reference_caches |= caches
+        passes.scorer.reference = HeadOnly.instead_of(reference)
+
+
+def hooks_of(
+    config: DictConfig, objective: Objective, passes: Passes, batches: BatchStream, eval_examples: list[Example], fingerprint: str
+) -> list[Hook]:
+    """Choose a run's hooks, by what the objective declares and the config asks for. Arguments as of the hooks."""
+    hooks: list[Hook] = []
+    if objective.needs_baseline:
+        hooks.append(KtoBaseline(passes))
+    if config.reference.update_every is not None:
+        hooks.append(MovingReference(passes.scorer, config.reference.update_every, config.reference.mixup))
+    if isinstance(batches, StagedBatchStream):
+        hooks.append(Stages(passes, batches, objective.easiest_first, config.eval_batch_size))
+    if config.reference_cache and objective.needs_reference:
+        hooks.append(CachedReference(config, passes, batches, eval_examples, fingerprint))
+    return hooks

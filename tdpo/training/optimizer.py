@@ -1,0 +1,32 @@
+"""The optimizer and its learning rate."""
+
+import inspect
+from collections.abc import Sequence
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+
+from tdpo.utils import UserError
+
+
+def make_optimizer(config: DictConfig, groups: Sequence[Sequence[nn.Parameter]], device: torch.device) -> torch.optim.Optimizer:
+    """Build the config's optimizer, fused on a GPU if it can be.
+
+    Args:
+        groups: parameters that it may treat together.
+
+    Raises:
+        UserError: the optimizer does not take these parameters.
+    """
+    optimizer = getattr(torch.optim, config.optimizer)
+    fused = device.type == "cuda" and "fused" in inspect.signature(optimizer).parameters
+    try:
+        return optimizer([{"params": list(group)} for group in groups], lr=config.lr, **({"fused": True} if fused else {}))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"optimizer={config.optimizer} does not take this model: {error}") from None
+
+
+def learning_rate(config: DictConfig, updates: int) -> float:
+    """Return the learning rate of the step after `updates` steps: linear warm-up, then constant, as published."""
+    return config.lr * min(1.0, (updates + 1) / (config.warmup_steps + 1))
