@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from typing import Optional
 
 import torch
 import tqdm
@@ -29,20 +30,22 @@ from tdpo.models.build import prepare_hub
 from tdpo.models.sampling import own_distribution, sample_batch
 from tdpo.utils import RunError, UserError, batched, plural, rank0_print, silenced
 
-STEP_TIMEOUT = 600  # seconds; what takes long here, reading and sampling, is waited for by World's patient group
+STEP_TIMEOUT = 600  # seconds; what takes long here, reading and sampling, is waited for by World's group with a long time-out
 
 
-def run(config: DictConfig, overrides: Sequence[str] = ()) -> str:
+def run(config: DictConfig, overrides: Sequence[str] = (), world: Optional[World] = None) -> str:
     """Write the file; its path.
 
     Args:
         config: see config/sample.yaml.
+        world: processes that have met already; None: those that a launcher has started, or this one alone.
 
     Raises:
         UserError: see utils.py.
     """
     check_tool_config(config, Sample)
-    with process_group(STEP_TIMEOUT) if is_rank() else nullcontext(World()) as world, silenced(not world.is_first):
+    launched = world is None and is_rank()
+    with process_group(STEP_TIMEOUT) if launched else nullcontext(world or World()) as world, silenced(not world.is_first):
         with world.agreed():
             trained = find_trained(config.run)
             max_length, max_prompt_length = trained.lengths(config.max_length, config.max_prompt_length)

@@ -12,7 +12,6 @@ from typing import Optional, TypeVar, Union
 import torch
 import torch.distributed as dist
 import tqdm
-from torch.distributed.tensor import DTensor
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # of a clone, which has the commands and config/
 CONFIG_DIR = os.path.join(ROOT, "config")
@@ -92,7 +91,7 @@ def rank0_print(*args, **kwargs) -> None:
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """A sharded tensor as a whole, on every rank."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # of DTensor, whose import takes a second
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ from dataclasses import replace
 import oracle
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
 
 import trainers
 from tdpo import losses

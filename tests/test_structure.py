@@ -2,7 +2,7 @@
 
 import ast
 
-from conftest import ROOT
+from helpers import ROOT
 
 # From the bottom up: a room imports rooms of rows above its own only. A room is a folder of tdpo/, or a file of the root; losses and utils
 # are the ground floor.

@@ -10,7 +10,6 @@ from typing import Any, NoReturn
 
 import hydra
 import torch
-import transformers
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -47,8 +46,6 @@ def run_command(config_name: str, job: Callable[[DictConfig, Sequence[str]], Any
                 print(f"error: {' '.join(overrides)}: {error}", file=sys.stderr, flush=True)
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its errors itself and exits with 1
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     with reported_errors(config_name):
         try:
             hydra.main(version_base=None, config_path=CONFIG_DIR, config_name=config_name)(in_hydra)()

@@ -18,6 +18,9 @@ from tdpo.utils import DTYPES, UserError, disable_dropout, get_logger, looks_loc
 
 log = get_logger(__name__)
 
+transformers.logging.set_verbosity_error()  # what of its advice matters is checked here, and said in a line
+transformers.logging.disable_progress_bar()
+
 EMBEDDED_TOKENIZER = "reviews"  # model.tokenizer_name_or_path of model=tiny
 
 

@@ -1,0 +1,251 @@
+"""Checkpoints: whole or not at all, never unpickled unrestricted, and what loads them again."""
+
+import os
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from helpers import FAMILIES, MINI, compose, run
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from tdpo.checkpointing import checkpoints
+from tdpo.checkpointing.checkpoints import holds_a_run, load_tensors, save_checkpoint
+from tdpo.distributed.world import World
+from tdpo.models.archive import check_archive, read_archive
+from tdpo.models.build import Models, build_model, check_model, load_model_config, load_tokenizer
+from tdpo.utils import RunError, UserError
+
+STATE = {"weight": torch.arange(6.0).reshape(2, 3)}
+FILES = ["manifest.json", "policy.pt", "state"]
+
+
+def save(run_dir, examples, state=STATE, metrics=None, export=None):
+    progress = {"examples": examples, "eval_metrics": metrics or {}}
+    return save_checkpoint(World(), str(run_dir), state, {"policy": state}, progress, export)
+
+
+def test_a_checkpoint_is_the_published_file_and_latest_names_it(tmp_path):
+    save(tmp_path, 8, metrics={"loss/eval": np.float64(0.5)})
+    save(tmp_path, 16)
+    content = torch.load(tmp_path / "LATEST" / "policy.pt", weights_only=True)
+    assert set(content) == {"step_idx", "state", "metrics"} and content["step_idx"] == 16
+    assert torch.load(tmp_path / "step-8" / "policy.pt", weights_only=True)["metrics"] == {"loss/eval": 0.5}
+    assert os.readlink(tmp_path / "LATEST") == "step-16"  # relative: the run folder may move
+    assert sorted(os.listdir(tmp_path)) == ["LATEST", "step-16", "step-8"]
+
+
+@pytest.mark.parametrize("place", ["save", "rename", "export"])
+def test_a_failure_leaves_what_was_there(place, tmp_path, monkeypatch):
+    save(tmp_path, 8)
+
+    def fail(*_, **__):
+        raise RuntimeError("unexpected pos 64 vs 0")  # what torch says of a full disk
+
+    target = {"save": (torch, "save"), "rename": (os, "rename"), "export": (checkpoints, "_sync")}[place]
+    monkeypatch.setattr(*target, fail)
+    with pytest.raises(RunError, match=r"step-16 could not be written .*the last checkpoint is untouched"):
+        save(tmp_path, 16)
+    assert sorted(os.listdir(tmp_path)) == ["LATEST", "step-8"] and os.readlink(tmp_path / "LATEST") == "step-8"
+
+
+def test_a_failed_export_does_not_cost_the_weights(tmp_path, capsys):
+    """Transformers refuses to save some models, for the generation settings they came with."""
+
+    def export(folder):
+        os.mkdir(folder)
+        raise ValueError("The generation config instance is invalid")
+
+    save(tmp_path, 8, export=export)
+    assert sorted(os.listdir(tmp_path / "LATEST")) == FILES and "no Hugging Face folder" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_noticed_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})())
+    with pytest.raises(RunError, match="needs .* GB, .* GB are free"):
+        save(tmp_path, 8)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_stale_temporary_folder_is_replaced_and_a_checkpoint_never(tmp_path):
+    (tmp_path / "step-8.tmp").mkdir()
+    (tmp_path / "step-8.tmp" / "rest").touch()
+    save(tmp_path, 8)
+    assert sorted(os.listdir(tmp_path / "step-8")) == FILES
+    with pytest.raises(RunError, match="never overwritten"):
+        save(tmp_path, 8)
+
+
+def test_a_latest_folder_of_an_old_run_is_left_alone(tmp_path):
+    (tmp_path / "LATEST").mkdir()
+    with pytest.raises(RunError, match="LATEST is a folder"):
+        save(tmp_path, 8)
+    assert os.listdir(tmp_path) == ["LATEST"]
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("it-was-run",)
+
+
+@pytest.mark.parametrize("content", [{"step_idx": 0, "state": {"weight": Malicious()}, "metrics": {}}, {"state_dict": {}}, [1]])
+def test_an_archive_is_never_run(content, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(content, "policy.pt")
+    with pytest.raises(UserError, match="is no policy.pt"):
+        read_archive("policy.pt")
+    with open("raw.pt", "wb") as file:
+        pickle.dump(content, file)
+    with pytest.raises(UserError, match="is no policy.pt"):
+        read_archive("raw.pt")
+    assert sorted(os.listdir(tmp_path)) == ["policy.pt", "raw.pt"]
+
+
+@pytest.mark.parametrize("where", ["index", "item"])
+def test_a_state_is_never_run(where, tmp_path, monkeypatch):
+    """Distributed checkpoints have a pickle as their index, and may hold pickled items."""
+    monkeypatch.chdir(tmp_path)
+    folder = save(tmp_path, 8)
+    if where == "index":
+        with open(f"{folder}/state/.metadata", "wb") as file:
+            pickle.dump(Malicious(), file)
+    else:
+        shutil.rmtree(f"{folder}/state")
+        dcp.save({"policy": {"weight": Malicious()}}, checkpoint_id=f"{folder}/state", no_dist=True)
+    with pytest.raises(RunError, match="not loaded|does not fit"):
+        load_tensors(World(), folder, {"policy": {"weight": torch.zeros(2, 3)}})
+    assert not os.path.exists("it-was-run")
+
+
+@pytest.mark.parametrize("tensor", [torch.zeros(2, 4), torch.zeros(2, 3, dtype=torch.float64)], ids=["shape", "dtype"])
+def test_a_state_that_does_not_fit_is_not_cast(tensor, tmp_path):
+    folder = save(tmp_path, 8)
+    with pytest.raises(RunError, match="does not fit this run: policy.weight"):
+        load_tensors(World(), folder, {"policy": {"weight": tensor}})
+    with pytest.raises(RunError, match="does not fit this run: policy.weight"):
+        load_tensors(World(), folder, {"policy": {}})
+    found = {"policy": {"weight": torch.zeros(2, 3)}}
+    load_tensors(World(), folder, found)
+    assert torch.equal(found["policy"]["weight"], STATE["weight"])
+
+
+def test_archives_of_2023_carry_buffers_that_are_gone(tmp_path):
+    state = torch.load(MINI / "sft_policy.pt", weights_only=True)["state"]
+    old = {f"_orig_mod.{name}": tensor for name, tensor in state.items()}
+    for layer in range(2):
+        prefix = f"gpt_neox.layers.{layer}.attention."
+        old |= {prefix + "bias": torch.ones(1), prefix + "masked_bias": torch.ones(1), prefix + "rotary_emb.inv_freq": torch.ones(4)}
+    torch.save({"step_idx": 1, "state": old, "metrics": {}}, tmp_path / "policy.pt")
+    read = read_archive(str(tmp_path / "policy.pt"))
+    assert read.keys() == state.keys() and all(torch.equal(read[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_of_every_family_come_back(family, tmp_path):
+    """GPT-2's attn.c_attn.bias, for one, ends like a buffer that is gone."""
+    state = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **FAMILIES[family])).state_dict()
+    save(tmp_path, 8, state)
+    read = read_archive(str(tmp_path / "LATEST" / "policy.pt"))
+    assert read.keys() == state.keys() and all(torch.equal(read[name], tensor) for name, tensor in state.items())
+
+
+def test_an_archive_that_does_not_fit_names_the_keys():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2))
+    state = model.state_dict()
+    del state["lm_head.weight"]  # tied: it may be missing
+    check_archive("a.pt", state, model)
+    state["more.weight"] = state.pop("transformer.ln_f.bias")
+    state["transformer.ln_f.weight"] = torch.zeros(9)
+    with pytest.raises(UserError) as error:
+        check_archive("a.pt", state, model)
+    for part in (
+        "missing: transformer.ln_f.bias",
+        "not in the model: more.weight",
+        "other shape: transformer.ln_f.weight (9,) (model: (8,))",
+    ):
+        assert part in str(error.value)
+
+
+def model_of(*overrides: str):
+    config = compose("exp_name=x", "model=blank_model", f"model.name_or_path={MINI}/model", *overrides).model
+    tokenizer = load_tokenizer(config, None)
+    model_config = load_model_config(config, tokenizer, None)
+    return build_model(config, model_config, torch.float32, None, check_model(config, model_config, tokenizer, 64))
+
+
+def test_a_run_exports_what_transformers_loads_and_both_are_archives(tmp_path):
+    """policy.pt, hf/, and models built from either have the same weights; so has one that starts from them."""
+    data = ["datasets=[hh]", f"datasets.hh.path={MINI}/data", "max_length=64", "max_prompt_length=32", "batch_size=8", "n_examples=16"]
+    run_dir = run("model=blank_model", f"model.name_or_path={MINI}/model", *data, "lr=1e-3", f"local_run_dir={tmp_path}/run")
+    policy = torch.load(run_dir / "LATEST" / "policy.pt", weights_only=True)
+    assert "metrics" in policy and policy["step_idx"] == 16 and set(policy["metrics"]) == {"loss/eval", "logps_eval/chosen"}
+    exported = AutoModelForCausalLM.from_pretrained(run_dir / "LATEST" / "hf", dtype=torch.float32).state_dict()
+    assert exported.keys() == policy["state"].keys()
+    assert all(torch.equal(exported[name], tensor) for name, tensor in policy["state"].items())
+    assert AutoTokenizer.from_pretrained(run_dir / "LATEST" / "hf")("wind help")["input_ids"]
+    start = AutoModelForCausalLM.from_pretrained(MINI / "model").state_dict()
+    assert not torch.equal(exported["lm_head.weight"], start["lm_head.weight"])
+    for archive in ("policy.pt", "hf"):
+        loaded = model_of(f"model.archive={run_dir}/LATEST/{archive}").state_dict()
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in exported.items())
+    assert os.listdir(run_dir / "step-16") and holds_a_run(str(run_dir))
+
+
+def test_models_of_one_archive_share_nothing():
+    """Training the policy must not move the reference, nor the file."""
+    options = ["model=blank_model", f"model.name_or_path={MINI}/model", f"model.archive={MINI}/sft_policy.pt"]
+    config = compose("exp_name=x", *options).model
+    tokenizer = load_tokenizer(config, None)
+    model_config = load_model_config(config, tokenizer, None)
+    archive = check_model(config, model_config, tokenizer, 64)
+    models = Models(config, model_config, None, archive, needs_reference=True)
+    policy, reference = models.policy(), models.reference()
+    saved = torch.load(MINI / "sft_policy.pt", weights_only=True)["state"]
+    for parameter in policy.parameters():
+        torch.nn.init.ones_(parameter)
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in reference.state_dict().items())
+    assert all(torch.equal(archive[name], tensor) for name, tensor in saved.items())
+    tiny = compose("exp_name=x").model  # random weights are drawn once, for both
+    tokenizer = load_tokenizer(tiny, None)
+    models = Models(tiny, load_model_config(tiny, tokenizer, None), None, None, needs_reference=True)
+    policy, reference = models.policy(), models.reference()
+    for (name, a), b in zip(policy.state_dict().items(), reference.state_dict().values()):
+        assert torch.equal(a, b) and a.data_ptr() != b.data_ptr(), name
+
+
+def test_a_hugging_face_folder_that_does_not_fit(tmp_path):
+    GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=64, n_embd=8, n_layer=1, n_head=2)).save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="do not fit the model: missing: gpt_neox"):
+        model_of(f"model.archive={tmp_path}/other")
+
+
+@pytest.mark.parametrize(
+    "field,value,message",
+    [
+        ("intermediate_size", 48, "other shape: .*gpt_neox.layers.0.mlp.dense_4h_to_h.weight"),
+        ("num_hidden_layers", 3, "not in the model: gpt_neox.layers.2"),
+        ("num_hidden_layers", 1, "missing: gpt_neox.layers.1"),
+    ],
+)
+def test_a_hugging_face_folder_of_other_sizes_names_the_keys(field, value, message, tmp_path):
+    config = AutoConfig.from_pretrained(MINI / "model")
+    setattr(config, field, value)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match=f"do not fit the model: {message}"):
+        model_of(f"model.archive={tmp_path}/other")
+
+
+def test_a_run_folder_as_archive_is_answered_with_its_policy(tmp_path):
+    save(tmp_path, 8)
+    for folder, file in ((tmp_path, "LATEST/policy.pt"), (tmp_path / "step-8", "policy.pt")):
+        with pytest.raises(UserError, match=rf"is no Hugging Face folder, it has no config.json \(did you mean {folder}/{file}\?\)"):
+            model_of(f"model.archive={folder}")
+
+
+def test_a_folder_with_a_run_is_refused_and_untouched(tmp_path, command):
+    (tmp_path / "metrics.jsonl").write_text("kept\n")
+    code, _, err = command("exp_name=x", f"local_run_dir={tmp_path}")
+    assert code == 2 and "already holds a run" in err
+    assert os.listdir(tmp_path) == ["metrics.jsonl"] and (tmp_path / "metrics.jsonl").read_text() == "kept\n"

@@ -1,0 +1,322 @@
+"""Runs that are killed, stopped or extended, and go on: as if they had not been, or not at all."""
+
+import json
+import os
+import random
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import wandb
+from helpers import DATA, MINI, PREFERENCE, SHARDED, TIMES, assert_same_run, copied, logs_of, losses_of, run, weights_of
+
+from tdpo.checkpointing import resume
+from tdpo.data.batching import BatchStream
+from tdpo.losses import get_objective
+from tdpo.utils import Stopped, UserError
+from trainers import BasicTrainer
+
+
+@pytest.mark.parametrize("where,signum", [("train", signal.SIGTERM), ("eval", signal.SIGUSR1), ("sample", signal.SIGINT)])
+def test_a_signal_saves_the_step_under_way(where, signum, tmp_path, monkeypatch):
+    options = [*PREFERENCE, "n_examples=48", "eval_every=24", "eval_batch_size=4", "n_eval_examples=8"]
+    options += ["sample_during_eval=true", "n_eval_model_samples=8"]
+    straight = run(*options, f"local_run_dir={tmp_path}/straight")
+    handler = signal.getsignal(signum)
+    method = {"train": "train_step", "eval": "score", "sample": "generate"}[where]
+    original = getattr(BasicTrainer, method)
+
+    def interrupted(self, *arguments):
+        if self.progress.examples == 24 and not self.signals.received and not (method == "score" and arguments[-1] == "train"):
+            os.kill(os.getpid(), signum)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(BasicTrainer, method, interrupted)
+    with pytest.raises(Stopped) as stopped:
+        run(*options, f"local_run_dir={tmp_path}/run")
+    assert stopped.value.signum == signum
+    monkeypatch.undo()
+    assert os.readlink(tmp_path / "run" / "LATEST") == ("step-32" if where == "train" else "step-24")
+    assert signal.getsignal(signum) == handler
+    assert_same_run(run(*options, f"resume={tmp_path}/run"), straight)
+
+
+def test_another_number_of_ranks_and_another_trainer(ranks, tmp_path):
+    """Two ranks, then one, then four, then tensor parallelism, then the trainer of one device: the metrics of a run by one process."""
+    options = [*PREFERENCE, "n_epochs=null", "eval_every=40", "n_eval_examples=7"]
+    straight = run(*options, "n_examples=120", f"local_run_dir={tmp_path}/straight")
+    first = ranks(2).run(*options, *SHARDED, "n_examples=24", f"local_run_dir={tmp_path}/run")
+    for trainer, make, replicas, examples in (
+        ("FSDPTrainer", run, 1, 48),
+        ("FSDPTrainer", ranks(4).run, 2, 72),
+        ("TensorParallelTrainer", ranks(2).run, 1, 96),
+        ("BasicTrainer", run, 1, 120),
+    ):
+        make(*options, f"trainer={trainer}", f"parallel.replicas={replicas}", f"n_examples={examples}", f"resume={first}")
+    ours, theirs = logs_of(first, "train"), logs_of(straight, "train")
+    assert [log["counters/examples"] for log in ours] == [log["counters/examples"] for log in theirs]
+    evals = {log["counters/examples"]: log for log in logs_of(straight, "eval")}
+    for log, expected in [*zip(ours, theirs), *((log, evals[log["counters/examples"]]) for log in logs_of(first, "eval")[:1])]:
+        for name, value in expected.items():
+            if name != "split" and name not in TIMES and not name.endswith("accuracies"):
+                assert log[name] == pytest.approx(value, rel=1e-4, abs=1e-5), (log["counters/examples"], name)
+
+
+def test_every_example_is_seen_as_often_as_there_are_epochs(tmp_path, monkeypatch):
+    """Over a run that stops amid its second epoch and goes on: the same ids in the same order as in one go."""
+    seen = []
+    step = BasicTrainer.train_step
+
+    def recorded(self, examples, microbatches):
+        seen.append([self.data["train"].element(example)["example_id"] for example in examples])
+        return step(self, examples, microbatches)
+
+    monkeypatch.setattr(BasicTrainer, "train_step", recorded)
+    run(*PREFERENCE, "n_epochs=3", f"local_run_dir={tmp_path}/straight")
+    straight, seen[:] = list(seen), []
+    run(*PREFERENCE, "n_epochs=null", "n_examples=136", f"local_run_dir={tmp_path}/run")
+    run(*PREFERENCE, "n_epochs=3", f"resume={tmp_path}/run")
+    assert seen == straight and len(seen) == 36
+    ids = [example for batch in seen for example in batch]
+    assert {ids.count(example) for example in ids} == {3} and len(set(ids)) == 96
+
+
+def test_the_stream_goes_on_anywhere():
+    class Split:
+        def __len__(self):
+            return 10
+
+        def epochs(self, seed, shuffle):
+            order = list(range(10))
+            while True:
+                random.Random(seed).shuffle(order)
+                yield list(order)
+
+    for drop_last in (True, False):
+        stream = BatchStream(Split(), 4, 1, n_epochs=3, drop_last=drop_last)
+        for n in range(len(stream) + 1):
+            assert list(stream.after(n)) == list(stream)[n:]
+
+
+def test_a_finished_run_can_be_extended_and_is_otherwise_left_as_it_is(tmp_path):
+    run_dir = run(*DATA, "n_epochs=1", f"local_run_dir={tmp_path}/run")
+    before = {path: path.stat().st_mtime_ns for path in (run_dir / "LATEST").rglob("*") if path.is_file()}
+    run(*DATA, "n_epochs=1", f"resume={run_dir}")
+    assert before == {path: path.stat().st_mtime_ns for path in (run_dir / "LATEST").rglob("*") if path.is_file()}
+    straight = run(*DATA, "n_epochs=2", f"local_run_dir={tmp_path}/straight")
+    run(*DATA, "n_epochs=2", f"resume={run_dir}")
+    end_of_first = [log for log in losses_of(run_dir) if log["split"] == "eval"][1]
+    assert [log for log in losses_of(run_dir) if log != end_of_first] == losses_of(straight) and os.listdir(run_dir / "LATEST" / "hf")
+    assert all(torch.equal(tensor, weights_of(straight)[name]) for name, tensor in weights_of(run_dir).items())
+
+
+def test_a_run_that_was_stopped_before_its_end_gets_its_export(tmp_path, monkeypatch):
+    """A signal during the last eval: the checkpoint of the last step has no hf/ yet."""
+    score = BasicTrainer.score
+
+    def interrupted(self, examples, sums, split):
+        if split == "eval" and self.progress.examples == 16:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return score(self, examples, sums, split)
+
+    monkeypatch.setattr(BasicTrainer, "score", interrupted)
+    with pytest.raises(Stopped):
+        run(*DATA, "n_examples=16", "eval_batch_size=4", f"local_run_dir={tmp_path}/run")
+    monkeypatch.undo()
+    assert not (tmp_path / "run" / "step-16" / "hf").exists()
+    run_dir = run(*DATA, "n_examples=16", "eval_batch_size=4", f"resume={tmp_path}/run")
+    assert (run_dir / "step-16" / "hf" / "config.json").exists() and len(logs_of(run_dir, "eval")) == 2
+
+
+TIED = ["model.from_config.model_type=gpt2", "model.block_name=GPT2Block", "n_eval_examples=4", "lr=1e-3", "batch_size=8"]
+
+
+@pytest.mark.parametrize("model", [DATA, TIED], ids=["", "tied weights"])
+def test_optimizers_and_learning_rates_go_on(model, tmp_path):
+    """AdamW has more state than RMSprop; amid warm-up the schedule goes on too."""
+    options = [*model, "optimizer=AdamW", "warmup_steps=8", "save_every=8", "n_epochs=null"]
+    straight = run(*options, "n_examples=64", f"local_run_dir={tmp_path}/straight")
+    run_dir = run(*options, "n_examples=32", f"local_run_dir={tmp_path}/run")
+    run(*options, "n_examples=64", f"resume={run_dir}")
+    assert [log["lr"] for log in logs_of(run_dir, "train")] == [log["lr"] for log in logs_of(straight, "train")]
+    assert all(torch.equal(tensor, weights_of(straight)[name]) for name, tensor in weights_of(run_dir).items())
+
+
+SHORT = [*PREFERENCE, "n_epochs=null", "n_examples=32", "save_every=8", "n_eval_examples=4"]
+
+
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory) -> Path:
+    return run(*SHORT, f"local_run_dir={tmp_path_factory.mktemp('short')}/run")
+
+
+@pytest.fixture
+def run_dir(made_once, tmp_path) -> Path:
+    """A copy of a run with four checkpoints."""
+    return copied(made_once, tmp_path / "run")
+
+
+def damage_bytes(folder: Path) -> None:
+    path = next((folder / "state").glob("*.distcp"))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damage_bytes,
+        lambda folder: (folder / "policy.pt").write_bytes(b""),
+        lambda folder: (folder / "state" / "progress.json").unlink(),
+        lambda folder: (folder / "manifest.json").write_text("{"),
+    ],
+    ids=["bytes", "empty", "missing", "manifest"],
+)
+def test_a_damaged_checkpoint_is_passed_over(damage, capsys, run_dir):
+    straight = losses_of(run_dir), weights_of(run_dir)
+    damage(run_dir / "step-32")
+    (run_dir / "step-999999").mkdir()
+    run(*SHORT, f"resume={run_dir}")
+    printed = capsys.readouterr().out
+    assert f"warning: {run_dir}/step-32 is damaged" in printed and f"resumed from {run_dir}/step-24" in printed
+    assert "step-999999 is not a whole checkpoint" in printed and (run_dir / "step-32.old").is_dir()
+    assert losses_of(run_dir) == straight[0]
+    assert all(torch.equal(tensor, straight[1][name]) for name, tensor in weights_of(run_dir).items())
+
+
+def test_another_config_is_refused_by_its_keys(run_dir):
+    before = sorted(path for path in run_dir.rglob("*"))
+    with pytest.raises(UserError, match=r"is a run of another config: seed=3 \(was 0\), loss.beta=0.5 \(was 0.1\)\nnothing was changed"):
+        run(*SHORT, "seed=3", "loss.beta=0.5", "lr=1e-5", f"resume={run_dir}")
+    with pytest.raises(UserError, match=r"another config: loss.name=sft \(was tdpo\), loss.if_tdpo2=None \(was True\), "):
+        run(*DATA, "n_epochs=null", "n_examples=32", f"resume={run_dir}")
+    assert before == sorted(path for path in run_dir.rglob("*"))
+
+
+def test_a_learning_rate_may_change(capsys, run_dir):
+    run(*SHORT, "lr=1e-3", "n_examples=40", f"resume={run_dir}")
+    assert "warning: lr=0.001, until now 0.0005" in capsys.readouterr().out
+    assert logs_of(run_dir, "train")[-1]["lr"] == 1e-3
+
+
+def test_other_data_are_refused(tmp_path):
+    shutil.copytree(MINI / "data", tmp_path / "data")
+    run_dir = run(*SHORT, f"datasets.hh.path={tmp_path}/data", f"local_run_dir={tmp_path}/run")
+    other = [json.loads(line) for line in _read(tmp_path / "data" / "train.jsonl.gz")]
+    other[5]["chosen"] += " and so on"
+    _write(tmp_path / "data" / "train.jsonl.gz", other)
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="the train data, or their tokens, are not those of"):
+        run(*SHORT, f"datasets.hh.path={tmp_path}/data", f"resume={run_dir}")
+    assert before == {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+
+
+def _read(path: Path) -> list[str]:
+    import gzip
+
+    with gzip.open(path, "rt") as handle:
+        return handle.readlines()
+
+
+def _write(path: Path, rows: list[dict]) -> None:
+    import gzip
+
+    with gzip.open(path, "wt") as handle:
+        handle.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_the_reference_is_the_one_it_started_with(n, ranks, tmp_path):
+    """`model.archive` named LATEST, which since moved on; then the file itself is another."""
+    archives = tmp_path / "sft"
+    for step in ("step-1", "step-2"):
+        (archives / step).mkdir(parents=True)
+    content = torch.load(MINI / "sft_policy.pt", weights_only=True)
+    torch.save(content, archives / "step-1" / "policy.pt")
+    content["state"]["gpt_neox.final_layer_norm.bias"] += 0.1
+    torch.save(content, archives / "step-2" / "policy.pt")
+    (archives / "LATEST").symlink_to("step-1")
+    make = ranks(n).run if n > 1 else run
+    options = [*DATA, *(SHARDED if n > 1 else []), "loss=tdpo", f"model.archive={archives}/LATEST/policy.pt", "n_epochs=null"]
+    straight = make(*options, "n_examples=32", f"local_run_dir={tmp_path}/straight")
+    run_dir = make(*options, "n_examples=16", f"local_run_dir={tmp_path}/run")
+    (archives / "LATEST").unlink()
+    (archives / "LATEST").symlink_to("step-2")
+    make(*options, "n_examples=32", f"resume={run_dir}")
+    assert all(torch.equal(tensor, weights_of(straight)[name]) for name, tensor in weights_of(run_dir).items())
+    other = [*options[:-2], f"model.archive={archives}/step-2/policy.pt", "n_epochs=null"]
+    with pytest.raises(UserError, match="the reference's weights are not those"):
+        make(*other, "n_examples=40", f"resume={run_dir}")
+    shutil.rmtree(archives / "step-1")
+    with pytest.raises(UserError, match="the reference's weights are not those"):
+        make(*options, "n_examples=40", f"resume={run_dir}")
+
+
+def test_auto_starts_where_there_is_nothing_and_must_does_not(tmp_path, capsys):
+    here = f"local_run_dir={tmp_path}/run"
+    with pytest.raises(UserError, match="resume=must: .*/run does not exist"):
+        run(*SHORT, "resume=must", here)
+    assert not (tmp_path / "run").exists()
+    first = losses_of(run(*SHORT, "resume=auto", here, "n_examples=16"))
+    for folder in (tmp_path / "run").glob("step-*"):
+        (folder / "manifest.json").unlink()  # it died before its first checkpoint was whole
+    assert "starts anew" not in capsys.readouterr().out
+    assert losses_of(run(*SHORT, "resume=auto", here, "n_examples=16")) == first
+    assert "warning: no sound checkpoint in" in capsys.readouterr().out
+    assert len((tmp_path / "run" / "metrics.jsonl.old").read_text().splitlines()) == len(first)
+    run(*SHORT, "resume=must", here, "n_examples=24")
+    with pytest.raises(UserError, match="already holds a run; choose another folder, or resume="):
+        run(*SHORT, here)
+
+
+def test_a_folder_that_another_run_trains_into_is_left_alone(monkeypatch, run_dir):
+    before = losses_of(run_dir)
+    monkeypatch.setattr(resume, "LOCK_PATIENCE", 0.2)
+    lock = resume.FolderLock(str(run_dir))
+    with pytest.raises(UserError, match="another run trains into"):
+        run(*SHORT, "n_examples=40", f"resume={run_dir}")
+    lock.release()
+    assert losses_of(run_dir) == before
+    run(*SHORT, "n_examples=40", f"resume={run_dir}")
+    assert len(logs_of(run_dir, "train")) == 5
+
+
+def test_the_newest_checkpoints_stay(tmp_path):
+    run_dir = run(*SHORT, "keep_checkpoints=2", f"local_run_dir={tmp_path}/run")
+    assert sorted(path.name for path in run_dir.glob("step-*")) == ["step-24", "step-32"]
+
+
+def test_what_a_dying_run_left_is_cleared(run_dir):
+    straight = losses_of(run_dir)
+    (run_dir / "step-40.tmp" / "state").mkdir(parents=True)
+    with open(run_dir / "metrics.jsonl", "a") as file:
+        file.write('{"split": "train", "counters/examples": 40, "loss/train": 0.1}\n{"split": "tra')
+    run(*SHORT, f"resume={run_dir}")
+    assert losses_of(run_dir) == straight and not (run_dir / "step-40.tmp").exists()
+
+
+def test_wandb_goes_on_with_the_same_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    seen = []
+    init = wandb.init
+    monkeypatch.setattr(wandb, "init", lambda **arguments: seen.append(arguments) or init(**arguments))
+    run_dir = run(*DATA, "n_examples=16", "wandb.enabled=true", f"local_run_dir={tmp_path}/run")
+    run(*DATA, "n_examples=24", "wandb.enabled=true", f"resume={run_dir}")
+    assert "id" not in seen[0] and seen[1]["resume"] == "allow"
+    assert all(seen[1]["id"] in name for name in os.listdir(run_dir / "wandb") if name.startswith("offline-run"))
+
+
+def test_keys_that_make_another_run():
+    objective = get_objective("dpo", beta=0.1)
+    saved = {
+        "seed": 0,
+        "lr": 1.0,
+        "model": {"archive": "a", "name_or_path": "x"},
+        "datasets": {"hh": {"path": "p", "invalid_rows": "keep"}},
+    }
+    now = {"seed": 1, "lr": 2.0, "model": {"archive": "b", "name_or_path": "y"}, "datasets": {"hh": {"path": "q", "invalid_rows": "skip"}}}
+    assert set(resume.differing_keys(saved, now, objective)) == {"seed", "lr", "model.name_or_path", "datasets.hh.invalid_rows"}
+    assert resume.differing_keys(saved, saved, objective) == {}

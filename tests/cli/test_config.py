@@ -1,0 +1,245 @@
+"""The command line: what composes, what is refused, and how it says so."""
+
+import os
+import re
+import shlex
+
+import pytest
+import torch
+from helpers import MINI, ROOT, compose
+from omegaconf import OmegaConf
+
+from tdpo import losses
+from tdpo.cli import schema as config_schema
+from tdpo.cli.checked import check_config
+from tdpo.cli.schema import check_tool_config
+from tdpo.utils import UserError
+
+MODELS = sorted(file.stem for file in (ROOT / "config" / "model").glob("*.yaml"))
+
+
+def commands_of(document: str, program: str) -> list[list[str]]:
+    """The arguments of every `python ... <program>` command that a document shows."""
+    text = (ROOT / document).read_text().replace("\\\n", " ")
+    lines = [line.strip() for line in text.splitlines() if re.match(rf"\s*(\$ )?python (-u )?{program}", line.strip())]
+    return [shlex.split(line.split(program, 1)[1], comments=True) for line in lines]
+
+
+@pytest.mark.parametrize("arguments", commands_of("README.md", "train.py"), ids=" ".join)
+def test_every_command_of_the_readme_composes(arguments):
+    if "--multirun" in arguments:  # its first job
+        arguments = [argument.split(",")[0] for argument in arguments if argument != "--multirun"]
+    config = compose(*arguments)
+    check_config(config, arguments)
+
+
+TOOLS = {"sample": config_schema.Sample, "eval": config_schema.Evaluation, "token_report": config_schema.TokenReport}
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_tools_commands_and_keys(tool):
+    commands = commands_of("README.md", f"{tool}.py")
+    assert commands
+    for arguments in commands:
+        check_tool_config(compose(*arguments, name=tool), TOOLS[tool])
+    config = OmegaConf.to_container(compose("run=x", name=tool))
+    assert set(TOOLS[tool].model_fields) - {"datasets"} == set(config)
+    with pytest.raises(UserError, match=r"missing: run=\.\.\."):
+        check_tool_config(compose(name=tool), TOOLS[tool])
+
+
+PUBLISHED = (
+    "model=pythia28 datasets=[hh] exp_name=anthropic_tdpo_pythia28 gradient_accumulation_steps=2 batch_size=64 eval_batch_size=32 "
+    "trainer=FSDPTrainer sample_during_eval=false model.fsdp_policy_mp=bfloat16 "
+)
+
+
+@pytest.mark.parametrize(
+    "arguments,variant",
+    [
+        ("loss=sft", "sft"),
+        ("loss=tdpo loss.alpha=0.5 loss.beta=0.1 model.archive=/path/to/archive/from/sft/LATEST/policy.pt", "tdpo2"),
+        ("loss=tdpo loss.beta=0.1 loss.if_tdpo2=false model.archive=/path/to/archive/from/sft/LATEST/policy.pt", "tdpo1"),
+    ],
+)
+def test_published_commands(arguments, variant):
+    """Vance0124's README."""
+    overrides = (PUBLISHED + arguments).split()
+    config = compose(*overrides)
+    check_config(config, overrides)
+    hyperparameters = dict(config.loss)
+    assert losses.get_objective(hyperparameters.pop("name"), **hyperparameters).name == variant
+
+
+def test_published_defaults():
+    """Every key of the published config keeps its default; those that UPSTREAM's defects changed are named here."""
+    config = compose("exp_name=x", "model=blank_model", "model.name_or_path=x", "datasets=[hh]")
+    published = {
+        "seed": 0, "batch_size": 4, "eval_batch_size": 16, "debug": False, "fsdp_port": None, "sample_during_eval": True,
+        "n_eval_model_samples": 16, "do_first_eval": True, "lr": 5e-6, "gradient_accumulation_steps": 1, "max_grad_norm": 10.0,
+        "max_length": 512, "max_prompt_length": 256, "n_epochs": 1, "n_examples": None, "n_eval_examples": 256, "trainer": "BasicTrainer",
+        "optimizer": "RMSprop", "warmup_steps": 150, "activation_checkpointing": False, "eval_every": 20_000,
+        "minimum_log_interval_secs": 1.0,
+    }  # fmt: skip
+    assert {key: config[key] for key in published} == published
+    assert list(config.local_dirs) == ["/scr-ssd", "/scr", ".cache"]
+    assert dict(config.wandb) == {"enabled": True, "entity": None, "project": "token-level-direct-preference-optimization"}
+    assert config.loss.name == "sft" and list(config.datasets) == ["hh"]
+    assert config.local_run_dir is None  # published: a resolver that makes the folder
+    assert config.model.reference_dtype is None  # published: float16, which differs from the policy at the first step
+    tdpo = compose("exp_name=x", "loss=tdpo").loss
+    assert dict(tdpo) == {"name": "tdpo", "if_tdpo2": True, "alpha": 0.5, "beta": 0.1, "reference_free": False}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_models(model):
+    """Every model file is complete, with its block's class; published names keep their weights."""
+    overrides = ["exp_name=x", f"model={model}"] + (["model.name_or_path=x"] if model == "blank_model" else [])
+    config = compose(*overrides)
+    check_config(config)
+    assert model == "blank_model" or config.model.block_name
+    assert config.model.policy_dtype == "float32"
+    names = {"pythia28": "EleutherAI/pythia-2.8b", "llama7b": "huggyllama/llama-7b", "gptj": "EleutherAI/gpt-j-6b", "gpt2-xl": "gpt2-xl"}
+    assert config.model.name_or_path == names.get(model, config.model.name_or_path)
+
+
+def test_tiny_brings_its_own_learning_rate_and_the_command_line_wins():
+    assert compose("exp_name=x").lr == 1e-3 and compose("exp_name=x", "lr=3e-4").lr == 3e-4
+    assert compose("exp_name=x", "model=pythia28").lr == 5e-6
+
+
+def test_several_datasets_keep_their_order_and_options():
+    config = compose("exp_name=x", "datasets=[shp,hh]", "datasets.hh.path=/local/copy", "model=pythia28")
+    check_config(config)
+    assert list(config.datasets) == ["shp", "hh"] and config.datasets.hh.path == "/local/copy"
+
+
+def test_the_schema_knows_every_key_and_every_key_has_a_comment():
+    def annotated(node, prefix=""):
+        return {prefix + key for key in node.model_fields}
+
+    config = OmegaConf.to_container(compose("exp_name=x"))
+    assert annotated(config_schema.Config) == set(config)
+    assert annotated(config_schema.Model) == set(config["model"]) and annotated(config_schema.Wandb) == set(config["wandb"])
+    for file in (ROOT / "config").rglob("*.yaml"):
+        lines = file.read_text().splitlines()
+        for i, line in enumerate(lines):
+            if re.match(r"[a-z_]+: *[^ ]", line) and file.parent.name != "model" and not line.startswith(("name:", "defaults:", "hydra:")):
+                assert lines[i - 1].startswith("#"), f"{file.name}: {line} has no comment"
+
+
+REFUSED = {
+    "": "missing: exp_name=...",
+    "exp_name=x loss=tdpo loss.bta=1": "unknown key loss.bta (did you mean loss.beta?)",
+    "exp_name=x gradient_acumulation_steps=2": "unknown key gradient_acumulation_steps (did you mean gradient_accumulation_steps?)",
+    "exp_name=x loss=tdpo +loss.alpa=1": "unknown key loss.alpa (did you mean loss.alpha?)",
+    "exp_name=x +learning_rate=1": "unknown key learning_rate",
+    "exp_name=x modle=tiny": "unknown key modle (did you mean model?)",
+    "exp_name=x model=pythia2": "model=pythia2: there is no config/model/pythia2.yaml (did you mean pythia28?)",
+    "exp_name=x loss=tdpo3": "loss=tdpo3: there is no config/loss/tdpo3.yaml (did you mean tdpo?)",
+    "exp_name=x datasets=[hhh]": "datasets=hhh: there is no config/datasets/hhh.yaml (did you mean hh?)",
+    "exp_name=x loss": "loss: not of the form key=value",
+    "exp_name=x lr=abc": "lr=abc: must be a valid number",
+    "exp_name=x lr=0": "lr=0: must be greater than 0",
+    "exp_name=x batch_size=2.5": "batch_size=2.5: must be a valid integer",
+    "exp_name=x debug=2": "debug=2: must be a valid boolean",
+    "exp_name=../x": "exp_name='../x': letters, digits",
+    "exp_name=..": "exp_name='..': '..' is no part of a name",
+    "exp_name=x trainer=Trainer": "trainer=Trainer: must be 'BasicTrainer', 'FSDPTrainer' or 'TensorParallelTrainer'",
+    "exp_name=x nproc_per_node=2": "nproc_per_node=2: trainer=BasicTrainer is one process; several are trainer=FSDPTrainer",
+    "exp_name=x parallel.replicas=2": "parallel.replicas=2 needs trainer=FSDPTrainer",
+    "exp_name=x resume=auto": "resume=auto needs local_run_dir",
+    "exp_name=x resume=must": "resume=must needs local_run_dir",
+    "exp_name=x resume=nowhere": "resume=nowhere: nowhere does not exist",
+    "exp_name=x resume=runs/x/step-64": "runs/x/step-64 does not exist (did you mean resume=runs/x?)",
+    "exp_name=x trainer=FSDPTrainer model.block_name=GPT2Block": "model.block_name=GPT2Block: GPTNeoXForCausalLM has no such module; "
+    "its layers are GPTNeoXLayer",
+    "exp_name=x trainer=FSDPTrainer parallel.replicas=2": "parallel.replicas=2 does not divide 1 processes",
+    "exp_name=x optimizer=rmsprop": "optimizer=rmsprop: not in torch.optim (did you mean RMSprop?)",
+    "exp_name=x optimizer=LBFGS": "optimizer=LBFGS: not in torch.optim",
+    "exp_name=x model.policy_dtype=fp16": "model.policy_dtype=fp16: must be 'float32', 'bfloat16', 'float16' or 'float64'",
+    "exp_name=x loss=dpo loss.beta=-1": "loss.beta=-1: must be greater than 0",
+    "exp_name=x loss=dpo loss.label_smoothing=0.5": "loss.label_smoothing=0.5: must be less than 0.5",
+    "exp_name=x loss=tdpo loss.reference_free=true": "loss.reference_free=true: TDPO's SeqKL needs the reference",
+    "exp_name=x loss=tdpo loss.if_tdpo2=no": "loss.if_tdpo2=no: must be true or false",
+    "exp_name=x loss=null": "Config group override must be a string or a list",
+    "exp_name=x datasets=[]": "missing: datasets=...",
+    "exp_name=x lr=inf": "lr=inf: must be a finite number",
+    "exp_name=x seed=4294967296": "seed=4294967296: must be less than 4294967296",
+    "exp_name=x optimizer=Muon": "optimizer=Muon: not in torch.optim",
+    "exp_name=x model.name_or_path=gpt2": "model.name_or_path=gpt2 and model.from_config exclude each other",
+    "exp_name=x model.from_config.num_attention_heads=3": "model from_config cannot be loaded: ",
+    "exp_name=x model.from_config.model_type=t5": "causal language model",
+    "exp_name=x loss=tdpo model.archive={root}/tests": "tests is no Hugging Face folder, it has no config.json",
+    "exp_name=x datasets.reviews.invalid_rows=maybe": "datasets.reviews.invalid_rows=maybe: must be 'error', 'skip' or 'keep'",
+    "exp_name=x datasets.reviews.n_train=9999": "datasets.reviews.n_train=9999: must be less than or equal to 2856",
+    "exp_name=x datasets=[jsonl]": "missing: datasets.jsonl.path=...",
+    "exp_name=x datasets=[jsonl] datasets.jsonl.path=/nowhere.jsonl": "data path /nowhere.jsonl does not exist",
+    "exp_name=x datasets=[hh] datasets.hh.path={root}/tests": "tests holds no split 'train'",
+    "exp_name=x batch_size=10 gradient_accumulation_steps=4": "batch_size=10 does not divide by gradient_accumulation_steps=4",
+    "exp_name=x max_prompt_length=64": "max_prompt_length=64 leaves no room for a response: it must be below max_length=64",
+    "exp_name=x max_length=129": "max_length=129 exceeds the model's 128 positions",
+    "exp_name=x eval_every=2": "eval_every=2 is less than batch_size=4",
+    "exp_name=x n_epochs=null": "n_epochs and n_examples are both null",
+    "exp_name=x batch_size=4096": "2,816 train examples, fewer than batch_size=4096",
+    "exp_name=x model=blank_model": "missing: model.name_or_path=...",
+    "exp_name=x model=blank_model model.name_or_path=/no/model": "model or tokenizer /no/model does not exist",
+    "exp_name=x model=pythia160m": "tokenizer EleutherAI/pythia-160m cannot be loaded",
+    "exp_name=x loss=tdpo model.archive=/no/policy.pt": "model.archive=/no/policy.pt does not exist",
+    "exp_name=x loss=tdpo model.archive={root}/README.md": "README.md is no policy.pt",
+    "exp_name=x loss=tdpo model.archive={mini}/sft_policy.pt": "other shape: gpt_neox.embed_in.weight (300, 32) (model: (138, 128))",
+}
+
+
+@pytest.mark.parametrize("arguments", REFUSED)
+def test_refused_in_a_line_with_exit_code_2(arguments, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command(*arguments.format(root=ROOT, mini=MINI).split())
+    lines = err.splitlines()
+    assert code == 2 and len(lines) <= 2 and lines[0].startswith("error: "), err
+    assert REFUSED[arguments] in err
+    assert os.listdir(tmp_path) == []  # nothing was written
+    assert not torch.distributed.is_initialized()
+
+
+def test_everything_wrong_is_said_at_once(command):
+    code, _, err = command("exp_name=x", "lr=abc", "batch_size=-1", "optimizer=foo", "loss=dpo", "loss.beta=0", "model.policy_dtype=x")
+    assert code == 2 and len(err.splitlines()) == 5
+    for key in ("lr=abc", "batch_size=-1", "optimizer=foo", "loss.beta=0", "model.policy_dtype=x"):
+        assert f"error: {key}: " in err
+
+
+def test_cfg_job_prints_and_writes_nothing(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = command("exp_name=x", "--cfg", "job")
+    assert code == 0 and "exp_name: x" in out and os.listdir(tmp_path) == []
+
+
+def test_values_get_their_types_and_references_their_values():
+    """What was checked is what runs, and what config.yaml of a run holds."""
+    overrides = [
+        "exp_name=2024",
+        "batch_size=4.0",
+        "lr='1e-3'",
+        "n_eval_examples=1e2",
+        "wandb.project=p-${exp_name}",
+        "loss=tdpo",
+        "loss.alpha='0.5'",
+    ]
+    config = compose(*overrides, "loss.beta=${loss.alpha}", "datasets.reviews.n_train=${batch_size}")
+    check_config(config)
+    assert (config.exp_name, config.batch_size, config.lr, config.n_eval_examples) == ("2024", 4, 1e-3, 100)
+    assert isinstance(config.batch_size, int) and isinstance(config.n_eval_examples, int) and isinstance(config.lr, float)
+    assert config.loss.beta == 0.5 and config.datasets.reviews.n_train == 4
+    assert OmegaConf.to_container(config, resolve=False)["wandb"]["project"] == "p-2024"
+
+
+def test_what_is_adjusted_or_ignored_is_said():
+    overrides = ["exp_name=x", "loss=tdpo", "loss.if_tdpo2=false", "loss.alpha=0.3", "batch_size=64", "save_every=100"]
+    config = compose(*overrides)
+    notes = "\n".join(check_config(config, overrides).notes)
+    assert (
+        config.eval_every == 19_968 and "eval_every=20000 rounded down to 19968" in notes
+    )  # 20,000 with batch 64, as the README's command
+    assert config.save_every == 64 and "TDPO1 has no alpha" in notes and "without model.archive" in notes
+    assert check_config(compose("exp_name=x")).notes == []

@@ -1,0 +1,96 @@
+"""experiments/frontier: envelopes and ratios by hand, pairs by reward, and the whole of it in small."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT
+
+HERE = ROOT / "experiments" / "frontier"
+
+
+def module(name: str):
+    spec = importlib.util.spec_from_file_location(f"frontier_{name}", HERE / f"{name}.py")
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+report = module("report")
+
+
+def a_run(method: str, seed: int, *points: tuple[float, float]):
+    return report.Run(method, seed, 0.1, 1e-4, [{report.KL: kl, report.REWARD: reward} for kl, reward in points])
+
+
+def test_kl_at_a_reward_by_hand():
+    """Between two measurements on the line through them; of several runs, and several crossings, the least."""
+    runs = [a_run("DPO", 0, (0, 0.5), (2, 0.7), (6, 0.9)), a_run("DPO", 0, (0, 0.5), (3, 0.85), (4, 0.75), (9, 0.95))]
+    assert report.least_kl(runs[:1], 0.8) == pytest.approx(4.0)
+    assert report.least_kl(runs, 0.8) == pytest.approx(3 * 0.3 / 0.35)
+    assert report.least_kl([a_run("DPO", 0, (0, 0.7), (1, 0.8))], 0.65) == 0  # where it starts
+    assert report.least_kl(runs, 0.9) == pytest.approx(6.0) and report.least_kl(runs, 0.96) is None
+
+
+def test_ratios_are_of_the_same_seed():
+    base = {"0.8": {0: 4.0, 1: 2.0, 2: 5.0}, "0.9": {0: 8.0, 1: None, 2: None}}
+    other = {"0.8": {0: 2.0, 1: 1.0, 2: 2.5}, "0.9": {0: 2.0, 1: 1.0, 2: None}}
+    ratios = report.ratio_to(base, other)
+    assert ratios["0.8"] == pytest.approx({"mean": 0.5, "low": 0.5, "high": 0.5, "seeds": 3})
+    assert ratios["0.9"] is None  # one seed has no spread
+    assert report.ratio_to({"0.6": {0: 0.0, 1: 2.0, 2: 1.0}}, {"0.6": {0: 0.0, 1: 1.0, 2: 0.5}})["0.6"]["seeds"] == 2  # one starts there
+    spread = report.interval([0.4, 0.5, 0.6])
+    assert spread["high"] - spread["mean"] == pytest.approx(4.302653 * 0.1 / 3**0.5)  # Student's t with two degrees of freedom
+
+
+@pytest.mark.processes
+def test_pairs_are_best_and_worst(tmp_path):
+    texts = [(0, " was good ."), (0, " was bad ."), (0, " was awful ."), (1, " was good ."), (1, " was good ."), (2, "")]
+    rows = [{"prompt": f"film {i}", "completion": text, "index": i} for i, text in texts]
+    for split in ("train", "test"):
+        (tmp_path / f"completions-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    subprocess.run([sys.executable, HERE / "pairs.py", tmp_path, "--margin", "0.1"], check=True, capture_output=True)
+    (pair,) = [json.loads(line) for line in (tmp_path / "pairs" / "train.jsonl").read_text().splitlines()]
+    assert (pair["prompt"], pair["chosen"], pair["rejected"]) == ("film 0", " was good .", " was awful .")
+    assert pair["chosen_score"] > 0.6 > 0.4 > pair["rejected_score"]
+
+
+@pytest.mark.processes
+def test_the_whole_in_small(tmp_path):
+    """One method, one seed: the reward rises, KL with it, and the start is the reference."""
+    data = "datasets.reviews.n_train=640,datasets.reviews.n_test=64"
+    small = [
+        f"common=[model=tiny,'datasets=[reviews]',{data},eval_batch_size=64,n_eval_examples=64,sample_during_eval=false,wandb.enabled=false]"
+    ]
+    small += ["preference=[batch_size=32,eval_every=100000,do_first_eval=false,warmup_steps=5]", "examples=512", "completion_prompts=null"]
+    small += [
+        "sft=[n_epochs=6,batch_size=64,eval_every=100000]",
+        "seeds=[0]",
+        "betas=[0.1]",
+        "lrs=[5e-4]",
+        "shown={beta: 0.1, lr: 5e-4}",
+        "checkpoints=2",
+        "n_prompts=64",
+    ]
+    command = [sys.executable, HERE / "run.py", "--out", tmp_path, "--methods", "TDPO2 0.5", "--workers", "1"]
+    done = subprocess.run([*command, *small], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (measured,) = tmp_path.glob("tdpo2_0.5/*/measured.json")
+    points = json.loads(measured.read_text())["points"]
+    assert points[0]["samples/kl"] == pytest.approx(0, abs=1e-6) and points[0]["seqkl/chosen"] == pytest.approx(0, abs=1e-6)
+    assert len(points) > 2 and points[-1]["samples/reward"] > points[0]["samples/reward"] + 0.1 and 0.05 < points[-1]["samples/kl"] < 20
+    assert (tmp_path / "frontier.png").stat().st_size > 20_000
+    last = points[-1]
+    row = f"| TDPO2 0.5 | {last['samples/reward']:.3f}"
+    assert row in (tmp_path / "table.md").read_text()
+    # A run that was interrupted has a checkpoint that the others have not.
+    other = tmp_path / "tdpo2_0.5" / "beta0.1_lr0.0005_seed1"
+    other.mkdir()
+    content = json.loads(measured.read_text())
+    extra = {**last, "examples": last["examples"] - 1}
+    (other / "measured.json").write_text(json.dumps({**content, "seed": 1, "points": [*points[:-1], extra, last]}))
+    subprocess.run([sys.executable, HERE / "report.py", tmp_path], check=True, capture_output=True)
+    spent = json.loads((tmp_path / "results.json").read_text())["kl_at_reward"]["TDPO2 0.5"]["0.6"]
+    assert spent["0"] == pytest.approx(spent["1"]) and spent["0"] > 0

@@ -1,0 +1,285 @@
+"""What the tests share: small runs in this process, processes that are started and watched, and ranks that stay for a whole test run."""
+
+import gzip
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Optional
+
+import hydra
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+
+import train
+from preference_datasets import default_options, get_dataset
+from tdpo.data.contract import PAIRS, SFT, examples_in_form
+from tdpo.data.split import TokenizedSplit
+from tdpo.data.token_cache import tokenize
+from tdpo.utils import RunError, UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+MINI = ROOT / "tests" / "golden" / "mini"
+WORKERS = ROOT / "tests" / "workers"
+GOLDEN = ROOT.parent / "shared" / "golden"
+needs_shared = pytest.mark.skipif(
+    not (GOLDEN / "tiny-neox").is_dir(), reason=f"the recorded runs on HH rows are not part of the repository: no {GOLDEN}"
+)
+
+# Small runs on the rows of tests/golden: SFT, and TDPO2 from recorded weights.
+DATA = ["model=blank_model", f"model.name_or_path={MINI}/model", "datasets=[hh]", f"datasets.hh.path={MINI}/data"]
+DATA += ["max_length=64", "max_prompt_length=32", "batch_size=8", "lr=5e-4", "warmup_steps=3"]
+ARCHIVE = f"model.archive={MINI}/sft_policy.pt"
+PREFERENCE = [*DATA, "loss=tdpo", ARCHIVE]
+QUIET = ["exp_name=test", "wandb.enabled=false", "sample_during_eval=false", "minimum_log_interval_secs=0"]
+SHARDED = ["trainer=FSDPTrainer"]
+TENSOR = ["trainer=TensorParallelTrainer"]
+
+# Small models of the families in config/model.
+SIZES = {"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+FAMILIES = {
+    "gpt2": {"vocab_size": 31, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32},
+    "gptj": {"vocab_size": 31, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "rotary_dim": 4},
+    "gpt_neox": SIZES,
+    "llama": {**SIZES, "num_key_value_heads": 1},
+    "mistral": {**SIZES, "num_key_value_heads": 1, "sliding_window": 4},
+    "qwen3": {**SIZES, "num_key_value_heads": 1, "head_dim": 8},
+    "gemma2": {**SIZES, "hidden_size": 24, "num_key_value_heads": 1, "head_dim": 8, "sliding_window": 4},
+}
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+# --- data ---
+
+
+def write_lines(path: Path, rows: list) -> str:
+    """Write rows (strings as they are, others as JSON) to a .jsonl or .jsonl.gz; return its path."""
+    text = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+    return str(path)
+
+
+def turn(role: str, content: str, segment: Optional[bool] = None) -> dict:
+    """A chat message, which may be marked for sdpo_segment."""
+    return {"role": role, "content": content, **({} if segment is None else {"segment": segment})}
+
+
+HISTORY = [turn("user", "hi"), turn("assistant", "yo")]
+SEGMENTS = {
+    "chosen": [
+        *HISTORY,
+        turn("user", "a"),
+        turn("assistant", "bc", True),
+        turn("user", "d"),
+        turn("assistant", "e", True),
+        turn("user", "x"),
+    ],
+    "rejected": [*HISTORY, turn("user", "a"), turn("assistant", "f", True), turn("user", "gh"), turn("assistant", "ij", True)],
+}
+
+
+def load(name, split="train", tokenizer=None, **options):
+    return get_dataset(name, split, silent=True, options={**default_options(name), **options}, tokenizer=tokenizer)
+
+
+def pair(prompt="P", chosen=" a", rejected=" b", **more):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **more}
+
+
+def tokenized(data: dict, tokenizer, max_length: int = 64, max_prompt_length: int = 32, sft_mode: bool = False, add_bos: bool = False):
+    """A split of datasets given as {name: (contract, options)}."""
+    form = SFT if sft_mode else PAIRS
+    tables = [
+        tokenize(name, examples_in_form(name, contract, form)[0], options, tokenizer, add_bos, silent=True)
+        for name, (contract, options) in data.items()
+    ]
+    return TokenizedSplit(tables, tokenizer, max_length, max_prompt_length, form, add_bos)
+
+
+# --- runs in this process ---
+
+
+def compose(*overrides: str, name: str = "config"):
+    """The config that a command line makes, of train.py or another tool."""
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(ROOT / "config"), version_base=None):
+        return hydra.compose(name, list(overrides))
+
+
+def run(*overrides: str, world=None) -> Path:
+    """A run as the command line would make it, in this process or from it, without wandb and samples; its folder."""
+    overrides = [*QUIET, *overrides]
+    return Path(train.run(compose(*overrides), overrides, world))
+
+
+def copied(run_dir: Path, to: Path) -> Path:
+    """A copy of a run's folder, to be damaged or resumed: a small run is made once."""
+    return shutil.copytree(run_dir, to, symlinks=True)
+
+
+def logs_of(run_dir: Path, split: Optional[str] = None) -> list[dict]:
+    logs = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [log for log in logs if split in (None, log["split"])]
+
+
+def weights_of(run_dir: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run_dir / "LATEST" / "policy.pt", weights_only=True)["state"]
+
+
+TIMES = {"examples_per_second"}  # of a log: what depends on the clock
+
+
+def losses_of(run_dir: Path) -> list[dict]:
+    """Every log but what depends on the clock."""
+    return [{name: value for name, value in log.items() if name not in TIMES} for log in logs_of(run_dir)]
+
+
+def assert_same_run(ours: Path, straight: Path) -> None:
+    """Bit for bit: weights, logs, samples."""
+    assert losses_of(ours) == losses_of(straight)
+    assert_same_weights(ours, straight)
+    if (straight / "samples.jsonl").exists():
+        assert (ours / "samples.jsonl").read_text() == (straight / "samples.jsonl").read_text()
+
+
+def assert_same_weights(ours: Path, straight: Path) -> None:
+    """Bit for bit."""
+    expected = weights_of(straight)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights_of(ours).items())
+
+
+def assert_close_logs(ours: list[dict], theirs: list[dict], **tolerance: float) -> None:
+    """Every metric of every log; within 1e-4 or 1e-5, unless told otherwise. Accuracies of ties are noise."""
+    tolerance = tolerance or {"rel": 1e-4, "abs": 1e-5}
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.keys() == other.keys()
+        for name, value in mine.items():
+            if name in TIMES or name.endswith("accuracies") or name == "split":
+                continue
+            same = value is None if other[name] is None else value == pytest.approx(other[name], **tolerance)
+            assert same, (mine["counters/examples"], name, value, other[name])
+
+
+# --- recorded runs of the published code ---
+
+RELATIVE, ABSOLUTE = 1e-4, 1e-5
+KEYS = (
+    "seed batch_size eval_batch_size lr gradient_accumulation_steps max_grad_norm max_length max_prompt_length n_examples "
+    "n_eval_examples optimizer warmup_steps eval_every do_first_eval"
+).split()
+
+
+def recorded(name: str, folder: Path = MINI, model: Path = MINI / "model", data: Path = MINI / "data") -> tuple[dict, list[str]]:
+    """A recorded run, and its command line."""
+    golden = json.loads((folder / f"{name}.json").read_text())
+    config, loss = golden["config"], dict(golden["config"]["loss"])
+    loss_name = loss.pop("name")
+    if loss_name == "ipo":  # the published IPO takes beta alone
+        loss = {"beta": loss["beta"]}
+    arguments = [f"{key}={config[key]}" for key in KEYS]
+    arguments += ["model=blank_model", f"model.name_or_path={model}", "datasets=[hh]", f"datasets.hh.path={data}", "n_epochs=null"]
+    arguments += [f"loss={loss_name}", *(f"loss.{key}={value}" for key, value in loss.items())]
+    return golden, arguments if loss_name == "sft" else [*arguments, f"model.archive={folder}/sft_policy.pt"]
+
+
+def assert_recorded_logs(golden: dict, run_dir: Path) -> None:
+    """Every metric of every recorded log. Ours has one eval more, after the last step."""
+    for split in ("train", "eval"):
+        ours = logs_of(run_dir, split)
+        assert len(ours) == len(golden[split]) + (split == "eval")
+        for i, (expected, actual) in enumerate(zip(golden[split], ours)):
+            for key, value in expected.items():
+                noise = key.endswith("/accuracies") and abs(expected[key.replace("accuracies", "margins")]) < 1e-6
+                if key != "step_examples" and not noise:
+                    assert actual[key] == pytest.approx(value, rel=RELATIVE, abs=ABSOLUTE), f"{split} log {i} {key}"
+
+
+# --- processes ---
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+STANDALONE = [*TORCHRUN, "--standalone", "--nproc-per-node=2"]
+ENVIRONMENT = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+
+
+def start(arguments: list[str], program=(sys.executable, "-u"), env: Optional[dict] = None) -> subprocess.Popen:
+    """Start train.py; its output is read by `communicate`."""
+    command = [*program, str(ROOT / "train.py"), *QUIET, *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+
+
+def ranks_of(folder: Path) -> dict[int, int]:
+    """Process ids by rank of the processes that train into a folder."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(folder).encode() in (process / "cmdline").read_bytes():
+                environment = dict(entry.split(b"=", 1) for entry in (process / "environ").read_bytes().split(b"\0") if b"=" in entry)
+                if b"RANK" in environment:
+                    found[int(environment[b"RANK"])] = int(process.name)
+        except OSError:  # it has ended
+            continue
+    return found
+
+
+def wait_for(condition, seconds: float = 90.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def has_steps(folder: Path, n: int) -> bool:
+    return (folder / "metrics.jsonl").exists() and len(logs_of(folder, "train")) >= n
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+class Ranks:
+    """Processes that torchrun starts once for a whole test run, because a start takes longer than a small run.
+
+    They do one job after another (workers/pool.py): small runs, and functions of tests/workers.
+    """
+
+    def __init__(self, n: int, folder: Path):
+        self.folder, self.jobs, self.n = folder, 0, n
+        command = [*TORCHRUN, "--standalone", f"--nproc-per-node={n}", str(WORKERS / "pool.py"), str(folder)]
+        self.log = open(folder / "output", "w")  # noqa: SIM115 (closed with the processes)
+        self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT, env={**os.environ, **ENVIRONMENT})
+
+    def call(self, function: str, *arguments) -> list:
+        """What a function of workers/pool.py returns on each rank; the first rank's UserError or RunError is raised."""
+        self.jobs += 1
+        done = [self.folder / f"done-{self.jobs}-{rank}.json" for rank in range(self.n)]
+        new = self.folder / "new.json"
+        new.write_text(json.dumps([function, arguments]))
+        new.rename(self.folder / f"job-{self.jobs}.json")
+        wait_for(lambda: all(file.exists() for file in done) or self.process.poll() is not None, 300)
+        assert self.process.poll() is None, (self.folder / "output").read_text()[-3000:]
+        results = [json.loads(file.read_text()) for file in done]
+        errors = [result["error"] for result in results if result["error"]]
+        for kind, message in errors:
+            if kind in ("UserError", "RunError"):
+                raise {"UserError": UserError, "RunError": RunError}[kind](message)
+        assert not errors, errors
+        return [result["value"] for result in results]
+
+    def run(self, *overrides: str) -> Path:
+        """A run as `run` makes it, by all ranks."""
+        return Path(self.call("train", *overrides)[0])
+
+    def close(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait()
+        self.log.close()

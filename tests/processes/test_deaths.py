@@ -1,0 +1,117 @@
+"""Processes that are started, killed, stopped or hang: what the others do, and what is said."""
+
+import json
+import os
+import signal
+import subprocess
+
+import pytest
+from helpers import (
+    DATA,
+    SHARDED,
+    STANDALONE,
+    TORCHRUN,
+    assert_recorded_logs,
+    free_port,
+    has_steps,
+    ranks_of,
+    recorded,
+    run,
+    start,
+    wait_for,
+)
+
+pytestmark = pytest.mark.processes
+
+
+def test_processes_that_it_starts_repeat_the_recorded_run(tmp_path):
+    golden, arguments = recorded("tdpo2")
+    assert_recorded_logs(golden, run(*arguments, *SHARDED, "nproc_per_node=2", f"local_run_dir={tmp_path}/run"))
+
+
+def test_two_nodes(tmp_path):
+    """Two launchers that know of each other by address alone. When one rank is killed, the other node's names it."""
+    port = free_port()
+    arguments = [*DATA, *SHARDED, "n_epochs=1000", f"local_run_dir={tmp_path}/run"]
+    nodes = []
+    for rank in (0, 1):
+        place = [f"--node-rank={rank}", "--master-addr=127.0.0.1", f"--master-port={port}"]
+        nodes.append(start(arguments, [*TORCHRUN, "--nnodes=2", "--nproc-per-node=1", *place]))
+    wait_for(lambda: has_steps(tmp_path / "run", 3))
+    os.kill(ranks_of(tmp_path / "run")[1], signal.SIGKILL)
+    outputs = [node.communicate(timeout=60)[0] for node in nodes]
+    assert all(node.returncode != 0 for node in nodes)
+    assert "error: rank 0: no sign of life of rank 1; what was saved is kept" in outputs[0]
+    assert ranks_of(tmp_path / "run") == {}
+
+
+def test_a_rank_that_is_killed_ends_the_run_and_is_named(tmp_path):
+    process = start([*DATA, *SHARDED, "nproc_per_node=2", "n_epochs=1000", f"local_run_dir={tmp_path}/run"])
+    wait_for(lambda: has_steps(tmp_path / "run", 3))
+    os.kill(ranks_of(tmp_path / "run")[1], signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert process.returncode == 1 and len(errors) == 1 and errors[0].startswith("error: rank 1 (process "), output
+    assert "was killed by SIGKILL" in errors[0] and ranks_of(tmp_path / "run") == {}
+
+
+def start_unsupervised(arguments: list[str]) -> list[subprocess.Popen]:
+    """Two ranks that no launcher watches, as under srun: rank 0 has the store."""
+    port = free_port()
+    world = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    return [start(arguments, env={**world, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)]
+
+
+def test_the_end_of_the_process_that_has_the_rendezvous_is_noticed(tmp_path):
+    ranks = start_unsupervised([*DATA, *SHARDED, "n_epochs=1000", f"local_run_dir={tmp_path}/run"])
+    wait_for(lambda: has_steps(tmp_path / "run", 3))
+    ranks[0].kill()
+    output, _ = ranks[1].communicate(timeout=60)
+    ranks[0].communicate()
+    assert ranks[1].returncode == 1 and "error: rank 1: " in output and "Traceback" not in output, output
+    assert "no sign of life of rank 0" in output or "the rendezvous is gone: rank 0" in output
+
+
+def test_a_signal_ends_unsupervised_ranks_with_its_number(tmp_path):
+    """So that a Slurm script can tell a run that stopped from one that ended."""
+    ranks = start_unsupervised([*DATA, *SHARDED, "n_epochs=1000", f"local_run_dir={tmp_path}/run"])
+    wait_for(lambda: has_steps(tmp_path / "run", 3))
+    ranks[1].send_signal(signal.SIGUSR1)
+    assert [(rank.communicate(timeout=60), rank.returncode)[1] for rank in ranks] == [138, 138]
+    assert (tmp_path / "run" / "LATEST" / "policy.pt").exists()
+
+
+def test_a_rank_that_hangs_is_named(tmp_path):
+    arguments = [*DATA, *SHARDED, "n_epochs=1000", "parallel.timeout_secs=3", f"local_run_dir={tmp_path}/run"]
+    ranks = start_unsupervised(arguments)
+    wait_for(lambda: has_steps(tmp_path / "run", 3))
+    ranks[1].send_signal(signal.SIGSTOP)
+    output, _ = ranks[0].communicate(timeout=60)
+    ranks[1].kill()
+    ranks[1].communicate()
+    assert ranks[0].returncode == 1 and "error: rank 0: no sign of life of rank 1" in output and "Traceback" not in output, output
+
+
+def test_no_rank_outlives_its_launcher(tmp_path):
+    process = start([*DATA, *SHARDED, "nproc_per_node=2", "n_epochs=1000", f"local_run_dir={tmp_path}/run"])
+    wait_for(lambda: has_steps(tmp_path / "run", 3))
+    process.kill()
+    wait_for(lambda: not ranks_of(tmp_path / "run"), 30)
+    process.communicate()
+
+
+def test_an_error_of_one_rank_is_shown_once(tmp_path, monkeypatch, capfd):
+    """Data that are wrong are read by one rank, and end all."""
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "b"}) + "\n")
+    data = ["datasets=[jsonl]", f"datasets.jsonl.path={tmp_path}/bad.jsonl"]
+    with pytest.raises(SystemExit) as exit:
+        run(*data, *SHARDED, "nproc_per_node=2", f"local_run_dir={tmp_path}/run")
+    assert exit.value.code == 2
+    assert capfd.readouterr().err.count("bad.jsonl") == 1 and not (tmp_path / "run").exists()
+
+
+def test_a_single_trainer_under_a_launcher_is_refused(tmp_path):
+    process = start([*DATA, f"local_run_dir={tmp_path}/run"], STANDALONE)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and output.count("error: trainer=BasicTrainer is one process, and this is one of several") == 1
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,94 @@
+"""Runs in processes that are killed or told to end, and are resumed: as if they had not been."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import PREFERENCE, QUIET, ROOT, SHARDED, assert_same_run, has_steps, logs_of, run, start, wait_for
+
+pytestmark = pytest.mark.processes
+
+LONG = [*PREFERENCE, "n_epochs=null", "n_examples=480", "save_every=16", "eval_every=48", "n_eval_examples=8"]
+
+
+def kill_at_random(options: list[str], run_dir: Path, kills: int, steps: int) -> None:
+    """Start the same command again and again, and end it with SIGKILL, its ranks too, after a step more."""
+    moments = random.Random(0)
+    for kill in range(kills):
+        done = len(logs_of(run_dir, "train")) if kill else 0
+        process = start(options)
+        wait_for(lambda done=done, process=process: has_steps(run_dir, done + 1) or process.poll() is not None)
+        time.sleep(moments.uniform(0, 0.3))
+        process.kill()
+        process.communicate()
+        wait_for(lambda: not subprocess.run(["pgrep", "-f", f"local_run_dir={run_dir}"], capture_output=True).stdout)
+    assert len(logs_of(run_dir, "train")) < steps, "the run ended before the last kill"
+
+
+def test_a_run_killed_at_random_moments_ends_with_the_same_weights(tmp_path):
+    """A run that saves every two steps, started again by the same command."""
+    options = [*LONG, "n_examples=640"]
+    straight = run(*options, f"local_run_dir={tmp_path}/straight")
+    options += [f"local_run_dir={tmp_path}/run", "resume=auto"]
+    kill_at_random(options, tmp_path / "run", kills=4, steps=80)
+    assert_same_run(run(*options), straight)
+
+
+def test_ranks_killed_at_a_random_moment_end_with_the_same_weights(ranks, tmp_path):
+    options = [*LONG, *SHARDED, "n_examples=320"]
+    straight = ranks(2).run(*options, f"local_run_dir={tmp_path}/straight")
+    options += [f"local_run_dir={tmp_path}/run", "resume=auto"]
+    kill_at_random([*options, "nproc_per_node=2"], tmp_path / "run", kills=1, steps=40)
+    assert_same_run(ranks(2).run(*options), straight)
+
+
+@pytest.mark.parametrize(
+    "extra,signum,code",
+    [([], signal.SIGTERM, 143), ([*SHARDED, "nproc_per_node=2"], signal.SIGUSR1, 138)],
+    ids=["one process", "two ranks"],
+)
+def test_a_process_that_is_told_to_end_saves_and_exits(extra, signum, code, tmp_path):
+    options = [*LONG, *extra, "n_examples=80000", "eval_every=80000", f"local_run_dir={tmp_path}/run"]
+    process = start(options)
+    wait_for(lambda: has_steps(tmp_path / "run", 5))
+    told = time.monotonic()
+    process.send_signal(signum)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == code and time.monotonic() - told < 30
+    assert output.count(f"stopped by {signum.name}; resume={tmp_path}/run goes on from here") == 1
+    trained = logs_of(tmp_path / "run", "train")[-1]["counters/examples"]
+    assert os.readlink(tmp_path / "run" / "LATEST") == f"step-{trained}"
+    assert not subprocess.run(["pgrep", "-f", f"local_run_dir={tmp_path}/run"], capture_output=True).stdout
+    if extra:
+        return  # that ranks go on exactly is shown above
+    at = f"n_examples={trained + 16}"
+    ended = run(*[option for option in options if not option.startswith("local_run_dir")], at, f"resume={tmp_path}/run")
+    assert_same_run(ended, run(*options[:-1], at, f"local_run_dir={tmp_path}/straight"))
+
+
+def test_under_torchrun_it_saves_and_the_launcher_decides_the_exit_code(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    process = start([*LONG, *SHARDED, "n_examples=80000", f"local_run_dir={tmp_path}/run"], command)
+    wait_for(lambda: has_steps(tmp_path / "run", 5))
+    process.terminate()
+    output, _ = process.communicate(timeout=45)
+    trained = logs_of(tmp_path / "run", "train")[-1]["counters/examples"]
+    assert process.returncode == 1 and os.readlink(tmp_path / "run" / "LATEST") == f"step-{trained}", output
+
+
+def test_a_disk_that_fills_up_costs_nothing_that_was_saved(tmp_path):
+    """A limit on the size of files, as a disk without room: every rank ends, in a line, and the checkpoint before stays whole."""
+    options = [*LONG, *SHARDED, "nproc_per_node=2", f"local_run_dir={tmp_path}/run"]
+    short_run = run(*options, "n_examples=16")
+    size = max(path.stat().st_size for path in short_run.rglob("*") if path.is_file())
+    command = f"ulimit -f {size // 2048}; exec {sys.executable} -u {ROOT}/train.py {' '.join([*QUIET, *options[:-1]])} resume={short_run}"
+    done = subprocess.run(["bash", "-c", f"trap '' XFSZ; {command}"], capture_output=True, text=True, timeout=120)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1 and "could not be written" in errors[0] and "the last checkpoint is untouched" in errors[0], done.stderr
+    assert len(errors) == 2 and errors[1].startswith("error: rank 0")
+    assert os.readlink(short_run / "LATEST") == "step-16" and not list(short_run.glob("*.tmp"))

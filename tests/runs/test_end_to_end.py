@@ -1,0 +1,63 @@
+"""SFT, then preference training, on the embedded task: what the README's first commands do, with the numbers that they must reach."""
+
+from helpers import ROOT, run
+import json
+import statistics
+import subprocess
+import sys
+
+import pytest
+
+
+from tdpo.data.reviews import gold_reward
+
+SMALL = ["n_examples=256", "n_epochs=null", "batch_size=64", "sample_during_eval=false", "do_first_eval=false", "wandb.enabled=false"]
+
+
+@pytest.fixture(scope="module")
+def sft(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sft")
+    return run("loss=sft", "n_epochs=2", "batch_size=64", "eval_batch_size=64", f"local_run_dir={folder}/run")
+
+
+def logs_of(run_dir, split):
+    return [log for log in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()) if log["split"] == split]
+
+
+def test_sft_learns_the_grammar(sft):
+    first, last = logs_of(sft, "eval")[0], logs_of(sft, "eval")[-1]
+    assert first["loss/eval"] > 80 and last["loss/eval"] < 28  # 90.6 and 25.6 nats a review when this was written
+
+
+@pytest.mark.parametrize("loss,beta", [("ipo", 0.1), ("tdpo2", 0.5)])
+def test_preference_training_learns_the_reward(loss, beta, sft, tmp_path):
+    options = [
+        f"loss={loss}",
+        f"loss.beta={beta}",
+        f"model.archive={sft}/LATEST/policy.pt",
+        "batch_size=64",
+        "eval_batch_size=64",
+        "lr=5e-4",
+    ]
+    options += ["n_epochs=1", "sample_during_eval=true", "n_eval_model_samples=128", f"local_run_dir={tmp_path}/run"]
+    run_dir = run(*options)
+    first, last = logs_of(run_dir, "eval")[0], logs_of(run_dir, "eval")[-1]
+    assert first["loss/eval"] == pytest.approx(25.0 if loss == "ipo" else 0.6931472, rel=1e-6)  # (1 / (2 beta))^2, ln 2
+    assert last["logratio_eval/accuracies"] >= 0.9 and last["rewards_eval/accuracies"] >= 0.9
+    samples = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
+    last_samples = [row for row in samples if row["counters/examples"] == last["counters/examples"]]
+    before, after = (statistics.mean(gold_reward(row[name]) for row in last_samples) for name in ("reference", "policy"))
+    assert 0.4 < before < 0.6 and after > before + 0.15
+
+
+@pytest.mark.processes
+def test_a_sweep_goes_on_after_a_job_that_fails(tmp_path):
+    folder = f"local_run_dir='{tmp_path}/lr${{lr}}'"
+    command = [sys.executable, ROOT / "train.py", "--multirun", "exp_name=x", "lr=-1,1e-3,2e-3", folder, *SMALL]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if "error" in line]
+    assert "lr=-1" in errors[0] and "lr=-1: must be greater than 0" in errors[0] and "1 job of the sweep failed" in errors[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".cache", "lr0.001", "lr0.002"]
+    losses = [logs_of(tmp_path / name, "eval")[-1]["loss/eval"] for name in ("lr0.001", "lr0.002")]
+    assert losses[0] > losses[1] + 0.1  # each with its own

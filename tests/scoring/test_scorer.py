@@ -1,0 +1,366 @@
+"""Fast scoring against plain scoring: the same loss, metrics and gradients, for every family; and what the trial at the start finds."""
+
+import copy
+import math
+import weakref
+
+import pytest
+import torch
+from helpers import FAMILIES, PREFERENCE, SIZES, logs_of, run
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tdpo.losses import get_objective
+from tdpo.models.memory import head_memory
+from tdpo.scoring import chunked_loss as chunked_head
+from tdpo.scoring.chunked_loss import Head, HeadOnly, Reference, loss_of_rows, score_rows
+from tdpo.scoring.prefix_sharing import attention_masks, prompt_rows
+from tdpo.scoring.scorer import Scorer, fast_scoring_problem
+from tdpo.training.metrics import example_metrics
+from tdpo.utils import IGNORED, UserError, disable_dropout
+
+GPT_NEO = {
+    "vocab_size": 31,
+    "hidden_size": 16,
+    "num_layers": 2,
+    "num_heads": 2,
+    "window_size": 16,
+    "attention_types": [[["global", "local"], 1]],
+}
+# Beside those of config/model: a head with a bias, tied and not, and more ways of windows and caps.
+MORE = {
+    "phi": SIZES,
+    "qwen2": {**SIZES, "num_key_value_heads": 1, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+    "gemma3_text": {**SIZES, "num_key_value_heads": 1, "head_dim": 8, "sliding_window": 6, "final_logit_softcapping": 3.0},
+}
+CASES = {
+    **{family: (family, sizes) for family, sizes in {**FAMILIES, **MORE}.items()},
+    "gpt_neox, tied": ("gpt_neox", {**SIZES, "tie_word_embeddings": True}),
+    "gpt2, untied": ("gpt2", {**FAMILIES["gpt2"], "tie_word_embeddings": False}),
+    "llama, tied": ("llama", {**FAMILIES["llama"], "tie_word_embeddings": True}),
+    # Plain scoring of Gemma 2 is NaN where a row has more padding than its window.
+    "gemma2": ("gemma2", {**FAMILIES["gemma2"], "sliding_window": 12, "final_logit_softcapping": 3.0}),
+}
+# One of each kind of need; the others train both ways in test_family.py.
+LOSSES = {"sft": {}, "dpo": {"beta": 0.5}, "ipo": {"beta": 0.5, "average_log_prob": True}, "tdpo1": {"beta": 0.5}, "tdpo2": {"beta": 0.5}}
+LOSSES["simpo"] = {}
+
+
+EQUAL = 3  # the pair of equal responses
+
+
+def tokens(*lengths: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(sum(lengths))
+    return [torch.randint(3, 31, (n,), generator=generator).tolist() for n in lengths]
+
+
+def pairs() -> list[tuple[list[int], list[list[int]]]]:
+    """Ragged; prompts and responses of one token; chosen and rejected alike; longer than every window."""
+    (same,) = tokens(4)
+    rows = [tokens(5, 6, 3), tokens(1, 1, 7), tokens(9, 1, 1), [*tokens(3), same, same], tokens(2, 9, 8), tokens(1, 14, 2)]
+    return [(prompt, responses) for prompt, *responses in rows]
+
+
+def padded(rows) -> dict[str, torch.Tensor]:
+    """The same as a collated batch."""
+    batch = {}
+    for i, role in enumerate(("chosen", "rejected")):
+        whole = [torch.tensor(prompt + responses[i]) for prompt, responses in rows]
+        labels = [torch.tensor([IGNORED] * len(prompt) + responses[i]) for prompt, responses in rows]
+        masks = [torch.ones_like(ids) for ids in whole]
+        for kind, values, padding in (("input_ids", whole, 0), ("attention_mask", masks, 0), ("labels", labels, IGNORED)):
+            batch[f"{role}_{kind}"] = torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=padding)
+    return batch
+
+
+def build(case: str, seed: int, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    family, sizes = CASES[case]
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, bos_token_id=0, eos_token_id=0, **sizes), dtype=dtype)
+    for parameter in model.parameters():  # also those that start at 0 or 1
+        torch.nn.init.normal_(parameter, std=0.2)
+    disable_dropout(model)
+    return model
+
+
+class AllInFloat64(TorchFunctionMode):
+    """Some families compute norms and attention in float32 whatever their dtype; within this what is float64 stays so."""
+
+    def __torch_function__(self, function, types, arguments=(), keywords=None):
+        keywords = dict(keywords or {})
+        first = arguments[0] if arguments else None
+        if isinstance(first, torch.Tensor) and first.dtype == torch.float64:
+            if function is torch.Tensor.float:
+                return first
+            arguments = tuple(torch.float64 if x is torch.float32 else x for x in arguments)
+            if keywords.get("dtype") is torch.float32:
+                keywords["dtype"] = torch.float64
+        return function(*arguments, **keywords)
+
+
+def results(scorer: Scorer, batch) -> tuple[torch.Tensor, dict, dict]:
+    """Loss, every metric, and every parameter's gradient."""
+    scorer.zero_grad()
+    scored = scorer(batch)
+    (scored.loss / 7).backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in scorer.policy.named_parameters()}
+    return scored.loss.detach(), example_metrics(scored.scores, scored.output, "train"), gradients
+
+
+@pytest.mark.parametrize("chunk", [512, 5], ids=["one chunk", "rows of several chunks"])
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["float64", "float32"])
+@pytest.mark.parametrize("case", CASES)
+def test_fast_is_plain(case, dtype, tolerance, chunk, monkeypatch):
+    """Gradients relative to their norm; those that are zero but for rounding, as a key's bias, to a thousandth of the whole one."""
+    monkeypatch.setitem(chunked_head.CHUNK, "cpu", chunk)
+    policy, reference = build(case, 0, dtype), build(case, 1, dtype)
+    with AllInFloat64():
+        for name, hyperparameters in LOSSES.items():
+            objective = get_objective(name, **hyperparameters)
+            scorer = Scorer(policy, reference if objective.needs_reference else None, objective)
+            rows = [(prompt, responses[: len(objective.roles)]) for prompt, responses in pairs()]
+            loss, metrics, gradients = results(scorer, padded(pairs()))
+            fast_loss, fast_metrics, fast_gradients = results(scorer, prompt_rows(rows))
+            torch.testing.assert_close(fast_loss, loss, rtol=tolerance, atol=0)
+            for metric, values in metrics.items():
+                if metric.endswith("/accuracies"):  # of the pair of equal responses it is the sign of rounding
+                    values[EQUAL] = fast_metrics[metric][EQUAL]
+                torch.testing.assert_close(fast_metrics[metric], values, rtol=tolerance, atol=10 * tolerance)
+            whole = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm()
+            for parameter, gradient in gradients.items():
+                difference = (fast_gradients[parameter] - gradient).norm() / max(gradient.norm(), 1e-3 * whole)
+                assert difference < tolerance, f"{name} {parameter}: {difference}"
+
+
+def test_gradients_in_half_precision_are_summed_over_chunks(monkeypatch):
+    """Against plain scoring in the same dtype, to its rounding."""
+    scorer = Scorer(build("phi", 0, torch.bfloat16), build("phi", 1, torch.bfloat16), get_objective("tdpo2", beta=0.5))
+    _, _, plain = results(scorer, padded(pairs()))
+    monkeypatch.setitem(chunked_head.CHUNK, "cpu", 5)
+    _, _, fast = results(scorer, prompt_rows(pairs()))
+    for name in ("lm_head.weight", "lm_head.bias", "model.layers.1.mlp.fc2.weight"):
+        difference = (fast[name] - plain[name]).norm() / plain[name].norm()
+        assert difference < 0.03, f"{name}: {difference}"
+
+
+@pytest.mark.parametrize("case", ["phi", "gemma2", "gpt2"])
+def test_known_states_and_the_head_are_the_reference(case):
+    """Also with a bias, a soft cap and tied weights; the model itself is gone."""
+    objective = get_objective("tdpo2", beta=0.5)
+    scorer = Scorer(build(case, 0), build(case, 1), objective)
+    rows = prompt_rows(pairs())
+    live = scorer(rows)
+    with torch.no_grad():
+        known = rows.with_reference(scorer.reference_states(rows).clone())
+    reference, scorer.reference = scorer.reference, HeadOnly.instead_of(scorer.reference)
+    assert all(tensor.untyped_storage().nbytes() == 0 for tensor in reference.parameters())
+    cached = scorer(known)
+    assert torch.equal(cached.loss, live.loss) and torch.equal(cached.scores["rejected"].kl, live.scores["rejected"].kl)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_without_gradients_the_scores_are_the_same(name, monkeypatch):
+    monkeypatch.setitem(chunked_head.CHUNK, "cpu", 16)
+    objective = get_objective(name, **LOSSES[name])
+    scorer = Scorer(build("gpt_neox", 0), build("gpt_neox", 1) if objective.needs_reference else None, objective)
+    rows = prompt_rows([(prompt, responses[: len(objective.roles)]) for prompt, responses in pairs()])
+    trained = scorer(rows, 4)
+    with torch.no_grad():
+        evaluated = scorer(rows, 4)
+    torch.testing.assert_close(evaluated.loss, trained.loss.detach(), rtol=1e-6, atol=0)
+    for role, score in trained.scores.items():
+        torch.testing.assert_close(vars(evaluated.scores[role]), vars(score))
+
+
+@pytest.mark.parametrize("counted", [0, 1, 4])
+def test_examples_that_do_not_count(counted, monkeypatch):
+    """They have scores, and no part in loss or gradient, in whichever group of rows they are."""
+    monkeypatch.setitem(chunked_head.CHUNK, "cpu", 16)
+    scorer = Scorer(build("llama", 0), build("llama", 1), get_objective("tdpo2", beta=0.5))
+    rows = pairs()
+    some = scorer(prompt_rows(rows), counted)
+    some.loss.backward()
+    gradient = scorer.policy.lm_head.weight.grad.clone()
+    scorer.zero_grad()
+    losses = scorer(prompt_rows(rows)).output.losses
+    torch.testing.assert_close(some.loss.detach(), losses[:counted].sum())
+    if counted == 0:
+        assert not gradient.any()
+        return
+    scorer(prompt_rows(rows[:counted])).loss.backward()
+    torch.testing.assert_close(gradient, scorer.policy.lm_head.weight.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_rows_of_one_prompt_and_two_responses():
+    rows = prompt_rows([([5, 6], [[7, 8, 9], [10]]), ([3], [[4], [11, 12]])])
+    assert rows.input_ids.tolist() == [[5, 6, 7, 8], [3, 11, 0, 0]]  # the last token of a response predicts nothing
+    assert rows.position_ids[0].tolist() == [0, 1, 2, 3] and rows.position_ids[1, :2].tolist() == [0, 1]
+    assert rows.segments.tolist() == [[0, 0, 1, 1], [0, 2, -1, -1]]
+    assert rows.states.tolist() == [1, 2, 3, 1, 4, 4, 5] and rows.labels.tolist() == [7, 8, 9, 10, 4, 11, 12]
+    assert rows.responses.tolist() == [0, 0, 0, 1, 2, 3, 3]
+    assert rows.num_tokens.tolist() == [[3, 1], [1, 2]] and rows.counts == (4, 3)
+
+
+def test_a_response_sees_the_prompt_and_itself_alone():
+    rows = prompt_rows([([5, 6], [[7, 8, 9], [10, 11, 12]]), ([3], [[4], [11, 12]])])
+    yes = [[j for j in range(6) if visible[j]] for visible in rows.visible()[0].tolist()]
+    assert yes == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4], [0, 1, 4, 5]]
+    near = [[j for j in range(6) if visible[j]] for visible in rows.visible(window=2)[0].tolist()]
+    assert near == [[0], [0, 1], [1, 2], [2, 3], [1, 4], [4, 5]]  # by position, not by place in the row
+    assert rows.visible(window=1).any(-1).all()  # nothing, not even padding, sees nothing: that would be NaN
+
+
+def test_masks_of_flex_attention_say_the_same():
+    """As blocks, which skip what is not visible."""
+    rows = prompt_rows(pairs())
+    config = build("qwen2", 0).config
+    config._attn_implementation = "flex_attention"
+    blocks = attention_masks(rows, config)
+    assert set(blocks) == {"full_attention", "sliding_attention"}
+    batch, length = rows.input_ids.shape
+    for kind, window in (("full_attention", None), ("sliding_attention", 6)):
+        b, q, k = torch.meshgrid(torch.arange(batch), torch.arange(length), torch.arange(length), indexing="ij")
+        assert torch.equal(blocks[kind].mask_mod(b, 0, q, k), rows.visible(window))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_trial_finds_nothing_against_the_families(case):
+    objective = get_objective("sft")
+    with torch.no_grad():
+        assert fast_scoring_problem(Scorer(build(case, 0), None, objective), max_length=30) is None
+        half = Scorer(build(case, 0, torch.bfloat16), None, objective)
+        assert fast_scoring_problem(half, max_length=30) is None
+
+
+@pytest.mark.parametrize(
+    "family,sizes,why",
+    [
+        ("bloom", {"vocab_size": 31, "hidden_size": 16, "n_layer": 2, "n_head": 2}, "it cannot compute|differ"),  # ALiBi
+        ("mamba", {"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 2}, "layers of"),  # recurrent
+        ("granite", {**SIZES, "logits_scaling": 3.0}, "differ"),
+        (
+            "gpt_neo",
+            {**GPT_NEO, "max_position_embeddings": 64},
+            "differ",
+        ),  # a window by places of the row, of which its config says nothing
+        ("gpt_neo", {**GPT_NEO, "max_position_embeddings": 32}, "it cannot compute"),  # no row longer than its positions
+        ("cohere", {**SIZES, "logit_scale": 0.3}, "differ"),
+    ],
+)
+def test_the_trial_finds_models_that_cannot(family, sizes, why):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, bos_token_id=0, eos_token_id=0, pad_token_id=0, **sizes))
+    with torch.no_grad():
+        problem = fast_scoring_problem(Scorer(model, None, get_objective("sft")), max_length=30)
+    assert problem and any(word in problem for word in why.split("|"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_trial_finds_a_window_that_the_mask_lacks(dtype):
+    """As of a model whose config names its window in another way; a pair shorter than the window could not show it."""
+    scorer = Scorer(build("mistral", 0, dtype), None, get_objective("sft"))
+    with torch.no_grad():
+        assert fast_scoring_problem(scorer, max_length=30) is None
+        config = scorer.policy.config
+        hidden = copy.deepcopy(config)
+        hidden.sliding_window = None
+        scorer.policy.config = hidden  # the layers and the mask of the model itself keep their own
+        assert "differ" in fast_scoring_problem(scorer, max_length=30)
+
+
+def test_scoring_is_chosen_and_said(tmp_path, capsys, monkeypatch):
+    options = [*PREFERENCE, "n_examples=8"]
+    fast = run(*options, f"local_run_dir={tmp_path}/fast")
+    plain = run(*options, "scoring=plain", f"local_run_dir={tmp_path}/plain")
+    assert "scoring: plain, several" not in (said := capsys.readouterr().out) and said.count("scoring: fast\n") == 1
+    monkeypatch.setattr("trainers.fast_scoring_problem", lambda *_: "its logits are odd")
+    fallen_back = run(*options, f"local_run_dir={tmp_path}/auto")
+    assert capsys.readouterr().out.count("scoring: plain, several times slower, because of GPTNeoXForCausalLM: its logits are odd") == 1
+    assert logs_of(fallen_back)[:1] == logs_of(plain)[:1]
+    assert logs_of(fast)[-1]["loss/eval"] == pytest.approx(logs_of(plain)[-1]["loss/eval"], rel=1e-5)
+    with pytest.raises(UserError, match="scoring=fast: GPTNeoXForCausalLM does not support it: its logits are odd; use scoring=plain"):
+        run(*options, "scoring=fast", f"local_run_dir={tmp_path}/refused")
+
+
+def one_row(positions: int, vocabulary: int, hidden: int = 8):
+    generator = torch.Generator().manual_seed(0)
+    rows = prompt_rows([([1], [[2] * (positions // 2), [3] * (positions - positions // 2)])])
+    states = torch.randn(positions, hidden, generator=generator, requires_grad=True)
+    head = Head(torch.randn(vocabulary, hidden, generator=generator, requires_grad=True), None)
+    reference = Reference(torch.randn(positions, hidden, generator=generator), Head(head.weight.detach().clone(), None))
+    return states, head, reference, rows
+
+
+def test_logits_200_apart_and_probabilities_of_0():
+    """What plain scoring bears (test_scoring.py): exp(-200) is 0 in float32; an entry at -inf in both models adds nothing."""
+    rows = prompt_rows([([1], [[0], [0]])])
+    bias = torch.tensor([0.0, 0.0, 0.0, -math.inf])
+    states = torch.tensor([[0.0, 200.0, -200.0, 0.0]] * 2, requires_grad=True)
+    reference = Reference(torch.tensor([[200.0, 0.0, -200.0, 0.0]] * 2), Head(torch.eye(4), bias))
+    head = Head(torch.eye(4).requires_grad_(), bias)
+    loss, _, scores = loss_of_rows(states, head, reference, rows, get_objective("tdpo2", beta=0.1), 1)
+    assert scores.kl.tolist() == [[200.0, 200.0]] and scores.logps.tolist() == [[-200.0, -200.0]]
+    loss.backward()
+    assert states.grad.isfinite().all() and states.grad.any() and head.weight.grad.isfinite().all()
+
+
+def test_a_model_that_is_not_a_number_shows():
+    for poisoned in ("policy", "reference"):
+        states, head, reference, rows = one_row(8, 16)
+        with torch.no_grad():
+            (states if poisoned == "policy" else reference.states)[3] = float("nan")
+        loss, *_ = loss_of_rows(states, head, reference, rows, get_objective("tdpo2", beta=0.1), 1)
+        assert loss.isnan()
+
+
+def test_the_gradient_can_be_had_once():
+    states, head, reference, rows = one_row(8, 16)
+    loss, *_ = loss_of_rows(states, head, reference, rows, get_objective("tdpo2", beta=0.1), 1)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated already"):
+        loss.backward()
+
+
+class LiveBytes(TorchDispatchMode):
+    """The largest number of bytes that tensors made within it held at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = weakref.WeakSet()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        output = function(*arguments, **(keywords or {}))
+        for tensor in tree_leaves(output):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage not in self.known:
+                self.known.add(storage)
+                self.change(storage.nbytes())
+                weakref.finalize(storage, self.change, -storage.nbytes())
+        return output
+
+    def change(self, size: int) -> None:
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_memory_does_not_grow_with_positions_times_vocabulary(name):
+    """8 times the positions, less than 1.5 times the peak, of which the workspace is the larger part."""
+    objective = get_objective(name, **LOSSES[name])
+
+    def peak(positions: int) -> int:
+        states, head, reference, rows = one_row(positions, 4096)
+        reference = reference if objective.needs_reference else None
+        rows = rows if len(objective.roles) == 2 else prompt_rows([([1], [[2] * positions])])
+        with LiveBytes() as live:
+            loss_of_rows(states, head, reference, rows, objective, 1)[0].backward()
+            with torch.no_grad():
+                score_rows(states, head, reference, rows, objective)
+        return live.peak
+
+    assert 0 < peak(8 * 1024) < 1.5 * peak(1024)
+    computed = head_memory(4096, 8, 1024, objective.needs_reference, objective.needs_kl, 4, chunk=chunked_head.CHUNK["cpu"])
+    assert peak(1024) == pytest.approx(computed, rel=0.1)
