@@ -25,7 +25,23 @@ from tdpo.utils import CONFIG_DIR, UserError, get_logger, nearest, plural, some_
 
 log = get_logger(__name__)
 
-__all__ = ["get_dataset", "get_collate_fn", "get_batch_iterator", "tokenize_batch_element", "load_split"]
+# What forks of the published code import from here, and `load_split` with what it takes.
+__all__ = [
+    "get_dataset",
+    "get_hh",
+    "get_shp",
+    "get_se",
+    "get_collate_fn",
+    "get_batch_iterator",
+    "tokenize_batch_element",
+    "extract_anthropic_prompt",
+    "strip_html_tags",
+    "strings_match_up_to_spaces",
+    "load_split",
+    "default_options",
+    "PAIRS",
+    "SFT",
+]
 
 ASSISTANT = "\n\nAssistant:"
 
@@ -41,15 +57,23 @@ def load_hh(source: Source) -> Contract:
         texts = source.report.texts(row, "chosen", "rejected")
         if texts is None:
             continue
-        end = texts[0].rfind(ASSISTANT)
-        if end < 0:
+        if ASSISTANT not in texts[0]:
             source.report.refuse(row, f"no {ASSISTANT!r} in 'chosen'")
             continue
-        prompt = texts[0][: end + len(ASSISTANT)]
+        prompt = extract_anthropic_prompt(texts[0])
         chosen, rejected = (text[len(prompt) :] for text in texts)
         if source.report.usable_pair(row, prompt, chosen, rejected, same_prompt=texts[1].startswith(prompt)):
             add_pair(data[prompt], chosen, rejected)
     return dict(data)
+
+
+def extract_anthropic_prompt(prompt_and_response: str) -> str:
+    """Return a dialogue up to its last '\\n\\nAssistant:', included.
+
+    Raises:
+        ValueError: it has none.
+    """
+    return prompt_and_response[: prompt_and_response.rindex(ASSISTANT) + len(ASSISTANT)]
 
 
 def load_shp(source: Source) -> Contract:
@@ -223,6 +247,26 @@ def get_dataset(
     if not silent:
         log.info("\n".join(lines))
     return data
+
+
+def get_hh(split: str, silent: bool = False, cache_dir: Optional[str] = None) -> Contract:
+    """Load Anthropic helpful-harmless with its default options: see load_hh, and get_dataset for the arguments."""
+    return get_dataset("hh", split, silent, cache_dir)
+
+
+def get_shp(split: str, silent: bool = False, cache_dir: Optional[str] = None) -> Contract:
+    """Load the Stanford Human Preferences with their default options: see load_shp, and get_dataset for the arguments."""
+    return get_dataset("shp", split, silent, cache_dir)
+
+
+def get_se(split: str, silent: bool = False, cache_dir: Optional[str] = None) -> Contract:
+    """Load the StackExchange preferences with their default options: see load_se, and get_dataset for the arguments."""
+    return get_dataset("se", split, silent, cache_dir)
+
+
+def strings_match_up_to_spaces(str_a: str, str_b: str) -> bool:
+    """Whether two texts are equal without their spaces; the published function does not look at the end of either."""
+    return str_a.replace(" ", "") == str_b.replace(" ", "")
 
 
 def _load(name: str, split: str, options: Mapping, cache_dir: Optional[str], tokenizer, form: Form) -> tuple[Contract, list[str]]:

@@ -41,16 +41,8 @@ from tdpo.training.strategies import FullySharded, SingleDevice, TensorParallel,
 from tdpo.utils import Stopped, UserError, get_logger, plural
 
 # preference_loss and the next ones are here for forks of the published code that import them from trainers.
-__all__ = [
-    "BasicTrainer",
-    "FSDPTrainer",
-    "TensorParallelTrainer",
-    "preference_loss",
-    "tdpo_loss",
-    "_get_batch_logps",
-    "_tdpo_get_batch_logps",
-    "concatenated_inputs",
-]
+__all__ = ["BasicTrainer", "FSDPTrainer", "TensorParallelTrainer", "preference_loss", "tdpo_loss"]
+__all__ += ["_get_batch_logps", "_tdpo_get_batch_logps", "concatenated_inputs"]
 
 log = get_logger(__name__)
 
@@ -104,17 +96,11 @@ class BasicTrainer:
         stages = objective.stages
         self.batches = BatchStream(train_data, *length) if stages == 1 else StagedBatchStream(stages, train_data, *length)
         self.eval_examples = next(eval_data.epochs(EVAL_SEED))[: config.n_eval_examples]
-        self.feeder = Feeder(
-            self.data,
-            get_collate_fn(tokenizer),
-            self.world.device,
-            self.strategy.data_rank,
-            microbatches=config.gradient_accumulation_steps,
-            budget=config.tokens_per_microbatch,
-            placeholders={"train": next(iter(self.batches))[0], "eval": self.eval_examples[0]},
-            fast=self.choose_scoring(),
-            mismatched=objective.needs_baseline,
-        )
+        placeholders = {"train": next(iter(self.batches))[0], "eval": self.eval_examples[0]}
+        cut = {"microbatches": config.gradient_accumulation_steps, "budget": config.tokens_per_microbatch}
+        wanted = {"fast": self.choose_scoring(), "mismatched": objective.needs_baseline}
+        place = self.world.device, self.strategy.data_rank
+        self.feeder = Feeder(self.data, get_collate_fn(tokenizer), *place, placeholders=placeholders, **cut, **wanted)
         self.signals = StopSignals(self.world)
         self.passes = Passes(self.scorer, self.feeder, self.strategy, self.world, self.signals)
         self.hooks = hooks_of(config, objective, self.passes, self.batches, self.eval_examples, self.reference_fingerprint)

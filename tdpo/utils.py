@@ -4,11 +4,15 @@ import difflib
 import getpass
 import logging
 import os
+import random
+import socket
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Optional, TypeVar, Union
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import tqdm
@@ -147,6 +151,11 @@ def pad_to_length(tensor: torch.Tensor, length: int, pad_value: Union[int, float
     return torch.cat([tensor, tensor.new_full(shape, pad_value)], dim=dim)
 
 
+def get_local_run_dir(exp_name: str, local_dirs: list[str]) -> str:
+    """Return the default folder of a run that starts now, <local_dir>/<user>/<exp_name>_<timestamp>. Nothing is made."""
+    return os.path.join(get_local_dir(local_dirs), f"{exp_name}_{datetime.now().strftime('%Y-%m-%d_%H-%M-%S_%f')}")
+
+
 def formatted_dict(values: dict) -> dict:
     """Floats with five digits, for printing."""
     return {k: (f"{v:.5g}" if isinstance(v, float) else v) for k, v in values.items()}
@@ -171,3 +180,70 @@ def some_of(items: list, limit: int = 12) -> str:
 def plural(count: int, noun: str, plural_noun: Optional[str] = None) -> str:
     """'1 row', '2 rows'; thousands are separated."""
     return f"{count:,} {noun if count == 1 else plural_noun or noun + 's'}"
+
+
+# Published helpers that this project has no use for, for forks that call them.
+
+
+def slice_and_move_batch_for_device(batch: Mapping, rank: int, world_size: int, device: str) -> dict:
+    """Return a rank's equal slice of every value of a batch, tensors on `device`. Rows beyond a multiple of world_size are left out.
+
+    Args:
+        batch: tensors of shape (B, ...) and lists of B.
+    """
+    size = len(next(iter(batch.values()))) // world_size
+    own = slice(size * rank, size * (rank + 1))
+    return {key: value[own].to(device) if isinstance(value, torch.Tensor) else value[own] for key, value in batch.items()}
+
+
+def all_gather_if_needed(values: torch.Tensor, rank: int, world_size: int) -> torch.Tensor:
+    """Return the values of all ranks below each other: (B, ...) to (world_size * B, ...), a scalar to (world_size,).
+
+    `rank` is the published signature's; values stay on their own device.
+    """
+    if world_size == 1:
+        return values
+    gathered = [torch.empty_like(values) for _ in range(world_size)]
+    dist.all_gather(gathered, values)
+    return (torch.cat if values.dim() > 0 else torch.stack)(gathered)
+
+
+def get_block_class_from_model(model: torch.nn.Module, block_class_name: str) -> type[torch.nn.Module]:
+    """Return the class of a model's modules that has this name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for module in model.modules():
+        if type(module).__name__ == block_class_name:
+            return type(module)
+    raise ValueError(f"{type(model).__name__} has no module of class {block_class_name}")
+
+
+def get_open_port() -> int:
+    """Return a TCP port of the loopback interface that is free now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def print_gpu_memory(rank: Optional[int] = None, message: str = "") -> None:
+    """Print the bytes that PyTorch has allocated on each visible GPU; nothing without one."""
+    for i in range(torch.cuda.device_count()):
+        print(f"{message} rank {rank}: GPU {i}: {torch.cuda.memory_allocated(i) / 1e6:.2f} MB")
+
+
+class TemporarilySeededRandom:
+    """A context in which `random` and NumPy's global generator start from `seed`; afterwards both go on as if nothing had been drawn."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def __enter__(self) -> None:
+        self._before = random.getstate(), np.random.get_state()
+        random.seed(self.seed)
+        np.random.seed(self.seed)
+
+    def __exit__(self, *_: object) -> None:
+        random.setstate(self._before[0])
+        np.random.set_state(self._before[1])

@@ -1,5 +1,6 @@
 """Fixtures. No network: models are built from their configs, data are local files."""
 
+import functools
 import os
 import sys
 
@@ -22,26 +23,20 @@ torch.set_num_threads(1 if WORKER else 2)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that use the ranks go to one worker, which alone has them."""
+    """Mark what uses the ranks, and begin with what starts processes: it takes longest."""
     for item in items:
         if "ranks" in item.fixturenames:
-            item.add_marker(pytest.mark.xdist_group("ranks"))
             item.add_marker(pytest.mark.processes)
+    slow = {item.path for item in items if item.get_closest_marker("processes")}
+    items.sort(key=lambda item: (item.path not in slow, item.path.parent.name != "processes"))
 
 
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory):
     """A function from a number to so many ranks (helpers.Ranks), which are started when they are first asked for."""
-    started: dict[int, Ranks] = {}
-
-    def get(n: int) -> Ranks:
-        if n not in started:
-            started[n] = Ranks(n, tmp_path_factory.mktemp(f"ranks{n}-"))
-        return started[n]
-
-    yield get
-    for some in started.values():
-        some.close()
+    base = tmp_path_factory.getbasetemp()
+    folder = base.parent if WORKER else base  # common to all workers
+    return functools.cache(lambda n: Ranks(n, folder / f"ranks-{n}"))
 
 
 @pytest.fixture

@@ -1,14 +1,16 @@
 """What the tests share: small runs in this process, processes that are started and watched, and ranks that stay for a whole test run."""
 
+import fcntl
 import gzip
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Optional
 
@@ -249,24 +251,39 @@ def free_port() -> int:
 class Ranks:
     """Processes that torchrun starts once for a whole test run, because a start takes longer than a small run.
 
-    They do one job after another (workers/pool.py): small runs, and functions of tests/workers.
+    They do one job after another (workers/pool.py): small runs, and functions of tests/workers. Workers of pytest-xdist share them; they
+    end when no test process that has used them lives.
     """
 
     def __init__(self, n: int, folder: Path):
-        self.folder, self.jobs, self.n = folder, 0, n
-        command = [*TORCHRUN, "--standalone", f"--nproc-per-node={n}", str(WORKERS / "pool.py"), str(folder)]
-        self.log = open(folder / "output", "w")  # noqa: SIM115 (closed with the processes)
-        self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT, env={**os.environ, **ENVIRONMENT})
+        self.folder, self.n = folder, n
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"user-{os.getpid()}").touch()
+        with self.locked():
+            if not (folder / "output").exists():
+                command = [*TORCHRUN, "--standalone", f"--nproc-per-node={n}", str(WORKERS / "pool.py"), str(folder)]
+                with open(folder / "output", "w") as log:
+                    environment = {**os.environ, **ENVIRONMENT}
+                    subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        with open(self.folder / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def call(self, function: str, *arguments) -> list:
         """What a function of workers/pool.py returns on each rank; the first rank's UserError or RunError is raised."""
-        self.jobs += 1
-        done = [self.folder / f"done-{self.jobs}-{rank}.json" for rank in range(self.n)]
-        new = self.folder / "new.json"
-        new.write_text(json.dumps([function, arguments]))
-        new.rename(self.folder / f"job-{self.jobs}.json")
-        wait_for(lambda: all(file.exists() for file in done) or self.process.poll() is not None, 300)
-        assert self.process.poll() is None, (self.folder / "output").read_text()[-3000:]
+        with self.locked():
+            number = 1 + len(list(self.folder.glob("job-*.json")))
+            done = [self.folder / f"done-{number}-{rank}.json" for rank in range(self.n)]
+            new = self.folder / "new.json"
+            new.write_text(json.dumps([function, arguments]))
+            new.rename(self.folder / f"job-{number}.json")
+            end = time.monotonic() + 240
+            while not all(file.exists() for file in done):
+                assert time.monotonic() < end, (self.folder / "output").read_text()[-3000:]
+                time.sleep(0.05)
         results = [json.loads(file.read_text()) for file in done]
         errors = [result["error"] for result in results if result["error"]]
         for kind, message in errors:
@@ -278,8 +295,3 @@ class Ranks:
     def run(self, *overrides: str) -> Path:
         """A run as `run` makes it, by all ranks."""
         return Path(self.call("train", *overrides)[0])
-
-    def close(self) -> None:
-        self.process.send_signal(signal.SIGTERM)
-        self.process.wait()
-        self.log.close()

@@ -7,7 +7,6 @@ import shutil
 import socket
 import time
 from collections.abc import Mapping
-from datetime import datetime
 from typing import Any, NamedTuple, Optional
 
 from omegaconf import DictConfig, OmegaConf
@@ -16,7 +15,7 @@ from tdpo.checkpointing.checkpoints import damaged_files, holds_a_run, list_chec
 from tdpo.checkpointing.training_state import Progress, read_progress
 from tdpo.distributed.world import World
 from tdpo.losses import Objective
-from tdpo.utils import UserError, flat_keys, get_local_dir, get_logger, some_of
+from tdpo.utils import UserError, flat_keys, get_local_run_dir, get_logger, some_of
 
 log = get_logger(__name__)
 
@@ -61,8 +60,7 @@ def choose_run_dir(config: DictConfig) -> str:
             raise UserError(f"resume={resume} goes on in that folder; leave local_run_dir={run_dir} out")
         run_dir = resume
     elif run_dir is None:
-        timestamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S_%f")
-        return os.path.join(get_local_dir(config.local_dirs), f"{config.exp_name}_{timestamp}")
+        return get_local_run_dir(config.exp_name, config.local_dirs)
     elif holds_a_run(run_dir):
         raise UserError(
             f"local_run_dir={run_dir} already holds a run; choose another folder, or resume={run_dir} to go on; nothing was changed"

@@ -1,13 +1,12 @@
 """SFT, then preference training, on the embedded task: what the README's first commands do, with the numbers that they must reach."""
 
-from helpers import ROOT, run
 import json
 import statistics
 import subprocess
 import sys
 
 import pytest
-
+from helpers import ROOT, run
 
 from tdpo.data.reviews import gold_reward
 

@@ -1,6 +1,5 @@
 """Every loss in training: both ways of scoring, one process and two, stopped and resumed; references that move; self-play."""
 
-from helpers import ARCHIVE, DATA, MINI, QUIET, ROOT, SEGMENTS, SHARDED, assert_close_logs, compose, has_steps, logs_of, run, start, turn, wait_for, weights_of, write_lines
 import importlib.util
 import os
 import signal
@@ -10,10 +9,24 @@ import sys
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-
-
-
-
+from helpers import (
+    ARCHIVE,
+    DATA,
+    MINI,
+    QUIET,
+    ROOT,
+    SEGMENTS,
+    SHARDED,
+    assert_close_logs,
+    compose,
+    has_steps,
+    logs_of,
+    run,
+    turn,
+    wait_for,
+    weights_of,
+    write_lines,
+)
 from transformers import AutoModelForCausalLM
 
 import eval as eval_tool
@@ -24,6 +37,7 @@ from tdpo.checkpointing.training_state import read_progress
 from tdpo.data.batching import BatchStream
 from tdpo.data.contract import COMPLETIONS, PAIRS
 from tdpo.data.rows import read_rows
+from tdpo.losses import OBJECTIVES, LossOutput, Objective
 
 LENGTH = ["n_examples=40", "n_eval_examples=13", "eval_batch_size=5", "eval_every=24"]
 
@@ -111,6 +125,33 @@ def test_stopped_and_resumed_it_ends_with_the_same_weights(name, runs, files, tm
     run(*options, f"resume={first}")
     for key, tensor in weights_of(runs[name, "fast", 1]).items():
         assert torch.equal(weights_of(first)[key], tensor)
+
+
+def test_a_loss_without_beta_trains_and_logs(tmp_path, monkeypatch):
+    """An entry as the README's recipe has it; nothing else knows its hyperparameters."""
+
+    def hinge(scores, margin: float):
+        logits = scores["chosen"].log_ratio - scores["rejected"].log_ratio
+        rewards = {role: score.log_ratio.detach() for role, score in scores.items()}
+        return LossOutput(torch.relu(margin - logits), rewards, logits.detach())
+
+    monkeypatch.setitem(OBJECTIVES, "hinge", Objective("hinge", hinge))
+    run_dir = run(
+        *DATA,
+        ARCHIVE,
+        "loss=dpo",
+        "loss.name=hinge",
+        "~loss.beta",
+        "~loss.label_smoothing",
+        "~loss.reference_free",
+        "+loss.margin=2.0",
+        "n_examples=16",
+        f"local_run_dir={tmp_path}/run",
+    )
+    assert logs_of(run_dir, "train")[0]["loss/train"] == pytest.approx(2.0)
+    page = tmp_path / "report.html"
+    token_report.run(compose(f"run={run_dir}", "n_pairs=2", f"out={page}", name="token_report"))
+    assert page.stat().st_size > 1000
 
 
 # --- looked at afterwards ---

@@ -1,16 +1,14 @@
 """Runs of the published code, recorded (tests/golden/README.md), reproduced through the command line's config."""
 
-from helpers import GOLDEN, ROOT, assert_recorded_logs, needs_shared, recorded, run
 import hashlib
 import itertools
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
+from helpers import GOLDEN, ROOT, assert_recorded_logs, needs_shared, recorded, run
 from transformers import AutoTokenizer
 
 from preference_datasets import default_options, get_batch_iterator, tokenize_batch_element

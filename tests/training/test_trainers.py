@@ -11,6 +11,7 @@ from helpers import DATA, MINI, PREFERENCE, QUIET, logs_of, run, weights_of
 from transformers import AutoModelForCausalLM
 
 from tdpo.losses import get_objective
+from tdpo.scoring import chunked_loss
 from tdpo.scoring.scorer import Scorer
 from tdpo.training.strategies import SingleDevice
 from tdpo.utils import RunError
@@ -166,8 +167,12 @@ def test_activation_checkpointing_changes_no_number(tmp_path, monkeypatch):
     assert enabled == {False, True}
 
 
-def test_compiled_blocks_and_chunks_compute_the_same(tmp_path):
-    """Of more layers than PyTorch compiles one function anew for: a graph a layer would fall back to none."""
+def test_compiled_blocks_and_chunks_compute_the_same(tmp_path, monkeypatch):
+    """Of more layers than PyTorch compiles one function anew for: a graph a layer would fall back to none. The graphs run uncompiled:
+    PyTorch's code generator for CPUs takes a minute, and is not ours."""
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiler(function, **options, backend="aot_eager"))
+    chunked_loss._kernel.cache_clear()
     options = [*QUIET, "model.from_config.num_hidden_layers=10", "loss=tdpo2", "loss.beta=0.5", "n_examples=16", "batch_size=8"]
     options += ["n_eval_examples=8", "eval_every=16", "gradient_accumulation_steps=2"]
     options += ["sample_during_eval=true", "n_eval_model_samples=2"]  # samples of every length, which are not compiled

@@ -34,6 +34,8 @@ FUNCTIONS = {function.__name__: function for function in (train, sample_prompts,
 def next_job(folder: Path, number: int) -> list:
     file = folder / f"job-{number}.json"
     while not file.exists():
+        if not any(Path(f"/proc/{user.name.removeprefix('user-')}").exists() for user in folder.glob("user-*")):
+            return ["end", []]
         time.sleep(0.02)
     return json.loads(file.read_text())
 
@@ -45,6 +47,8 @@ def main(folder: Path) -> None:
         while True:
             number += 1
             function, arguments = world.from_first(lambda number=number: next_job(folder, number))
+            if function == "end":
+                return
             os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # signs of life of its own for each run
             result = {"value": None, "error": None}
             try:
