@@ -7,6 +7,8 @@ import sys
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client: nothing waits for a network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 WORKER = "PYTEST_XDIST_WORKER" in os.environ  # one of several that share the cores
+if WORKER:
+    os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start too: numbers are the same bit for bit for as many threads alone
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
