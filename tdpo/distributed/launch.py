@@ -72,22 +72,12 @@ def start_ranks(n: int, script: str, overrides: Sequence[str], config: DictConfi
     store = _loopback_store(n, config.fsdp_port)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a failure is reported below
     logs = tempfile.TemporaryDirectory()  # nothing is written there, but PyTorch wants one
-    common = {
-        "WORLD_SIZE": str(n),
-        "LOCAL_WORLD_SIZE": str(n),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # this process has the store
-        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", LOOPBACK),
-        "NCCL_SOCKET_IFNAME": os.environ.get("NCCL_SOCKET_IFNAME", LOOPBACK),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // n))),
-    }
     before = {signum: signal.getsignal(signum) for signum in (*STOP_SIGNALS, signal.SIGHUP, signal.SIGQUIT)}
     processes = start_processes(
         name=os.path.basename(script),
         entrypoint=sys.executable,
         args={rank: ("-u", script, *overrides) for rank in range(n)},
-        envs={rank: {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(n)},
+        envs={rank: rank_environment(rank, n, store.port) for rank in range(n)},
         logs_specs=DefaultLogsSpecs(log_dir=logs.name),
     )
     received = []
@@ -115,6 +105,22 @@ def start_ranks(n: int, script: str, overrides: Sequence[str], config: DictConfi
         if failure.exitcode == 2:  # a mistake, which that rank has explained
             sys.exit(2)
         raise RunError(_describe(rank, failure))
+
+
+def rank_environment(rank: int, n: int, port: int) -> dict[str, str]:
+    """What a launcher sets for one of n processes on this machine, which meet at a loopback port that it holds."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(n),
+        "LOCAL_WORLD_SIZE": str(n),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the launcher has the store
+        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", LOOPBACK),
+        "NCCL_SOCKET_IFNAME": os.environ.get("NCCL_SOCKET_IFNAME", LOOPBACK),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // n))),
+    }
 
 
 def _loopback_store(n: int, port: Optional[int]) -> dist.TCPStore:

@@ -294,7 +294,7 @@ def one_row(positions: int, vocabulary: int, hidden: int = 8):
 
 
 def test_logits_200_apart_and_probabilities_of_0():
-    """What plain scoring bears (test_scoring.py): exp(-200) is 0 in float32; an entry at -inf in both models adds nothing."""
+    """What plain scoring bears (test_logps.py): exp(-200) is 0 in float32; an entry at -inf in both models adds nothing."""
     rows = prompt_rows([([1], [[0], [0]])])
     bias = torch.tensor([0.0, 0.0, 0.0, -math.inf])
     states = torch.tensor([[0.0, 200.0, -200.0, 0.0]] * 2, requires_grad=True)
