@@ -30,7 +30,7 @@ demo: $(VENV)/.installed
 frontier: $(VENV)/.installed
 	$(BIN)/python experiments/frontier/run.py --task $(TASK) --out $(OUT)
 
-# Two tests at a time, with temporary folders in memory where there is room: about eight minutes on two idle cores.
+# Two tests at a time, with temporary folders in memory where there is room.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(shell test -w /dev/shm && echo --basetemp=/dev/shm/tdpo-tests-$$$$)
 
 test: $(VENV)/.installed
