@@ -11,8 +11,6 @@ the reference, and trained against it (loss=dpo) it is that of iteration k + 1. 
 
 import json
 import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,18 +20,15 @@ sys.path.insert(0, str(ROOT))
 import datasets  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 
+from experiments.scripts import run_script, send_to_scripts  # noqa: E402
 from preference_datasets import load_split  # noqa: E402
 from tdpo.analysis.trained import Trained, find_trained  # noqa: E402
 from tdpo.data.contract import SFT  # noqa: E402
 from tdpo.data.rows import read_rows  # noqa: E402
 from tdpo.data.tokenization import special_token_strings  # noqa: E402
-from tdpo.distributed.signals import STOP_SIGNALS  # noqa: E402
+from tdpo.distributed.signals import forwarded  # noqa: E402
 from tdpo.models.build import load_tokenizer, prepare_hub  # noqa: E402
-from tdpo.utils import (  # noqa: E402
-    UserError,
-    flat_keys,  # noqa: E402
-    plural,
-)
+from tdpo.utils import UserError, flat_keys, plural  # noqa: E402
 
 OWN = {"run": None, "out": None, "iterations": None, "n_prompts": "null", "sample_batch_size": "64", "temperature": "1.0"}
 
@@ -63,17 +58,17 @@ def spin(own: dict[str, str], overrides: list[str]) -> None:
     if first.config is None:
         raise UserError(f"run={own['run']} is no run's folder, which would name its data")
     prepare_hub(first.on_hub())
-    table_of(first, "train")
+    tables = {split: table_of(first, split) for split in ("train", "test")}
     present, out = own["run"], Path(own["out"])
     for k in range(1, int(own["iterations"]) + 1):
         folder = out / f"iteration-{k}"
         print(f"--- SPIN iteration {k} of {own['iterations']}: {folder}", flush=True)
-        for split in ("train", "test"):
+        for split, table in tables.items():
             samples = folder / f"samples-{split}.jsonl"
             keys = data_of(first) + ([f"n_prompts={own['n_prompts']}"] if split == "train" else [])
             keys += [f"batch_size={own['sample_batch_size']}", f"temperature={own['temperature']}", f"seed={k}"]
             call("sample.py", f"run={present}", f"split={split}", f"out={samples}", *keys)
-            write_pairs(first, split, samples, folder / "pairs" / f"{split}.jsonl")
+            write_pairs(table, split, samples, folder / "pairs" / f"{split}.jsonl")
         data = [f"datasets.jsonl.path={folder}/pairs/train.jsonl", f"datasets.jsonl.eval_path={folder}/pairs/test.jsonl"]
         archive = f"model.archive={present}/LATEST/policy.pt"
         where = [f"local_run_dir={folder}/run", "resume=auto", f"exp_name=spin_{k}"]
@@ -104,14 +99,13 @@ def table_of(trained: Trained, split: str) -> datasets.Dataset:
     return table
 
 
-def write_pairs(trained: Trained, split: str, samples: Path, file: Path) -> None:
+def write_pairs(table: datasets.Dataset, split: str, samples: Path, file: Path) -> None:
     """Rows {prompt, chosen, rejected}: of each SFT prompt its target, and what the present model made of it.
 
     Args:
-        trained: whose data, of SFT, these are.
+        table: of the split, see `table_of`.
         samples: of sample.py, on the prompts of the split.
     """
-    table = table_of(trained, split)
     targets, left_out = table["texts"], 0
     file.parent.mkdir(parents=True, exist_ok=True)
     new = file.with_suffix(".new")
@@ -127,17 +121,10 @@ def write_pairs(trained: Trained, split: str, samples: Path, file: Path) -> None
 
 
 def call(script: str, *arguments: str) -> None:
-    """Run a script of the repository; ends the program where that ends badly. A signal goes on to it, so that it saves and ends."""
-    # A session of its own: else Ctrl-C would reach it twice, which ends it without a checkpoint.
-    process = subprocess.Popen([sys.executable, "-u", str(ROOT / script), *arguments], start_new_session=True)
-    before = {signum: signal.signal(signum, lambda number, _: process.send_signal(number)) for signum in STOP_SIGNALS}
-    try:
-        code = process.wait()
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-    if code:
-        sys.exit(code if code > 0 else 128 - code)
+    """Run a script of the repository; ends the program where that ends badly, or a signal came, which goes on to it."""
+    with forwarded(send_to_scripts):
+        if code := run_script(script, *arguments):
+            sys.exit(code)
 
 
 if __name__ == "__main__":

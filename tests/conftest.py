@@ -1,6 +1,5 @@
 """Fixtures. No network: models are built from their configs, data are local files."""
 
-import functools
 import os
 import sys
 
@@ -36,9 +35,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory):
     """A function from a number to so many ranks (helpers.Ranks), which are started when they are first asked for."""
-    base = tmp_path_factory.getbasetemp()
-    folder = base.parent if WORKER else base  # common to all workers
-    return functools.cache(lambda n: Ranks(n, folder / f"ranks-{n}"))
+    started: dict[int, Ranks] = {}
+
+    def of(n: int) -> Ranks:
+        if n not in started:
+            started[n] = Ranks(n, tmp_path_factory.mktemp("ranks"))
+        return started[n]
+
+    yield of
+    for each in started.values():
+        each.end()
 
 
 @pytest.fixture

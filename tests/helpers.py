@@ -1,20 +1,23 @@
 """What the tests share: small runs in this process, processes that are started and watched, and ranks that stay for a whole test run."""
 
-import fcntl
+import functools
 import gzip
 import json
+import multiprocessing
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Optional
 
 import hydra
+import pool
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
@@ -24,7 +27,8 @@ from preference_datasets import default_options, get_dataset
 from tdpo.data.contract import PAIRS, SFT, examples_in_form
 from tdpo.data.split import TokenizedSplit
 from tdpo.data.token_cache import tokenize
-from tdpo.utils import RunError, UserError
+from tdpo.distributed.launch import _loopback_store, rank_environment
+from tdpo.utils import PeerError
 
 ROOT = Path(__file__).resolve().parent.parent
 MINI = ROOT / "tests" / "golden" / "mini"
@@ -65,7 +69,7 @@ CHAT_TEMPLATE = (
 def write_lines(path: Path, rows: list) -> str:
     """Write rows (strings as they are, others as JSON) to a .jsonl or .jsonl.gz; return its path."""
     text = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows).encode()
-    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+    path.write_bytes(gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)
     return str(path)
 
 
@@ -208,11 +212,51 @@ def assert_recorded_logs(golden: dict, run_dir: Path) -> None:
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 STANDALONE = [*TORCHRUN, "--standalone", "--nproc-per-node=2"]
-ENVIRONMENT = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", WORKERS))), "OMP_NUM_THREADS": "1"}
 
 
-def start(arguments: list[str], program=(sys.executable, "-u"), env: Optional[dict] = None) -> subprocess.Popen:
-    """Start train.py; its output is read by `communicate`."""
+@functools.cache
+def forks():
+    """multiprocessing's way to fork from a process that has imported what commands import, because that takes longer than a small run."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pool", "train", "sample", "helpers", "sharded_families"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", ENVIRONMENT["PYTHONPATH"])
+        forkserver.ensure_running()
+    return context
+
+
+class Command:
+    """A script of the repository in a process of its own, which is forked (`forks`); to be watched and ended as a subprocess.Popen is."""
+
+    def __init__(self, script: str, *arguments: str, env: Optional[dict] = None, output: Optional[Path] = None):
+        self.output = output or Path(tempfile.mkstemp(prefix="output-")[1])
+        job = (str(ROOT / script), [str(argument) for argument in arguments], dict(env or os.environ), str(self.output))
+        self.process = forks().Process(target=pool.run_script, args=job)
+        self.process.start()
+        self.pid, self.kill, self.terminate = self.process.pid, self.process.kill, self.process.terminate
+
+    @property
+    def returncode(self) -> Optional[int]:
+        return self.process.exitcode
+
+    poll = returncode.fget
+
+    def send_signal(self, signum: int) -> None:
+        os.kill(self.pid, signum)
+
+    def communicate(self, timeout: Optional[float] = None) -> tuple[str, None]:
+        """Wait for the end; what it and its own processes have printed."""
+        self.process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(self.process.name, timeout, self.output.read_text())
+        return self.output.read_text(), None
+
+
+def start(arguments: list[str], program: Sequence[str] = (), env: Optional[dict] = None):
+    """Start train.py, under a program that starts it or by itself; its output is read by `communicate`."""
+    if not program:
+        return Command("train.py", *QUIET, *arguments, env=env)
     command = [*program, str(ROOT / "train.py"), *QUIET, *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
 
@@ -249,48 +293,37 @@ def free_port() -> int:
 
 
 class Ranks:
-    """Processes that torchrun starts once for a whole test run, because a start takes longer than a small run.
-
-    They do one job after another (workers/pool.py): small runs, and functions of tests/workers. Workers of pytest-xdist share them; they
-    end when no test process that has used them lives.
-    """
+    """Processes that have met once for a whole test run; they do one job after another (workers/pool.py)."""
 
     def __init__(self, n: int, folder: Path):
-        self.folder, self.n = folder, n
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"user-{os.getpid()}").touch()
-        with self.locked():
-            if not (folder / "output").exists():
-                command = [*TORCHRUN, "--standalone", f"--nproc-per-node={n}", str(WORKERS / "pool.py"), str(folder)]
-                with open(folder / "output", "w") as log:
-                    environment = {**os.environ, **ENVIRONMENT}
-                    subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+        self.store = _loopback_store(n, None)
+        self.outputs = [folder / f"rank-{rank}-of-{n}" for rank in range(n)]
+        pipes = [forks().Pipe() for _ in range(n)]
+        self.pipes = [here for here, _ in pipes]
+        jobs = [(there, rank_environment(i, n, self.store.port), str(self.outputs[i])) for i, (_, there) in enumerate(pipes)]
+        self.processes = [forks().Process(target=pool.serve, args=job) for job in jobs]
+        for process in self.processes:
+            process.start()
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        with open(self.folder / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+    def end(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
 
     def call(self, function: str, *arguments) -> list:
         """What a function of workers/pool.py returns on each rank; the first rank's UserError or RunError is raised."""
-        with self.locked():
-            number = 1 + len(list(self.folder.glob("job-*.json")))
-            done = [self.folder / f"done-{number}-{rank}.json" for rank in range(self.n)]
-            new = self.folder / "new.json"
-            new.write_text(json.dumps([function, arguments]))
-            new.rename(self.folder / f"job-{number}.json")
-            end = time.monotonic() + 240
-            while not all(file.exists() for file in done):
-                assert time.monotonic() < end, (self.folder / "output").read_text()[-3000:]
-                time.sleep(0.05)
-        results = [json.loads(file.read_text()) for file in done]
-        errors = [result["error"] for result in results if result["error"]]
-        for kind, message in errors:
-            if kind in ("UserError", "RunError"):
-                raise {"UserError": UserError, "RunError": RunError}[kind](message)
+        for pipe in self.pipes:
+            pipe.send((function, arguments))
+        answers = []
+        for pipe, output in zip(self.pipes, self.outputs):
+            assert pipe.poll(240), output.read_text()[-3000:]
+            answers.append(pipe.recv())
+        errors = [error for _, error in answers if error is not None]
+        for error in errors:
+            if not isinstance(error, PeerError):
+                raise error
         assert not errors, errors
-        return [result["value"] for result in results]
+        return [value for value, _ in answers]
 
     def run(self, *overrides: str) -> Path:
         """A run as `run` makes it, by all ranks."""

@@ -11,7 +11,6 @@ this one.
 import argparse
 import os
 import queue
-import subprocess
 import sys
 import threading
 import time
@@ -19,12 +18,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-import tqdm
-from omegaconf import DictConfig, OmegaConf
-
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
+sys.path.insert(0, str(HERE.parents[1]))
+
+import torch  # noqa: E402
+import tqdm  # noqa: E402
+from omegaconf import DictConfig, OmegaConf  # noqa: E402
+
+from experiments.scripts import run_script, send_to_scripts  # noqa: E402
+from tdpo.distributed.signals import forwarded  # noqa: E402
 
 
 def main() -> None:
@@ -58,7 +60,7 @@ def main() -> None:
     swept = [[train_step(task, out, name), measure_step(task, out, name)] for name in task.methods]
     runs = len(task.methods) * len(task.seeds) * len(task.betas) * len(task.lrs)
     failed = run_jobs("Training and measuring", swept, workers, out, ["*/*/LATEST/hf", "*/*/measured.json"], len(task.seeds) + 2 * runs)
-    reported = subprocess.run([sys.executable, HERE / "report.py", out]).returncode
+    reported = run_script("experiments/frontier/report.py", str(out))
     if not reported:
         print(f"{(time.monotonic() - began) / 60:.1f} minutes; results in {out}")
     if failed:
@@ -130,21 +132,22 @@ def run_jobs(title: str, jobs: Sequence[Sequence[Step]], workers: int, out: Path
 
     def work(worker: int) -> None:
         environment = environment_of(worker, workers)
-        while True:
+        while not received:
             try:
                 job = waiting.get_nowait()
             except queue.Empty:
                 return
-            failed.extend(step.name for step in job if ended_badly(step, out, environment))
+            failed.extend(step.name for step in job if not received and ended_badly(step, out, environment))
 
-    # Daemons: they end with this process, as their children do, where it is interrupted.
     threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(workers)]
-    for thread in threads:
-        thread.start()
-    with tqdm.tqdm(total=total, desc=title, disable=None) as progress:
+    with forwarded(send_to_scripts) as received, tqdm.tqdm(total=total, desc=title, disable=None) as progress:
+        for thread in threads:
+            thread.start()
         while any(thread.is_alive() for thread in threads):
-            time.sleep(1)
+            time.sleep(0.5)
             progress.update(sum(len(list(out.glob(mark))) for mark in marks) - progress.n)
+    if received:
+        sys.exit(128 + received[0])  # the same command goes on
     return failed
 
 
@@ -162,8 +165,7 @@ def ended_badly(step: Step, out: Path, environment: dict[str, str]) -> bool:
     script, *arguments = step.command
     try:
         with open(out / "logs" / f"{step.name}.log", "w") as log:
-            command = [sys.executable, "-u", str(ROOT / script), *arguments]
-            return subprocess.run(command, stdout=log, stderr=log, env=environment, stdin=subprocess.DEVNULL).returncode != 0
+            return run_script(script, *arguments, output=log, environment=environment) != 0
     except OSError as error:  # a full disk
         print(f"{step.name}: {error}", file=sys.stderr)
         return True

@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from tdpo.distributed.signals import STOP_SIGNALS
+from tdpo.distributed.signals import STOP_SIGNALS, forwarded
 from tdpo.distributed.world import World
 from tdpo.utils import RunError, Stopped, UserError
 
@@ -80,24 +80,21 @@ def start_ranks(n: int, script: str, overrides: Sequence[str], config: DictConfi
         envs={rank: rank_environment(rank, n, store.port) for rank in range(n)},
         logs_specs=DefaultLogsSpecs(log_dir=logs.name),
     )
-    received = []
+    for signum, handler in before.items():  # start_processes has set its own
+        signal.signal(signum, handler)
 
-    def forward(signum, _):
-        received.append(signum)
+    def send(signum: int) -> None:
         for pid in processes.pids().values():
             with suppress(ProcessLookupError):
                 os.kill(pid, signum)
 
-    for signum, handler in before.items():  # start_processes has set its own
-        signal.signal(signum, forward if signum in STOP_SIGNALS else handler)
-    try:
-        while (result := processes.wait(timeout=0)) is None:
-            time.sleep(0.2)
-    finally:
-        processes.close(signal.SIGKILL)
-        logs.cleanup()
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+    with forwarded(send) as received:
+        try:
+            while (result := processes.wait(timeout=0)) is None:
+                time.sleep(0.2)
+        finally:
+            processes.close(signal.SIGKILL)
+            logs.cleanup()
     if received and all(failure.exitcode in [-signum for signum in received] for failure in result.failures.values()):
         raise Stopped(received[0])  # saved, or ended before there was anything to save
     if result.is_failed():

@@ -1,6 +1,8 @@
 """Signals that ask a run to end: noted here, acted on at the next step boundary."""
 
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Optional
 
@@ -40,3 +42,27 @@ class StopSignals:
         if signum == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signum
+
+
+@contextmanager
+def forwarded(send: Callable[[int], None]) -> Iterator[list[int]]:
+    """While entered, STOP_SIGNALS go on to the processes that this one waits for, which save and end.
+
+    Args:
+        send: sends a signal to them.
+
+    Yields:
+        the signals that came.
+    """
+    received: list[int] = []
+
+    def forward(signum: int, frame: Optional[FrameType]) -> None:
+        received.append(signum)
+        send(signum)
+
+    before = {signum: signal.signal(signum, forward) for signum in STOP_SIGNALS}
+    try:
+        yield received
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

@@ -50,7 +50,7 @@ def test_an_interrupted_file_is_gone_on_with(share, trained, whole, tmp_path):
 
 def test_several_processes_write_the_same(ranks, trained, whole, tmp_path):
     options = [f"run={trained}", f"out={tmp_path}/samples.jsonl", "n_prompts=10", "n=2", "batch_size=4", "max_new_tokens=6"]
-    ranks(2).call("sample_prompts", *options)
+    ranks(2).call("sample", *options)
     assert (tmp_path / "samples.jsonl").read_text() == whole
 
 

@@ -12,11 +12,14 @@ from tdpo.data.reviews import gold_reward
 
 SMALL = ["n_examples=256", "n_epochs=null", "batch_size=64", "sample_during_eval=false", "do_first_eval=false", "wandb.enabled=false"]
 
+BATCHES = ["n_epochs=null", "batch_size=64", "eval_batch_size=64"]
+
 
 @pytest.fixture(scope="module")
 def sft(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sft")
-    return run("loss=sft", "n_epochs=2", "batch_size=64", "eval_batch_size=64", f"local_run_dir={folder}/run")
+    options = ["n_examples=2560", "lr=3e-3", "warmup_steps=5", "n_eval_examples=64", "eval_every=100000"]
+    return run("loss=sft", *BATCHES, *options, f"local_run_dir={folder}/run")
 
 
 def logs_of(run_dir, split):
@@ -25,7 +28,7 @@ def logs_of(run_dir, split):
 
 def test_sft_learns_the_grammar(sft):
     first, last = logs_of(sft, "eval")[0], logs_of(sft, "eval")[-1]
-    assert first["loss/eval"] > 80 and last["loss/eval"] < 28  # 90.6 and 25.6 nats a review when this was written
+    assert first["loss/eval"] > 80 and last["loss/eval"] < 28  # 84.8 and 26.4 nats a review when this was written
 
 
 @pytest.mark.parametrize("loss,beta", [("ipo", 0.1), ("tdpo2", 0.5)])
@@ -34,19 +37,21 @@ def test_preference_training_learns_the_reward(loss, beta, sft, tmp_path):
         f"loss={loss}",
         f"loss.beta={beta}",
         f"model.archive={sft}/LATEST/policy.pt",
-        "batch_size=64",
-        "eval_batch_size=64",
-        "lr=5e-4",
+        *BATCHES,
+        "n_examples=768",
+        "lr=1e-3",
+        "warmup_steps=3",
     ]
-    options += ["n_epochs=1", "sample_during_eval=true", "n_eval_model_samples=128", f"local_run_dir={tmp_path}/run"]
+    options += ["n_eval_examples=128", "eval_every=100000", "sample_during_eval=true", "n_eval_model_samples=64"]
+    options.append(f"local_run_dir={tmp_path}/run")
     run_dir = run(*options)
     first, last = logs_of(run_dir, "eval")[0], logs_of(run_dir, "eval")[-1]
     assert first["loss/eval"] == pytest.approx(25.0 if loss == "ipo" else 0.6931472, rel=1e-6)  # (1 / (2 beta))^2, ln 2
-    assert last["logratio_eval/accuracies"] >= 0.9 and last["rewards_eval/accuracies"] >= 0.9
+    assert last["logratio_eval/accuracies"] >= 0.85 and last["rewards_eval/accuracies"] >= 0.85
     samples = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
     last_samples = [row for row in samples if row["counters/examples"] == last["counters/examples"]]
     before, after = (statistics.mean(gold_reward(row[name]) for row in last_samples) for name in ("reference", "policy"))
-    assert 0.4 < before < 0.6 and after > before + 0.15
+    assert 0.35 < before < 0.65 and after > before + 0.15
 
 
 @pytest.mark.processes

@@ -3,8 +3,6 @@
 import importlib.util
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,6 +15,7 @@ from helpers import (
     ROOT,
     SEGMENTS,
     SHARDED,
+    Command,
     assert_close_logs,
     compose,
     has_steps,
@@ -299,15 +298,17 @@ def test_stepwise_resumed_has_the_order_and_the_reference(tmp_path):
 
 # --- a loop ---
 
+FEW = ["datasets.reviews.n_train=512", "datasets.reviews.n_test=16"]
+
 
 def test_self_play(tmp_path, monkeypatch):
     """Two iterations: each trains against what the one before has written; interrupted, it goes on; done, it changes nothing."""
     spec = importlib.util.spec_from_file_location("spin", ROOT / "experiments" / "spin.py")
     spin = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(spin)
-    sft = run("model=tiny", "n_examples=512", "batch_size=64", "datasets.reviews.n_test=48", f"local_run_dir={tmp_path}/sft")
-    own = {**spin.OWN, "run": str(sft), "out": str(tmp_path / "spin"), "iterations": "2", "n_prompts": "64"}
-    overrides = ["model=tiny", "batch_size=16", "lr=5e-4", "warmup_steps=0", "n_eval_examples=32"]
+    sft = run("model=tiny", "n_examples=512", "batch_size=64", *FEW, f"local_run_dir={tmp_path}/sft")
+    own = {**spin.OWN, "run": str(sft), "out": str(tmp_path / "spin"), "iterations": "2", "n_prompts": "32"}
+    overrides = ["model=tiny", "batch_size=8", "lr=5e-4", "warmup_steps=0", "n_eval_examples=16"]
     called = []
 
     def in_this_process(script, *arguments):
@@ -332,7 +333,7 @@ def test_self_play(tmp_path, monkeypatch):
             row.fields["prompt"]: row.fields["completion"] for row in read_rows(str(folder / "samples-train.jsonl"), "train", None, None)
         }
         targets = get_dataset("reviews", "train", True)
-        assert 50 < len(pairs) <= 64
+        assert 24 < len(pairs) <= 32
         assert all(entry["responses"] == [targets[prompt]["sft_target"], samples[prompt]] for prompt, entry in pairs.items())
         logs = logs_of(folder / "run", "eval")
         assert abs(logs[0]["rewards_eval/margins"]) < 1e-6 and logs[-1]["rewards_eval/margins"] > 0.01
@@ -345,10 +346,10 @@ def test_self_play(tmp_path, monkeypatch):
 @pytest.mark.processes
 def test_a_signal_goes_on_to_what_self_play_runs(tmp_path):
     """The training under way saves, and the loop ends with the signal's exit code."""
-    sft = run("model=tiny", "n_examples=64", "batch_size=32", "datasets.reviews.n_test=16", f"local_run_dir={tmp_path}/sft")
-    command = [sys.executable, "-u", ROOT / "experiments" / "spin.py", f"run={sft}", f"out={tmp_path}/spin", "iterations=1", "n_prompts=32"]
+    sft = run("model=tiny", "n_examples=64", "batch_size=32", *FEW, f"local_run_dir={tmp_path}/sft")
+    options = [f"run={sft}", f"out={tmp_path}/spin", "iterations=1", "n_prompts=32"]
     train = [*QUIET[1:], "model=tiny", "batch_size=8", "n_epochs=2000", "eval_every=1000000"]
-    process = subprocess.Popen([*command, *train], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = Command("experiments/spin.py", *options, *train)
     wait_for(lambda: has_steps(tmp_path / "spin/iteration-1/run", 3))
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)

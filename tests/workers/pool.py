@@ -1,64 +1,57 @@
-"""Run by helpers.Ranks under torchrun: does the jobs that appear in a folder, one after another, by the same processes."""
+"""What forked processes do (helpers.Command, helpers.Ranks): run a script of the repository, or jobs of several ranks."""
 
-import json
 import os
+import runpy
 import sys
-import time
-from pathlib import Path
+from multiprocessing.connection import Connection
 
-import sharded_families
 import torch
-from helpers import compose, run
 
-import sample
 from tdpo.distributed.launch import process_group
-from tdpo.distributed.world import World
 from tdpo.utils import PeerError, RunError, UserError
 
 
-def train(world: World, *overrides: str) -> str:
-    return str(run(*overrides, world=world))
+def run_script(script: str, arguments: list[str], environment: dict[str, str], output: str) -> None:
+    """As `python -u script arguments`, with that environment; what it prints goes to a file."""
+    _become(environment, output)
+    sys.argv = [script, *arguments]
+    sys.path.insert(0, os.path.dirname(script))
+    runpy.run_path(script, run_name="__main__")
 
 
-def sample_prompts(world: World, *overrides: str) -> str:
-    return sample.run(compose(*overrides, name="sample"), (), world)
+def serve(jobs: Connection, environment: dict[str, str], output: str) -> None:
+    """A rank: for each (function, arguments) that comes, send back (what it returns, None), or (None, its error)."""
+    import helpers  # not above: it imports this module
+    import sharded_families
 
+    import sample
 
-def check_families(world: World, *styles: str) -> list[str]:
-    return sharded_families.check_all(world, styles)
-
-
-FUNCTIONS = {function.__name__: function for function in (train, sample_prompts, check_families)}
-
-
-def next_job(folder: Path, number: int) -> list:
-    file = folder / f"job-{number}.json"
-    while not file.exists():
-        if not any(Path(f"/proc/{user.name.removeprefix('user-')}").exists() for user in folder.glob("user-*")):
-            return ["end", []]
-        time.sleep(0.02)
-    return json.loads(file.read_text())
-
-
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)  # as of processes that share a machine; bfloat16 kernels round by their number
+    functions = {
+        "train": lambda world, *overrides: str(helpers.run(*overrides, world=world)),
+        "sample": lambda world, *overrides: sample.run(helpers.compose(*overrides, name="sample"), (), world),
+        "check_families": lambda world, *styles: sharded_families.check_all(world, styles),
+    }
+    _become({**os.environ, **environment, "OMP_NUM_THREADS": "1"}, output)
     with process_group(timeout_secs=120) as world:
         number = 0
         while True:
             number += 1
-            function, arguments = world.from_first(lambda number=number: next_job(folder, number))
-            if function == "end":
+            try:
+                function, arguments = jobs.recv()
+            except EOFError:  # whoever asked has ended
                 return
             os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # signs of life of its own for each run
-            result = {"value": None, "error": None}
             try:
-                result["value"] = FUNCTIONS[function](world, *arguments)
+                jobs.send((functions[function](world, *arguments), None))
             except (UserError, RunError, PeerError) as error:  # raised by all ranks together, which stay in step
-                result["error"] = [type(error).__name__, str(error)]
-            new = folder / f"new-{world.rank}.json"
-            new.write_text(json.dumps(result))
-            new.rename(folder / f"done-{number}-{world.rank}.json")
+                jobs.send((None, error))
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+def _become(environment: dict[str, str], output: str) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    with open(output, "a") as file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
