@@ -30,15 +30,19 @@ demo: $(VENV)/.installed
 frontier: $(VENV)/.installed
 	$(BIN)/python experiments/frontier/run.py --task $(TASK) --out $(OUT)
 
-# Two tests at a time, with temporary folders in memory where there is room.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(shell test -w /dev/shm && echo --basetemp=/dev/shm/tdpo-tests-$$$$)
+# Two tests at a time, with temporary folders in memory where there is room; what is given first is pytest's arguments.
+define pytest
+	@tmp=$$(mktemp -d -p $$(test -w /dev/shm && echo /dev/shm || echo $${TMPDIR:-/tmp}) tdpo-tests-XXXXXX); \
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --basetemp=$$tmp/run $(1) tests; code=$$?; \
+	rm -rf $$tmp; exit $$code
+endef
 
 test: $(VENV)/.installed
-	$(PYTEST) tests; code=$$?; rm -rf /dev/shm/tdpo-tests-*; exit $$code
+	$(call pytest)
 
 # What starts no process.
 test-fast: $(VENV)/.installed
-	$(PYTEST) -m "not processes" tests; code=$$?; rm -rf /dev/shm/tdpo-tests-*; exit $$code
+	$(call pytest,-m "not processes")
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -26,10 +26,11 @@ from tdpo.analysis.evaluation import (
     table_of,
 )
 from tdpo.analysis.rewards import Reward, gold_reward_of, reward_model
-from tdpo.analysis.trained import Inputs, Trained, find_inputs, load_compared
+from tdpo.analysis.trained_models import Inputs, Trained, find_inputs, load_compared
 from tdpo.cli.command_line import run_command
 from tdpo.cli.schema import Evaluation, check_tool_config
 from tdpo.data.split import EVAL_SEED
+from tdpo.distributed.world import World
 from tdpo.models.sampling import own_distribution, sample_batch
 from tdpo.utils import batched
 
@@ -44,7 +45,7 @@ def run(config: DictConfig, overrides: Sequence[str] = ()) -> dict[str, dict[str
         UserError: see utils.py.
     """
     check_tool_config(config, Evaluation)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = World().device
     inputs = find_inputs(config, [config.reference, (config.reward or "").removeprefix("logistic:")])
     reward = reward_model(config.reward, device, inputs.models[0].cache_dir()) if config.reward else gold_reward_of(list(inputs.data))
     results = {trained.name: measure(trained, inputs, config, reward, device) for trained in inputs.models}

@@ -10,15 +10,15 @@ import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
 from omegaconf import DictConfig
 
 from preference_datasets import load_split
 from tdpo.analysis.pages import write_page
-from tdpo.analysis.trained import Trained, find_inputs, load_compared
+from tdpo.analysis.trained_models import Trained, find_inputs, load_compared
 from tdpo.cli.command_line import run_command
 from tdpo.cli.schema import TokenReport, check_tool_config
 from tdpo.data.split import EVAL_SEED, Example, TokenizedExample, TokenizedSplit
+from tdpo.distributed.world import World
 from tdpo.scoring.token_statistics import token_statistics
 from tdpo.utils import UserError, batched
 
@@ -38,7 +38,7 @@ def run(config: DictConfig, overrides: Sequence[str] = ()) -> str:
         UserError: see utils.py.
     """
     check_tool_config(config, TokenReport)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = World().device
     models, data, lengths = find_inputs(config, [config.reference])
     shown, values, page = None, [], {"runs": [], "pairs": []}
     for trained in models:

@@ -20,11 +20,11 @@ from omegaconf import DictConfig, OmegaConf
 import trainers
 from preference_datasets import load_split
 from tdpo.checkpointing.resume import Resumed, RunFolder, archive_of, check_same_data, choose_run_dir, find_checkpoint
-from tdpo.cli.checked import Checked, check_config
+from tdpo.cli.check_config import Checked, check_config
 from tdpo.cli.command_line import run_command
 from tdpo.data.contract import Form
 from tdpo.data.split import TokenizedSplit
-from tdpo.distributed.launch import joined, processes_to_start, start_ranks
+from tdpo.distributed.launch import join_ranks, processes_to_start, start_ranks
 from tdpo.distributed.watchdog import Watch
 from tdpo.distributed.world import World
 from tdpo.losses import Objective
@@ -53,7 +53,7 @@ def run(config: DictConfig, overrides: Sequence[str] = (), world: Optional[World
         named = config.resume or config.local_run_dir
         start_ranks(n, os.path.abspath(__file__), [*overrides, *([] if named else [f"local_run_dir='{run_dir}'"])], config)
         return run_dir
-    with joined(config) if world is None else nullcontext(world) as world, Watch(world), silenced(not world.is_first):
+    with join_ranks(config) if world is None else nullcontext(world) as world, Watch(world), silenced(not world.is_first):
         return train(checked, world)
 
 
@@ -193,7 +193,7 @@ def load_data(config: DictConfig, split: str, tokenizer, objective: Objective, c
         tokenizer,
         config.max_length,
         config.max_prompt_length,
-        Form(objective.roles, objective.needs_scores, objective.needs_segments),
+        Form(objective.roles, objective.needs_annotations, objective.needs_segments),
         add_bos=config.model.add_bos,
         cache_dir=cache_dir,
     )

@@ -6,13 +6,11 @@ objective or an option adds to the loop.
 """
 
 import os
-import random
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any, Optional
 
-import numpy as np
 import torch
 import tqdm
 from omegaconf import DictConfig, OmegaConf
@@ -21,7 +19,7 @@ from torch import nn
 from tdpo.checkpointing.checkpoints import add_export, remove_old, save_checkpoint
 from tdpo.checkpointing.resume import Resumed, archive_of
 from tdpo.checkpointing.training_state import Progress, restore_tensors, training_tensors
-from tdpo.data.batching import BatchStream, StagedBatchStream, ahead, get_collate_fn
+from tdpo.data.batching import BatchStream, StagedBatchStream, get_collate_fn, prefetched
 from tdpo.data.split import EVAL_SEED, Example, TokenizedSplit
 from tdpo.distributed.sharding import whole_state
 from tdpo.distributed.signals import StopSignals
@@ -31,14 +29,14 @@ from tdpo.models.sampling import continuations, interleaved, mixed_seed, own_dis
 from tdpo.scoring.chunked_loss import HeadOnly
 from tdpo.scoring.logps import _get_batch_logps, _tdpo_get_batch_logps, concatenated_inputs
 from tdpo.scoring.scorer import Scored, Scorer, fast_scoring_problem
-from tdpo.training.checks import Checks
 from tdpo.training.feeder import Feeder, Microbatch
-from tdpo.training.hooks import hooks_of
+from tdpo.training.guards import Guards
+from tdpo.training.hooks import make_hooks
 from tdpo.training.metrics import MetricSums, Sink, example_metrics
 from tdpo.training.optimizer import learning_rate, make_optimizer
 from tdpo.training.passes import Passes
 from tdpo.training.strategies import FullySharded, SingleDevice, TensorParallel, Weights, prepare_blocks
-from tdpo.utils import Stopped, UserError, get_logger, plural
+from tdpo.utils import Stopped, UserError, get_logger, plural, seed_generators
 
 # preference_loss and the next ones are here for forks of the published code that import them from trainers.
 __all__ = ["BasicTrainer", "FSDPTrainer", "TensorParallelTrainer", "preference_loss", "tdpo_loss"]
@@ -87,23 +85,29 @@ class BasicTrainer:
         self.data = {"train": train_data, "eval": eval_data}
         prepare_blocks(config, policy, reference_model)
         self.strategy = self.strategy_class(config, self.world)
-        self.checks = Checks(config, self.data, self.strategy, self.world)
+        self.guards = Guards(config, self.data, self.strategy, self.world)
         self.scorer = Scorer(policy, reference_model, objective, config.compile)
         self.reference_fingerprint = self.strategy.place(self.scorer, weights or {})
         self.policy = self.scorer.policy
 
-        length = config.batch_size, seed, config.n_epochs, config.n_examples, config.drop_last
-        stages = objective.stages
-        self.batches = BatchStream(train_data, *length) if stages == 1 else StagedBatchStream(stages, train_data, *length)
+        schedule = config.batch_size, seed, config.n_epochs, config.n_examples, config.drop_last
+        staged = objective.stages > 1
+        self.batches = StagedBatchStream(objective.stages, train_data, *schedule) if staged else BatchStream(train_data, *schedule)
         self.eval_examples = next(eval_data.epochs(EVAL_SEED))[: config.n_eval_examples]
-        placeholders = {"train": next(iter(self.batches))[0], "eval": self.eval_examples[0]}
-        cut = {"microbatches": config.gradient_accumulation_steps, "budget": config.tokens_per_microbatch}
-        wanted = {"fast": self.choose_scoring(), "mismatched": objective.needs_baseline}
-        place = self.world.device, self.strategy.data_rank
-        self.feeder = Feeder(self.data, get_collate_fn(tokenizer), *place, placeholders=placeholders, **cut, **wanted)
+        self.feeder = Feeder(
+            self.data,
+            get_collate_fn(tokenizer),
+            self.world.device,
+            self.strategy.data_rank,
+            microbatches=config.gradient_accumulation_steps,
+            budget=config.tokens_per_microbatch,
+            placeholders={"train": next(iter(self.batches))[0], "eval": self.eval_examples[0]},
+            fast=self.choose_scoring(),
+            mismatched=objective.needs_baseline,
+        )
         self.signals = StopSignals(self.world)
         self.passes = Passes(self.scorer, self.feeder, self.strategy, self.world, self.signals)
-        self.hooks = hooks_of(config, objective, self.passes, self.batches, self.eval_examples, self.reference_fingerprint)
+        self.hooks = make_hooks(config, objective, self.passes, self.batches, self.eval_examples, self.reference_fingerprint)
         with self.world.agreed():
             self.optimizer = make_optimizer(config, self.strategy.parameter_groups(), self.world.device)
         self.generation_config = own_distribution(tokenizer, config.max_length)
@@ -112,9 +116,8 @@ class BasicTrainer:
         self.saved_at, self.checkpoint = -1, None  # train examples of the newest checkpoint, and its folder
         self.resumed_from: Optional[str] = None
         self.last_log: Optional[float] = None
-        torch.manual_seed(seed)
-        np.random.seed(seed)
-        random.seed(seed)
+        self.step_values: dict[str, Any] = {}  # of the last step, beside the sums over its examples
+        seed_generators(seed)
 
     def choose_scoring(self) -> bool:
         """Whether scoring is fast: `scoring` decides, auto by trying it on the model. The same on all ranks.
@@ -125,11 +128,11 @@ class BasicTrainer:
         if self.config.scoring == "plain":
             return False
         try:
-            with torch.no_grad(), self.strategy.computing():
+            with torch.no_grad(), self.strategy.forward_context():
                 problem = fast_scoring_problem(self.scorer, self.config.max_length)
         except torch.OutOfMemoryError as error:
             what = f"two sequences of max_length={self.config.max_length} tokens, by which fast scoring is tried"
-            raise self.checks.out_of_memory(what, "more devices") from error
+            raise self.guards.out_of_memory(what, "more devices") from error
         problems = [x for x in self.world.gather(problem) if x]
         if problems and self.config.scoring == "fast":
             raise UserError(f"scoring=fast: {type(self.policy).__name__} does not support it: {problems[0]}; use scoring=plain")
@@ -149,7 +152,7 @@ class BasicTrainer:
             try:
                 for hook in self.hooks:
                     hook.before_training()
-                for examples, microbatches in ahead(self.feeder.train, self.batches.after(self.progress.batches)):
+                for examples, microbatches in prefetched(self.feeder.train_microbatches, self.batches.after(self.progress.batches)):
                     self.between_steps()
                     sums = self.train_step(examples, microbatches)
                     self.log_train(sums, bar)
@@ -161,7 +164,7 @@ class BasicTrainer:
                 self.save()
                 raise
             except torch.OutOfMemoryError as error:
-                raise self.checks.out_of_memory_in_pass(self.passes.current, self.progress) from error
+                raise self.guards.out_of_memory_in_pass(self.passes.current, self.progress) from error
 
     def progress_bar(self) -> tqdm.tqdm:
         total = len(self.batches) * self.config.batch_size
@@ -197,7 +200,7 @@ class BasicTrainer:
         lr = learning_rate(self.config, self.progress.updates)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        with self.strategy.computing():
+        with self.strategy.forward_context():
             for hook in self.hooks:
                 microbatches = list(hook.before_scoring(microbatches, "train"))
             for i, microbatch in enumerate(microbatches):
@@ -207,7 +210,7 @@ class BasicTrainer:
                 losses.append(scored.output.losses[: len(microbatch.examples)])
         grad_norm = self.strategy.clip_gradient(self.config.max_grad_norm)
         own = [example for microbatch in microbatches for example in microbatch.examples]
-        took_step = self.checks.is_finite(sums.sum("loss/train"), grad_norm, own, losses, self.progress)
+        took_step = self.guards.may_take_step(sums.sum("loss/train"), grad_norm, own, losses, self.progress)
         if took_step:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -230,8 +233,8 @@ class BasicTrainer:
         self.policy.eval()
         sums = MetricSums()
         batches = self.feeder.batches("eval", self.eval_examples, self.config.eval_batch_size)
-        with torch.no_grad(), self.strategy.computing():
-            microbatches = self.passes.over("eval", batches, "Evaluating")
+        with torch.no_grad(), self.strategy.forward_context():
+            microbatches = self.passes.prepared("eval", batches, "Evaluating")
             for hook in self.hooks:
                 microbatches = hook.before_scoring(microbatches, "eval")
             for microbatch in microbatches:
@@ -297,7 +300,7 @@ class BasicTrainer:
         metrics["counters/examples"] = self.progress.examples
         metrics["counters/updates"] = self.progress.updates
         if self.progress.previous_examples == 0 and self.objective.implicit_rewards:
-            self.checks.warn_of_start(metrics, self.objective.reward_scale)
+            self.guards.warn_of_start(metrics, self.objective.reward_scale)
         for sink in self.sinks:
             sink.log(metrics, "train", self.progress.examples)
         shown = {"loss": f"{metrics['loss/train']:.4f}"}

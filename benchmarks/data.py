@@ -66,10 +66,10 @@ def timed_load(options: dict, tokenizer, cache: str):
 def waiting_share(folder: Path, cache: str, steps: int) -> tuple[float, float]:
     """(share of the time between steps that was waiting, seconds a step), of the embedded model on those rows."""
     waits, ends = [], []
-    ahead = batching.ahead
+    prefetched = batching.prefetched
 
     def timed_ahead(prepare, items):
-        prepared = ahead(prepare, items)
+        prepared = prefetched(prepare, items)
         while True:
             started = time.perf_counter()
             value = next(prepared, None)
@@ -79,7 +79,7 @@ def waiting_share(folder: Path, cache: str, steps: int) -> tuple[float, float]:
             yield value
             ends.append(time.perf_counter())
 
-    trainers.ahead = timed_ahead
+    trainers.prefetched = timed_ahead
     overrides = ["exp_name=data", "datasets=[hh]", f"datasets.hh.path={folder}", "loss=tdpo2", f"n_examples={64 * steps}", "batch_size=64"]
     overrides += ["do_first_eval=false", "n_eval_examples=64", "sample_during_eval=false", "debug=true", "wandb.enabled=false"]
     overrides += [f"local_dirs=[{cache}]", f"local_run_dir={folder}/run", "max_length=512", "max_prompt_length=256"]

@@ -25,7 +25,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -47,6 +47,7 @@ MODELS = {
     "pythia28": {"hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 10240},
 }
 LOSSES = {"tdpo2": {"beta": 0.1, "alpha": 0.5}, "dpo": {"beta": 0.1}, "sft": {}}
+TRL_MODES = {"cpu": {"": {}}, "cuda": {"": {}, ", padding-free": {"padding_free": True}, ", Liger": {"use_liger_kernel": True}}}
 Pair = tuple[list[int], list[list[int]]]  # prompt, (chosen, rejected)
 
 
@@ -315,19 +316,31 @@ def main() -> None:
             if way != "trl":
                 steps[f"{loss}: {way}"] = OwnStep(way, setting, optimizer, dtype)
             elif loss == "dpo":
-                modes = (
-                    {"": {}}
-                    if device.type == "cpu"
-                    else {"": {}, ", padding-free": {"padding_free": True}, ", Liger": {"use_liger_kernel": True}}
-                )
-                for name, mode in modes.items():
+                for name, mode in TRL_MODES[device.type].items():
                     steps[f"dpo: TRL{name}"] = TrlStep(setting, copy.deepcopy(policy), reference, dtype, **mode)
 
     rate = matmul_rate(device, dtype) if device.type == "cuda" else None
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    peaks: dict[str, list[int]] = {name: [] for name in steps}
-    losses: dict[str, set[str]] = {name: set() for name in steps}
-    for round in range(arguments.rounds + 1):  # the first one makes optimizer states and warms up
+    measured = measure(steps, arguments.rounds, device)
+    unique = sum(len(prompt) + sum(map(len, responses)) for prompt, responses in pairs)
+    print(f"{arguments.model}, {arguments.dtype}, {device.type}, {arguments.pairs} pairs of {unique:,} unique tokens")
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    print(f"microbatches of {arguments.microbatch} pairs, {arguments.rounds} rounds; {versions}\n")
+    blocks = sum(p.numel() for p in policy.parameters()) - policy.get_input_embeddings().weight.numel()
+    print_table(measured, len(pairs), unique, blocks, rate)
+
+
+class Measured(NamedTuple):
+    """Of one way, a value a round; `losses` are all that it printed."""
+
+    seconds: list[float]
+    peaks: list[int]
+    losses: set[str]
+
+
+def measure(steps: dict[str, Callable[[], float]], rounds: int, device: torch.device) -> dict[str, Measured]:
+    """Take every way's step in each round; a first round, not counted, makes optimizer states and warms up."""
+    measured = {name: Measured([], [], set()) for name in steps}
+    for round in range(rounds + 1):
         for name, step in steps.items():
             with Memory(device) as memory:
                 started = time.perf_counter()
@@ -335,29 +348,34 @@ def main() -> None:
                 if device.type == "cuda":
                     torch.cuda.synchronize()
                 elapsed = getattr(step, "seconds", time.perf_counter() - started)
-            losses[name].add(f"{value:.5f}")
+            measured[name].losses.add(f"{value:.5f}")
             if round > 0:
-                seconds[name].append(elapsed)
-                peaks[name].append(memory.peak)
+                measured[name].seconds.append(elapsed)
+                measured[name].peaks.append(memory.peak)
             when = f"round {round}" if round else "warm-up"
             print(f"{when} {name}: {elapsed:.2f} s, {memory.peak / 2**30:.2f} GiB, loss {value:.6f}", file=sys.stderr)
+    return measured
 
-    unique = sum(len(prompt) + sum(map(len, responses)) for prompt, responses in pairs)
-    print(f"{arguments.model}, {arguments.dtype}, {device.type}, {arguments.pairs} pairs of {unique:,} unique tokens")
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    print(f"microbatches of {arguments.microbatch} pairs, {arguments.rounds} rounds; {versions}\n")
+
+def print_table(measured: dict[str, Measured], pairs: int, unique: int, parameters: int, rate: Optional[float]) -> None:
+    """Medians over the rounds, and of each round's ratios to the first way.
+
+    Args:
+        pairs, unique: of a step, and their unique tokens.
+        parameters: of the model, but for input embeddings.
+        rate: of a large matrix product, in FLOP/s; None on a CPU.
+    """
     mfu = "" if rate is None else " model-FLOP utilisation |"
     print(f"| | s a step | times faster | pairs/s | unique tokens/s | peak GiB | of the first's | loss |{mfu}")
     print("|---|" + "---:|" * (8 if rate else 7))
-    first = next(iter(steps))
-    blocks = sum(p.numel() for p in policy.parameters()) - policy.get_input_embeddings().weight.numel()
-    for name in steps:
-        median, peak = statistics.median(seconds[name]), statistics.median(peaks[name])
-        ratio = statistics.median(a / b for a, b in zip(seconds[first], seconds[name]))
-        cells = [f"{median:.2f}", f"{ratio:.2f}", f"{len(pairs) / median:.2f}", f"{unique / median:,.0f}", f"{peak / 2**30:.2f}"]
-        cells += [f"{peak / statistics.median(peaks[first]):.3f}", ", ".join(sorted(losses[name]))]
+    first = next(iter(measured.values()))
+    for name, way in measured.items():
+        median, peak = statistics.median(way.seconds), statistics.median(way.peaks)
+        ratio = statistics.median(a / b for a, b in zip(first.seconds, way.seconds))
+        cells = [f"{median:.2f}", f"{ratio:.2f}", f"{pairs / median:.2f}", f"{unique / median:,.0f}", f"{peak / 2**30:.2f}"]
+        cells += [f"{peak / statistics.median(first.peaks):.3f}", ", ".join(sorted(way.losses))]
         if rate is not None:
-            flop = (6 + (0 if name.startswith("sft") else 2)) * blocks * unique
+            flop = (6 + (0 if name.startswith("sft") else 2)) * parameters * unique
             cells.append(f"{flop / median / rate:.1%}")
         print(f"| {name} | {' | '.join(cells)} |")
     if rate is not None:

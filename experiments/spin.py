@@ -22,7 +22,7 @@ from omegaconf import OmegaConf  # noqa: E402
 
 from experiments.scripts import run_script, send_to_scripts  # noqa: E402
 from preference_datasets import load_split  # noqa: E402
-from tdpo.analysis.trained import Trained, find_trained  # noqa: E402
+from tdpo.analysis.trained_models import Trained, find_trained  # noqa: E402
 from tdpo.data.contract import SFT  # noqa: E402
 from tdpo.data.rows import read_rows  # noqa: E402
 from tdpo.data.tokenization import special_token_strings  # noqa: E402

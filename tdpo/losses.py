@@ -288,13 +288,13 @@ class Objective:
     roles: tuple[str, ...] = ("chosen", "rejected")  # of an example's responses
     needs_reference: bool = True
     needs_kl: bool = False
-    needs_scores: bool = False  # of both responses of a pair, from the data
+    needs_annotations: bool = False  # of both responses of a pair, from the data
     needs_baseline: bool = False  # z0, of the whole batch
     needs_segments: bool = False  # responses of which some turns alone are scored
     stages: int = 1  # consecutive parts of the train data; the policy replaces the reference after each part but the last
     easiest_first: bool = False  # order the train examples by the margin that the policy gives them before training
     implicit_rewards: bool = True  # whether rewards compare with the reference, and so are 0 at the start
-    declare: Callable[..., Mapping[str, object]] = lambda **_: {}  # fields that depend on the hyperparameters, by name
+    fields_from: Callable[..., Mapping[str, object]] = lambda **_: {}  # fields that depend on the hyperparameters, by name
     ignored: tuple[str, ...] = ()  # keys of the config's `loss` that this loss does not use
     notes: tuple[str, ...] = ()  # lines about the chosen hyperparameters, to be printed
     hyperparameters: Mapping[str, object] = field(default_factory=dict)
@@ -310,6 +310,7 @@ class Objective:
         return self.hyperparameters.get("beta", default)
 
 
+# By name. One that is added needs config/loss/<name>.yaml too, and its hyperparameters' ranges in HYPERPARAMETERS of tdpo/cli/schema.py.
 OBJECTIVES = {
     objective.name: objective
     for objective in (
@@ -321,18 +322,18 @@ OBJECTIVES = {
             "tdpo2",
             tdpo2,
             needs_kl=True,
-            declare=lambda alpha=0.5, **_: {"notes": ("loss=tdpo2 with loss.alpha=0 is DPO",)} if alpha == 0 else {},
+            fields_from=lambda alpha=0.5, **_: {"notes": ("loss=tdpo2 with loss.alpha=0 is DPO",)} if alpha == 0 else {},
         ),
         Objective("rdpo", rdpo),
         Objective("dpop", dpop),
         Objective("simpo", simpo, needs_reference=False, implicit_rewards=False),
-        Objective("odpo", odpo, needs_scores=True, declare=lambda kl_weight=0.0, **_: {"needs_kl": kl_weight > 0}),
+        Objective("odpo", odpo, needs_annotations=True, fields_from=lambda kl_weight=0.0, **_: {"needs_kl": kl_weight > 0}),
         Objective("slic", slic, roles=("chosen", "rejected", "target"), needs_reference=False, implicit_rewards=False),
-        Objective("kto", kto, roles=("completion",), declare=lambda z0="batch", **_: {"needs_baseline": z0 == "batch"}),
+        Objective("kto", kto, roles=("completion",), fields_from=lambda z0="batch", **_: {"needs_baseline": z0 == "batch"}),
         Objective(
             "sdpo_stepwise",
             sdpo_stepwise,
-            declare=lambda parts=3, order="given", **_: {"stages": parts, "easiest_first": order == "easy_to_hard"},
+            fields_from=lambda parts=3, order="given", **_: {"stages": parts, "easiest_first": order == "easy_to_hard"},
         ),
         Objective("sdpo_segment", sdpo_segment, needs_segments=True),
     )
@@ -370,7 +371,7 @@ def get_objective(name: str, *, log_kl: bool = False, **hyperparameters) -> Obje
     """
     name, values, ignored = resolve(name, hyperparameters)
     known = OBJECTIVES[name]
-    bound = replace(known, **known.declare(**values), hyperparameters=values, ignored=ignored)
+    bound = replace(known, **known.fields_from(**values), hyperparameters=values, ignored=ignored)
     return replace(bound, needs_reference=bound.needs_reference or log_kl, needs_kl=bound.needs_kl or log_kl)
 
 

@@ -1,6 +1,7 @@
 """Small helpers that need no accelerator."""
 
 import difflib
+import fcntl
 import getpass
 import logging
 import os
@@ -169,6 +170,30 @@ def disable_dropout(model: torch.nn.Module) -> None:
         for name, value in list(vars(module).items()):
             if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
+
+
+def seed_generators(seed: int) -> None:
+    """Seed Python's, NumPy's and PyTorch's random numbers."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def try_lock(handle: int) -> bool:
+    """Lock a file or folder until this process closes it or ends; False where another process has locked it.
+
+    On a network disk that has no locks, nobody is kept away.
+
+    Args:
+        handle: of the open file or folder.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def some_of(items: list, limit: int = 12) -> str:

@@ -229,9 +229,9 @@ def forks():
 class Command:
     """A script of the repository in a process of its own, which is forked (`forks`); to be watched and ended as a subprocess.Popen is."""
 
-    def __init__(self, script: str, *arguments: str, env: Optional[dict] = None, output: Optional[Path] = None):
+    def __init__(self, script: str, *arguments: str, env: Optional[dict] = None, output: Optional[Path] = None, cwd: Path = ROOT):
         self.output = output or Path(tempfile.mkstemp(prefix="output-")[1])
-        job = (str(ROOT / script), [str(argument) for argument in arguments], dict(env or os.environ), str(self.output))
+        job = (str(ROOT / script), [str(argument) for argument in arguments], dict(env or os.environ), str(self.output), str(cwd))
         self.process = forks().Process(target=pool.run_script, args=job)
         self.process.start()
         self.pid, self.kill, self.terminate = self.process.pid, self.process.kill, self.process.terminate
@@ -259,6 +259,13 @@ def start(arguments: list[str], program: Sequence[str] = (), env: Optional[dict]
         return Command("train.py", *QUIET, *arguments, env=env)
     command = [*program, str(ROOT / "train.py"), *QUIET, *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+
+
+def start_unsupervised(script: str, arguments: list[str], n: int = 2) -> list[Command]:
+    """Ranks that no launcher watches, as under srun: rank 0 has the store."""
+    world = {**os.environ, "WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    ranks = [{**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} if n > 1 else world for rank in range(n)]
+    return [Command(script, *arguments, env=environment) for environment in ranks]
 
 
 def ranks_of(folder: Path) -> dict[int, int]:

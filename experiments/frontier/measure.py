@@ -15,14 +15,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np  # noqa: E402
-import torch  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 
 from preference_datasets import load_prompts, load_split  # noqa: E402
 from tdpo.analysis.evaluation import measure_pairs, measure_samples  # noqa: E402
 from tdpo.analysis.rewards import gold_reward_of, reward_model  # noqa: E402
-from tdpo.analysis.trained import Trained, find_trained, load_compared, load_trained  # noqa: E402
+from tdpo.analysis.trained_models import Trained, find_trained, load_compared, load_trained  # noqa: E402
 from tdpo.checkpointing.checkpoints import list_checkpoints  # noqa: E402
+from tdpo.distributed.world import World  # noqa: E402
 from tdpo.models.sampling import own_distribution, sample_batch  # noqa: E402
 from tdpo.utils import UserError, batched  # noqa: E402
 
@@ -68,7 +68,7 @@ class Measures:
 
     def __init__(self, arguments: argparse.Namespace, config: DictConfig):
         self.arguments = arguments
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = World().device
         self.sft = find_trained(os.path.dirname(config.model.archive))
         data, cache_dir, add_bos = self.sft.datasets(None), self.sft.cache_dir(), config.model.add_bos
         self.reward = gold_reward_of(list(data)) if arguments.reward is None else reward_model(arguments.reward, self.device, cache_dir)

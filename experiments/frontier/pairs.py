@@ -15,9 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import torch  # noqa: E402
 
 from tdpo.analysis.rewards import GOLD, gold_reward_of, reward_model  # noqa: E402
+from tdpo.distributed.world import World  # noqa: E402
 from tdpo.utils import UserError, get_local_dir  # noqa: E402
 
 
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--margin", type=float, default=0.0, help="least difference of the two rewards (default: %(default)s)")
     parser.add_argument("--reward", default="gold:reviews", help="as reward= of eval.py, or gold:<dataset> (default: %(default)s)")
     arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = World().device
     kind, _, name = arguments.reward.partition(":")
     missing = [file for split in ("train", "test") if not (file := arguments.folder / f"completions-{split}.jsonl").exists()]
     if missing:

@@ -1,6 +1,5 @@
 """Resume a run where it stopped: in which folder, from which checkpoint, whether it is the same run, and its logs cut back to there."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -15,7 +14,7 @@ from tdpo.checkpointing.checkpoints import damaged_files, holds_a_run, list_chec
 from tdpo.checkpointing.training_state import Progress, read_progress
 from tdpo.distributed.world import World
 from tdpo.losses import Objective
-from tdpo.utils import UserError, flat_keys, get_local_run_dir, get_logger, some_of
+from tdpo.utils import UserError, flat_keys, get_local_run_dir, get_logger, some_of, try_lock
 
 log = get_logger(__name__)
 
@@ -225,17 +224,11 @@ class FolderLock:
 
     def __init__(self, run_dir: str):
         self.handle, end = os.open(run_dir, os.O_RDONLY), time.monotonic() + LOCK_PATIENCE
-        while True:
-            try:
-                fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    self.release()
-                    raise UserError(f"another run trains into {run_dir}: wait for it, or choose another folder") from None
-                time.sleep(0.5)
-            except OSError:  # a network disk that locks no folders
-                return
+        while not try_lock(self.handle):
+            if time.monotonic() > end:
+                self.release()
+                raise UserError(f"another run trains into {run_dir}: wait for it, or choose another folder")
+            time.sleep(0.5)
 
     def release(self) -> None:
         os.close(self.handle)

@@ -1,4 +1,4 @@
-"""What a config must be: types, ranges and closed sets of every key. Which values go together: checked.py."""
+"""What a config must be: types, ranges and closed sets of every key. Which values go together: check_config.py."""
 
 import inspect
 from collections.abc import Mapping

@@ -179,7 +179,7 @@ def cut_into_microbatches(lengths: Sequence[int], ranks: int, microbatches: int,
     return [cuts[i : i + ranks] for i in range(0, len(cuts), ranks)]
 
 
-def ahead(prepare: Callable[[Item], Prepared], items: Iterable[Item]) -> Iterator[tuple[Item, Prepared]]:
+def prefetched(prepare: Callable[[Item], Prepared], items: Iterable[Item]) -> Iterator[tuple[Item, Prepared]]:
     """(item, prepare(item)) of each item; the next one is prepared by a thread while the caller works with this one."""
     with ThreadPoolExecutor(1, thread_name_prefix="ahead") as pool:
         waiting = None

@@ -154,7 +154,7 @@ def first_node(nodes: str) -> str:
 
 
 @contextmanager
-def joined(config: DictConfig) -> Iterator[World]:
+def join_ranks(config: DictConfig) -> Iterator[World]:
     """The world of this process: alone, or with the others that its launcher has started.
 
     Raises:

@@ -252,7 +252,7 @@ class _Workspace:
             slope = 1 - (logits / self.head.softcap) ** 2
         log_p, logps = label_logps(logits, labels)
         if self.needs_kl:
-            q, kl = _kernel(_forward_kl, compiled)(log_q, log_p, buffers[1])
+            q, kl = _kernel(_forward_kl_in_place, compiled)(log_q, log_p, buffers[1])
         return _Distributions(compiled, labels, (logps, reference_logps, kl), log_p, q, slope)
 
 
@@ -290,8 +290,8 @@ def _label_logps(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tens
     return logps, logps.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
-def _forward_kl(log_q: torch.Tensor, log_p: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """q (C, V), into that tensor, and the divergence (C,), in place of log q."""
+def _forward_kl_in_place(log_q: torch.Tensor, log_p: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return q (C, V), written into that tensor, and KL(q || p) of each position (C,), in nats: logps.forward_kl, in place of log q."""
     torch.exp(log_q, out=q)
     # Where q is 0 the product may be 0 * inf; its limit is 0. A NaN of a model shows in its logps.
     return q, log_q.sub_(log_p).mul_(q).nansum(-1)

@@ -1,4 +1,6 @@
-"""The specification, as published: log-probabilities and SeqKL of responses from full logits.
+"""Plain scoring, the specification: log-probabilities and SeqKL of responses from full logits, as published.
+
+Fast scoring, by which most runs train, computes the same numbers chunk by chunk in chunked_loss.py.
 
 Shapes: B sequences, T tokens, V vocabulary entries, N response tokens of the batch.
 """

@@ -74,7 +74,7 @@ class Feeder:
         ordered = sorted(examples, key=lambda example: data.lengths([example]))
         return [self.shard(ordered[start : start + size]) for start in range(0, len(ordered), size)]
 
-    def train(self, examples: Sequence[Example]) -> list[Microbatch]:
+    def train_microbatches(self, examples: Sequence[Example]) -> list[Microbatch]:
         """Return this process's shard of a train batch, in microbatches of about equal tokens; every rank gets the same number of them.
 
         A rank may get an empty one; it must still run forward and backward, because FSDP's collectives involve every rank.
@@ -85,9 +85,9 @@ class Feeder:
         if self.mismatched:  # whichever of its two rows is longer
             lengths = list(map(max, lengths, data.lengths([example._replace(mismatched=True) for example in examples])))
         rounds = cut_into_microbatches(lengths, ranks, self.microbatches, self.budget)
-        return [self.whole("train", [examples[i] for i in microbatches[rank]]) for microbatches in rounds]
+        return [self.as_microbatch("train", [examples[i] for i in microbatches[rank]]) for microbatches in rounds]
 
-    def whole(self, split: str, examples: list[Example]) -> Microbatch:
+    def as_microbatch(self, split: str, examples: list[Example]) -> Microbatch:
         """Return these examples as one microbatch."""
         scored = examples or [self.placeholders[split]]
         others = self._batch([example._replace(mismatched=True) for example in scored], split) if self.mismatched else None

@@ -110,8 +110,8 @@ class Stages(Hook):
         shards = passes.feeder.batches("train", next(data.epochs(self.batches.seed, shuffle=False)), self.batch_size)
         found = []
         passes.scorer.policy.eval()
-        with passes.strategy.computing():
-            for microbatch in passes.over("train", shards, "Ordering"):
+        with passes.strategy.forward_context():
+            for microbatch in passes.prepared("train", shards, "Ordering"):
                 scores = passes.score(microbatch, "train").scores
                 margins = (scores["chosen"].logps - scores["rejected"].logps).tolist()
                 found += zip(margins, map(data.index, microbatch.examples))  # a placeholder has none
@@ -164,8 +164,8 @@ class CachedReference(Hook):
             for split, some in examples.items()
         }
         microbatches = {
-            "train": (microbatch for batch in stream for microbatch in feeder.train(batch)),
-            "eval": (feeder.whole("eval", batch) for batch in feeder.batches("eval", self.eval_examples, config.eval_batch_size)),
+            "train": (microbatch for batch in stream for microbatch in feeder.train_microbatches(batch)),
+            "eval": (feeder.as_microbatch("eval", batch) for batch in feeder.batches("eval", self.eval_examples, config.eval_batch_size)),
         }
         for split, cache in caches.items():
             there = world.from_first(cache.is_there)
@@ -179,7 +179,7 @@ class CachedReference(Hook):
         passes.scorer.reference = HeadOnly.instead_of(reference)
 
 
-def hooks_of(
+def make_hooks(
     config: DictConfig, objective: Objective, passes: Passes, batches: BatchStream, eval_examples: list[Example], fingerprint: str
 ) -> list[Hook]:
     """Choose a run's hooks, by what the objective declares and the config asks for. Arguments as of the hooks."""

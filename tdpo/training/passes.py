@@ -7,7 +7,7 @@ from typing import Optional
 import torch
 import tqdm
 
-from tdpo.data.batching import ahead
+from tdpo.data.batching import prefetched
 from tdpo.data.split import Example
 from tdpo.distributed.signals import StopSignals
 from tdpo.distributed.world import World
@@ -57,7 +57,7 @@ class Passes:
         self.world.forward_passes += 1
         self.current = microbatch.examples, split
 
-    def over(self, split: str, batches: list[list[Example]], title: str) -> "Prepared":
+    def prepared(self, split: str, batches: list[list[Example]], title: str) -> "Prepared":
         """Return microbatches of these batches, to be iterated as often as needed."""
         return Prepared(self, split, batches, title)
 
@@ -69,7 +69,7 @@ class Prepared:
         self.passes, self.split, self.batches, self.title = passes, split, batches, title
 
     def __iter__(self) -> Iterator[Microbatch]:
-        found = ahead(partial(self.passes.feeder.whole, self.split), self.batches)
+        found = prefetched(partial(self.passes.feeder.as_microbatch, self.split), self.batches)
         for _, microbatch in tqdm.tqdm(found, self.title, len(self.batches), leave=False, disable=self.passes.hide_progress):
             self.passes.signals.check()
             yield microbatch

@@ -53,7 +53,7 @@ class SingleDevice:
         scorer.to(self.world.device)
         return identity
 
-    def computing(self) -> AbstractContextManager:
+    def forward_context(self) -> AbstractContextManager:
         """Return a context in which the policy computes in `compute_dtype`."""
         return cast_parameters(self.scorer.policy, self.compute_dtype)
 
@@ -98,7 +98,7 @@ class FullySharded(SingleDevice):
         return "" if scorer.reference is None else load_weights(self.world, scorer.reference, weights["reference"])
 
     @contextmanager
-    def computing(self) -> Iterator[None]:
+    def forward_context(self) -> Iterator[None]:
         try:
             yield
         finally:

@@ -9,7 +9,7 @@ import torch
 from helpers import DATA, PREFERENCE, compose, run
 
 import token_report
-from tdpo.analysis.trained import find_trained, load_compared
+from tdpo.analysis.trained_models import find_trained, load_compared
 from tdpo.scoring.token_statistics import token_statistics
 from tdpo.utils import UserError
 

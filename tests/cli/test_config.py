@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from tdpo import losses
 from tdpo.cli import schema as config_schema
-from tdpo.cli.checked import check_config
+from tdpo.cli.check_config import check_config
 from tdpo.cli.schema import check_tool_config
 from tdpo.utils import UserError
 

@@ -10,7 +10,7 @@ from helpers import MINI, compose, tokenized
 
 import train
 from preference_datasets import default_options, tokenize_batch_element
-from tdpo.data.batching import BatchStream, ahead, cut_into_microbatches, get_collate_fn
+from tdpo.data.batching import BatchStream, cut_into_microbatches, get_collate_fn, prefetched
 from tdpo.data.split import TokenizedSplit
 from tdpo.data.tokenization import truncate
 from tdpo.losses import get_objective
@@ -225,10 +225,10 @@ def test_the_next_item_is_prepared_while_this_one_is_used():
         return item * 10
 
     results = []
-    for item, prepared in ahead(prepare, iter([1, 2, 3])):
+    for item, prepared in prefetched(prepare, iter([1, 2, 3])):
         results.append((item, prepared))
         used.set()
     assert results == [(1, 10), (2, 20), (3, 30)] and started == [1, 2, 3]
-    assert list(ahead(prepare, [])) == []
+    assert list(prefetched(prepare, [])) == []
     with pytest.raises(ZeroDivisionError):  # where it would be used
-        list(ahead(lambda item: 1 / item, [1, 0]))
+        list(prefetched(lambda item: 1 / item, [1, 0]))

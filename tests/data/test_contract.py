@@ -9,7 +9,7 @@ from helpers import DATA, HISTORY, MINI, ROOT, SEGMENTS, compose, load, logs_of,
 from transformers import AutoModelForCausalLM
 
 from preference_datasets import default_options, load_prompts, load_split
-from tdpo.cli.checked import check_config
+from tdpo.cli.check_config import check_config
 from tdpo.data.contract import COMPLETIONS, PAIRS, PAIRS_AND_TARGET, SFT
 from tdpo.data.split import Example, with_partners
 from tdpo.losses import get_objective

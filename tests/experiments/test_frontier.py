@@ -69,19 +69,19 @@ def test_pairs_are_best_and_worst(tmp_path):
 @pytest.mark.processes
 def test_the_whole_in_small(monkeypatch, tmp_path):
     """One method, one seed: the reward rises, KL with it, and the start is the reference."""
-    data = "datasets.reviews.n_train=640,datasets.reviews.n_test=64"
+    data = "datasets.reviews.n_train=320,datasets.reviews.n_test=32"
     small = [
-        f"common=[model=tiny,'datasets=[reviews]',{data},eval_batch_size=64,n_eval_examples=64,sample_during_eval=false,wandb.enabled=false]"
+        f"common=[model=tiny,'datasets=[reviews]',{data},eval_batch_size=64,n_eval_examples=32,sample_during_eval=false,wandb.enabled=false]"
     ]
-    small += ["preference=[batch_size=32,eval_every=100000,do_first_eval=false,warmup_steps=5]", "examples=512", "completion_prompts=null"]
+    small += ["preference=[batch_size=32,eval_every=100000,do_first_eval=false,warmup_steps=3]", "examples=256", "completion_prompts=null", "completions=3"]
     small += [
-        "sft=[n_epochs=6,batch_size=64,eval_every=100000]",
+        "sft=[n_epochs=6,lr=3e-3,batch_size=64,eval_every=100000]",
         "seeds=[0]",
         "betas=[0.1]",
-        "lrs=[5e-4]",
-        "shown={beta: 0.1, lr: 5e-4}",
+        "lrs=[1e-3]",
+        "shown={beta: 0.1, lr: 1e-3}",
         "checkpoints=2",
-        "n_prompts=64",
+        "n_prompts=32",
     ]
     monkeypatch.setattr(sys, "argv", ["run.py", "--out", str(tmp_path), "--methods", "TDPO2 0.5", "--workers", "1", *small])
     frontier = module("run")
@@ -96,7 +96,7 @@ def test_the_whole_in_small(monkeypatch, tmp_path):
     row = f"| TDPO2 0.5 | {last['samples/reward']:.3f}"
     assert row in (tmp_path / "table.md").read_text()
     # A run that was interrupted has a checkpoint that the others have not.
-    other = tmp_path / "tdpo2_0.5" / "beta0.1_lr0.0005_seed1"
+    other = tmp_path / "tdpo2_0.5" / "beta0.1_lr0.001_seed1"
     other.mkdir()
     content = json.loads(measured.read_text())
     extra = {**last, "examples": last["examples"] - 1}

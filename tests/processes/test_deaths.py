@@ -3,11 +3,11 @@
 import json
 import os
 import signal
-import subprocess
 
 import pytest
 from helpers import (
     DATA,
+    QUIET,
     SHARDED,
     STANDALONE,
     TORCHRUN,
@@ -18,6 +18,7 @@ from helpers import (
     recorded,
     run,
     start,
+    start_unsupervised,
     wait_for,
 )
 
@@ -55,15 +56,8 @@ def test_a_rank_that_is_killed_ends_the_run_and_is_named(tmp_path):
     assert "was killed by SIGKILL" in errors[0] and ranks_of(tmp_path / "run") == {}
 
 
-def start_unsupervised(arguments: list[str]) -> list[subprocess.Popen]:
-    """Two ranks that no launcher watches, as under srun: rank 0 has the store."""
-    port = free_port()
-    world = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    return [start(arguments, env={**world, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)]
-
-
 def test_the_end_of_the_process_that_has_the_rendezvous_is_noticed(tmp_path):
-    ranks = start_unsupervised([*DATA, *SHARDED, "n_epochs=1000", f"local_run_dir={tmp_path}/run"])
+    ranks = start_unsupervised("train.py", [*QUIET, *DATA, *SHARDED, "n_epochs=1000", f"local_run_dir={tmp_path}/run"])
     wait_for(lambda: has_steps(tmp_path / "run", 3))
     ranks[0].kill()
     output, _ = ranks[1].communicate(timeout=60)
@@ -74,7 +68,7 @@ def test_the_end_of_the_process_that_has_the_rendezvous_is_noticed(tmp_path):
 
 def test_a_signal_ends_unsupervised_ranks_with_its_number(tmp_path):
     """So that a Slurm script can tell a run that stopped from one that ended."""
-    ranks = start_unsupervised([*DATA, *SHARDED, "n_epochs=1000", f"local_run_dir={tmp_path}/run"])
+    ranks = start_unsupervised("train.py", [*QUIET, *DATA, *SHARDED, "n_epochs=1000", f"local_run_dir={tmp_path}/run"])
     wait_for(lambda: has_steps(tmp_path / "run", 3))
     ranks[1].send_signal(signal.SIGUSR1)
     assert [(rank.communicate(timeout=60), rank.returncode)[1] for rank in ranks] == [138, 138]
@@ -83,7 +77,7 @@ def test_a_signal_ends_unsupervised_ranks_with_its_number(tmp_path):
 
 def test_a_rank_that_hangs_is_named(tmp_path):
     arguments = [*DATA, *SHARDED, "n_epochs=1000", "parallel.timeout_secs=3", f"local_run_dir={tmp_path}/run"]
-    ranks = start_unsupervised(arguments)
+    ranks = start_unsupervised("train.py", [*QUIET, *arguments])
     wait_for(lambda: has_steps(tmp_path / "run", 3))
     ranks[1].send_signal(signal.SIGSTOP)
     output, _ = ranks[0].communicate(timeout=60)

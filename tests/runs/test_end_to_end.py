@@ -2,16 +2,14 @@
 
 import json
 import statistics
-import subprocess
-import sys
 
 import pytest
-from helpers import ROOT, run
+from helpers import Command, run
 
 from tdpo.data.reviews import gold_reward
 
-SMALL = ["n_examples=256", "n_epochs=null", "batch_size=64", "sample_during_eval=false", "do_first_eval=false", "wandb.enabled=false"]
-
+SMALL = ["n_examples=256", "n_epochs=null", "batch_size=64", "n_eval_examples=32", "do_first_eval=false"]
+SMALL += ["sample_during_eval=false", "wandb.enabled=false"]
 BATCHES = ["n_epochs=null", "batch_size=64", "eval_batch_size=64"]
 
 
@@ -57,10 +55,10 @@ def test_preference_training_learns_the_reward(loss, beta, sft, tmp_path):
 @pytest.mark.processes
 def test_a_sweep_goes_on_after_a_job_that_fails(tmp_path):
     folder = f"local_run_dir='{tmp_path}/lr${{lr}}'"
-    command = [sys.executable, ROOT / "train.py", "--multirun", "exp_name=x", "lr=-1,1e-3,2e-3", folder, *SMALL]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 1
-    errors = [line for line in done.stderr.splitlines() if "error" in line]
+    sweep = Command("train.py", "--multirun", "exp_name=x", "lr=-1,1e-3,2e-3", folder, *SMALL, cwd=tmp_path)
+    output, _ = sweep.communicate()
+    assert sweep.returncode == 1
+    errors = [line for line in output.splitlines() if line.startswith("error")]
     assert "lr=-1" in errors[0] and "lr=-1: must be greater than 0" in errors[0] and "1 job of the sweep failed" in errors[1]
     assert sorted(path.name for path in tmp_path.iterdir()) == [".cache", "lr0.001", "lr0.002"]
     losses = [logs_of(tmp_path / name, "eval")[-1]["loss/eval"] for name in ("lr0.001", "lr0.002")]

@@ -11,8 +11,9 @@ from tdpo.distributed.launch import process_group
 from tdpo.utils import PeerError, RunError, UserError
 
 
-def run_script(script: str, arguments: list[str], environment: dict[str, str], output: str) -> None:
-    """As `python -u script arguments`, with that environment; what it prints goes to a file."""
+def run_script(script: str, arguments: list[str], environment: dict[str, str], output: str, folder: str) -> None:
+    """As `python -u script arguments` in a folder, with that environment; what it prints goes to a file."""
+    os.chdir(folder)
     _become(environment, output)
     sys.argv = [script, *arguments]
     sys.path.insert(0, os.path.dirname(script))

@@ -18,7 +18,7 @@ log = get_logger(__name__)
 STEP_ZERO_TOLERANCE = 1e-3  # nats: far above rounding, far below what one step of training does
 
 
-class Checks:
+class Guards:
     """The checks of a run.
 
     Args:
@@ -30,7 +30,7 @@ class Checks:
     def __init__(self, config: DictConfig, data: Mapping[str, TokenizedSplit], strategy: SingleDevice, world: World):
         self.config, self.data, self.strategy, self.world = config, data, strategy, world
 
-    def is_finite(
+    def may_take_step(
         self,
         loss: torch.Tensor,
         grad_norm: torch.Tensor,

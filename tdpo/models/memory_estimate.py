@@ -1,6 +1,6 @@
 """Memory of one device in training, computed before a machine is rented for it.
 
-`python -m tdpo.models.memory` prints the tables of docs/scaling.md.
+`python -m tdpo.models.memory_estimate` prints the tables of docs/scaling.md.
 
 The counts of copies below were read off tdpo/scoring and PyTorch's FSDP2; tests/models/test_memory.py holds them against measured
 peaks.

@@ -13,9 +13,9 @@ from omegaconf import OmegaConf
 from preference_datasets import load_split
 from tdpo.data.contract import PAIRS, SFT
 from tdpo.losses import OBJECTIVES
-from tdpo.models import memory
+from tdpo.models import memory_estimate
 from tdpo.models.build import embedded_tokenizer
-from tdpo.models.memory import ModelShape, device_memory
+from tdpo.models.memory_estimate import ModelShape, device_memory
 
 STATES = {"hidden_size": 768, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 3072}  # weights decide
 # The vocabulary decides; with plain scoring, because fast scoring's part of it is too small to be measured so (see scoring/test_scorer.py).
@@ -89,10 +89,10 @@ def test_computed_is_measured(sizes, loss, batch_size, ranks, microbatches, tmp_
 
 
 def test_the_tables_of_the_document_are_the_functions():
-    assert memory.tables() in (ROOT / "docs" / "scaling.md").read_text()
+    assert memory_estimate.tables() in (ROOT / "docs" / "scaling.md").read_text()
 
 
 def test_parameters_of_the_documents_models():
     """Their papers' counts: Pythia 2.8B has 2.78 billion with both embeddings, Llama 3 has 8.03 and 70.6."""
-    sizes = {name: ModelShape.of(config).parameters / 1e9 for name, config in memory.MODELS.items()}
+    sizes = {name: ModelShape.of(config).parameters / 1e9 for name, config in memory_estimate.MODELS.items()}
     assert sizes == pytest.approx({"Pythia 2.8B": 2.775, "Llama 3 8B": 8.030, "Llama 3 70B": 70.554}, abs=1e-3)
