@@ -73,8 +73,11 @@ def test_the_whole_in_small(monkeypatch, tmp_path):
     small = [
         f"common=[model=tiny,'datasets=[reviews]',{data},eval_batch_size=64,n_eval_examples=32,sample_during_eval=false,wandb.enabled=false]"
     ]
-    small += ["preference=[batch_size=32,eval_every=100000,do_first_eval=false,warmup_steps=3]", "examples=256", "completion_prompts=null", "completions=3"]
+    small += ["preference=[batch_size=32,eval_every=100000,do_first_eval=false,warmup_steps=3]"]
     small += [
+        "examples=256",
+        "completion_prompts=null",
+        "completions=3",
         "sft=[n_epochs=6,lr=3e-3,batch_size=64,eval_every=100000]",
         "seeds=[0]",
         "betas=[0.1]",
