@@ -93,7 +93,7 @@ def load_shp(source: Source) -> Contract:
             continue
         prompt = "\n\nHuman: " + texts[0] + ASSISTANT
         order = (0, 1) if row.fields["labels"] == 1 else (1, 0)  # labels 1: A is preferred
-        if source.form.scored and not scores[order[0]] > scores[order[1]]:
+        if source.form.rated and not scores[order[0]] > scores[order[1]]:
             source.report.refuse(row, "the preferred response has the lower score")
             continue
         if source.report.usable_pair(row, prompt, *(" " + texts[1 + i] for i in order)):
@@ -104,7 +104,7 @@ def load_shp(source: Source) -> Contract:
             entry["scores"] += scores
     for entry in data.values():
         entry["sft_target"] = entry["responses"][int(np.argmax(entry["scores"]))]
-    source.report.notes += [f"{plural(ties, 'pair')} of equal scores left out"] if ties and source.form.scored else []
+    source.report.notes += [f"{plural(ties, 'pair')} of equal scores left out"] if ties and source.form.rated else []
     return dict(data)
 
 
@@ -136,7 +136,7 @@ def load_se(source: Source) -> Contract:
         scores = [answer["pm_score"] for answer in answers]
         indices = range(len(answers))
         pairs = [(i, j) if scores[i] > scores[j] else (j, i) for i in indices for j in indices if i < j]
-        if source.form.scored:  # published, the second of equal ones is chosen
+        if source.form.rated:  # published, the second of equal ones is chosen
             untied = [(i, j) for i, j in pairs if scores[i] > scores[j]]
             ties, pairs = ties + len(pairs) - len(untied), untied
         data[prompt] = {"responses": texts, "pairs": pairs, "scores": scores, "sft_target": texts[int(np.argmax(scores))]}

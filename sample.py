@@ -53,9 +53,9 @@ def run(config: DictConfig, overrides: Sequence[str] = (), world: Optional[World
             model, tokenizer = load_trained(trained, world.device, max_length)
         source = data, config.split, tokenizer, max_prompt_length, trained.model.add_bos, trained.cache_dir(), config.prompts
         prompts = world.from_first(lambda: load_prompts(*source))[: config.n_prompts]
-        settings = settings_of(config, tokenizer, max_length)
+        settings = generation_settings(config, tokenizer, max_length)
         batches = batched(prompts, config.batch_size)
-        identity = identity_of(config, model, max_length, prompts)
+        identity = what_rows_depend_on(config, model, max_length, prompts)
         with ExitStack() as stack:
             file = ResumableJsonl(config.out, identity, [config.n * len(batch) for _, batch in batches])
             done = world.from_first(lambda: stack.enter_context(file).done)
@@ -74,14 +74,14 @@ def run(config: DictConfig, overrides: Sequence[str] = (), world: Optional[World
     return config.out
 
 
-def identity_of(config: DictConfig, model: torch.nn.Module, max_length: int, prompts: Sequence[Prompt]) -> dict:
+def what_rows_depend_on(config: DictConfig, model: torch.nn.Module, max_length: int, prompts: Sequence[Prompt]) -> dict:
     """What the rows depend on."""
     drawn = {key: config[key] for key in ("n", "temperature", "top_p", "top_k", "num_beams", "max_new_tokens", "batch_size", "seed")}
     digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
     return {**drawn, "max_length": max_length, "device": model.device.type, "weights": fingerprint(model), "prompts": digest}
 
 
-def settings_of(config: DictConfig, tokenizer, max_length: int) -> transformers.GenerationConfig:
+def generation_settings(config: DictConfig, tokenizer, max_length: int) -> transformers.GenerationConfig:
     """Of Transformers' generation."""
     beams = {"num_beams": config.num_beams, "do_sample": False} if config.num_beams > 1 else {}
     drawn = {} if beams else {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}

@@ -193,7 +193,7 @@ def load_data(config: DictConfig, split: str, tokenizer, objective: Objective, c
         tokenizer,
         config.max_length,
         config.max_prompt_length,
-        Form(objective.roles, objective.needs_annotations, objective.needs_segments),
+        Form(objective.roles, objective.needs_ratings, objective.needs_segments),
         add_bos=config.model.add_bos,
         cache_dir=cache_dir,
     )
@@ -201,7 +201,7 @@ def load_data(config: DictConfig, split: str, tokenizer, objective: Objective, c
         raise UserError(
             f"{plural(len(data), 'train example')}, fewer than batch_size={config.batch_size}: lower it, or set drop_last=false"
         )
-    if objective.needs_baseline and len(data.prompts) < 2:
+    if objective.needs_kl_baseline and len(data.prompts) < 2:
         raise UserError(f"the {split} split has one prompt alone: loss.z0=batch needs responses to other ones; more data, or loss.z0=0")
     if split == "train" and len(data) // objective.stages < (config.batch_size if config.drop_last else 1):
         raise UserError(

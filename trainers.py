@@ -103,7 +103,7 @@ class BasicTrainer:
             budget=config.tokens_per_microbatch,
             placeholders={"train": next(iter(self.batches))[0], "eval": self.eval_examples[0]},
             fast=self.choose_scoring(),
-            mismatched=objective.needs_baseline,
+            mismatched=objective.needs_kl_baseline,
         )
         self.signals = StopSignals(self.world)
         self.passes = Passes(self.scorer, self.feeder, self.strategy, self.world, self.signals)

@@ -20,8 +20,8 @@ import torch  # noqa: E402
 
 from benchmarks.step import Memory  # noqa: E402
 from tdpo.losses import get_objective  # noqa: E402
-from tdpo.scoring.chunked_loss import CHUNK, Head, Reference, loss_of_rows  # noqa: E402
-from tdpo.scoring.prefix_sharing import prompt_rows  # noqa: E402
+from tdpo.scoring.chunked_loss import CHUNK, Head, ReferenceStates, loss_of_rows  # noqa: E402
+from tdpo.scoring.prefix_sharing import shared_prefix_batch  # noqa: E402
 from tdpo.utils import DTYPES  # noqa: E402
 
 SIDE = 128  # response tokens of chosen, and of rejected
@@ -81,8 +81,8 @@ def row(arguments: argparse.Namespace, vocabulary: int, positions: int, device: 
     states = torch.randn(positions, arguments.hidden, device=device, dtype=dtype, requires_grad=True)
     weights = [(0.02 * torch.randn(vocabulary, arguments.hidden, device=device)).to(dtype) for _ in range(2)]
     weights[0].requires_grad_()
-    rows = prompt_rows([([1], [[2] * SIDE, [3] * SIDE])] * (positions // (2 * SIDE))).to(device)
-    reference = Reference(states.detach() + 0.1, Head(weights[1], None, compiled=arguments.compile))
+    rows = shared_prefix_batch([([1], [[2] * SIDE, [3] * SIDE])] * (positions // (2 * SIDE))).to(device)
+    reference = ReferenceStates(states.detach() + 0.1, Head(weights[1], None, compiled=arguments.compile))
     states.grad, weights[0].grad = torch.zeros_like(states), torch.zeros_like(weights[0])
     objective = get_objective("tdpo2", beta=0.1, alpha=0.5)
 

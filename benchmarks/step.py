@@ -37,7 +37,7 @@ import transformers  # noqa: E402
 from tdpo.data.batching import cut_into_microbatches  # noqa: E402
 from tdpo.losses import get_objective, tdpo_loss  # noqa: E402
 from tdpo.scoring.logps import concatenated_inputs  # noqa: E402
-from tdpo.scoring.prefix_sharing import prompt_rows  # noqa: E402
+from tdpo.scoring.prefix_sharing import shared_prefix_batch  # noqa: E402
 from tdpo.scoring.scorer import Scorer  # noqa: E402
 from tdpo.training.strategies import cast_parameters  # noqa: E402
 from tdpo.utils import DTYPES, IGNORED, disable_dropout  # noqa: E402
@@ -145,7 +145,7 @@ def fast(setting: Setting) -> list[Callable[[], torch.Tensor]]:
     rounds = cut_into_microbatches(lengths, 1, -(-len(pairs) // setting.microbatch))
 
     def loss(indices: list[int]) -> torch.Tensor:
-        return setting.scorer(prompt_rows([pairs[i] for i in indices]).to(setting.device)).loss
+        return setting.scorer(shared_prefix_batch([pairs[i] for i in indices]).to(setting.device)).loss
 
     return [lambda part=part: loss(part) for (part,) in rounds]
 

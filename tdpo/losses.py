@@ -288,8 +288,8 @@ class Objective:
     roles: tuple[str, ...] = ("chosen", "rejected")  # of an example's responses
     needs_reference: bool = True
     needs_kl: bool = False
-    needs_annotations: bool = False  # of both responses of a pair, from the data
-    needs_baseline: bool = False  # z0, of the whole batch
+    needs_ratings: bool = False  # of both responses of a pair, from the data
+    needs_kl_baseline: bool = False  # z0, of the whole batch
     needs_segments: bool = False  # responses of which some turns alone are scored
     stages: int = 1  # consecutive parts of the train data; the policy replaces the reference after each part but the last
     easiest_first: bool = False  # order the train examples by the margin that the policy gives them before training
@@ -327,9 +327,9 @@ OBJECTIVES = {
         Objective("rdpo", rdpo),
         Objective("dpop", dpop),
         Objective("simpo", simpo, needs_reference=False, implicit_rewards=False),
-        Objective("odpo", odpo, needs_annotations=True, fields_from=lambda kl_weight=0.0, **_: {"needs_kl": kl_weight > 0}),
+        Objective("odpo", odpo, needs_ratings=True, fields_from=lambda kl_weight=0.0, **_: {"needs_kl": kl_weight > 0}),
         Objective("slic", slic, roles=("chosen", "rejected", "target"), needs_reference=False, implicit_rewards=False),
-        Objective("kto", kto, roles=("completion",), fields_from=lambda z0="batch", **_: {"needs_baseline": z0 == "batch"}),
+        Objective("kto", kto, roles=("completion",), fields_from=lambda z0="batch", **_: {"needs_kl_baseline": z0 == "batch"}),
         Objective(
             "sdpo_stepwise",
             sdpo_stepwise,

@@ -167,7 +167,7 @@ def test_what_a_loss_needs_is_declared():
     assert get_objective("simpo", log_kl=True).needs_reference and get_objective("dpo", beta=0.1, log_kl=True).needs_kl
     assert {name for name, objective in losses.OBJECTIVES.items() if objective.needs_kl} == {"tdpo1", "tdpo2"}
     assert get_objective("odpo", beta=0.1, kl_weight=0.1).needs_kl and not get_objective("odpo", beta=0.1, kl_weight=0.0).needs_kl
-    assert get_objective("kto", beta=0.1).needs_baseline and not get_objective("kto", beta=0.1, z0=0).needs_baseline
+    assert get_objective("kto", beta=0.1).needs_kl_baseline and not get_objective("kto", beta=0.1, z0=0).needs_kl_baseline
 
 
 @pytest.mark.parametrize("name", ["dpo", "tdpo1", "tdpo2", "rdpo", "dpop"])

@@ -42,7 +42,7 @@ def findings(logs: Sequence[Mapping], implicit_rewards: bool = True) -> list[Fin
     evals = [log for log in logs if log["split"] == "eval"]
     answers = [_finite(logs), _start(logs) if implicit_rewards else None]
     if len(evals) > 1:
-        answers += [_chosen(evals), _parting(evals), _runaway(evals)]
+        answers += [_chosen(evals), _overoptimization(evals), _runaway(evals)]
     return [answer for answer in answers if answer is not None]
 
 
@@ -89,7 +89,7 @@ def _chosen(evals: Sequence[Mapping]) -> Optional[Finding]:
     return Finding(True, f"Chosen responses get less likely, and rejected ones do not fall further ({both}).")
 
 
-def _parting(evals: Sequence[Mapping]) -> Optional[Finding]:
+def _overoptimization(evals: Sequence[Mapping]) -> Optional[Finding]:
     accuracy, margin = _curve(evals, "rewards_eval/accuracies"), _curve(evals, "rewards_eval/margins")
     if accuracy is None or margin is None or len(accuracy.values) < 2:
         return None

@@ -56,7 +56,7 @@ class Trained(NamedTuple):
     def objective(self) -> Optional[Objective]:
         """Of pairs alone, with which the model was trained; None where it needs more of the data, or is not known."""
         objective = None if self.config is None else _objective_of(self.config)
-        return objective if objective is not None and objective.roles == PAIRS.roles and not objective.needs_annotations else None
+        return objective if objective is not None and objective.roles == PAIRS.roles and not objective.needs_ratings else None
 
     def moved_its_reference(self) -> bool:
         return self.config is not None and (

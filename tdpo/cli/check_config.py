@@ -79,9 +79,9 @@ def _objective_problems(config: DictConfig, objective: Objective) -> list[str]:
     if config.reference_cache and config.scoring == "plain":
         problems.append("reference_cache=true needs fast scoring: scoring=auto, or reference_cache=false")
     loss = f"loss={objective.name}"
-    if config.reference_cache and objective.needs_baseline:
+    if config.reference_cache and objective.needs_kl_baseline:
         problems.append(f"reference_cache=true: {loss} asks the reference for other responses too; loss.z0=0, or reference_cache=false")
-    if objective.needs_baseline and config.batch_size < 2:
+    if objective.needs_kl_baseline and config.batch_size < 2:
         problems.append(f"batch_size=1: {loss} takes z0 over the batch's other examples; batch_size of 2 at least, or loss.z0=0")
     moves = config.reference.update_every is not None
     if moves and not objective.needs_reference:

@@ -73,7 +73,7 @@ class Parallel(Node):
     timeout_secs: PositiveInt
 
 
-class Reference(Node):
+class ReferenceConfig(Node):
     update_every: Optional[PositiveInt]
     mixup: Annotated[float, Field(gt=0, le=1)]
 
@@ -158,7 +158,7 @@ class Config(Node):
     tokens_per_microbatch: Optional[PositiveInt]
     scoring: Literal["auto", "fast", "plain"]
     compile: StrictBool
-    reference: Reference
+    reference: ReferenceConfig
     log_kl: StrictBool
     reference_cache: StrictBool
     max_grad_norm: PositiveFloat

@@ -98,47 +98,48 @@ class BatchStream:
 
 
 class StagedBatchStream(BatchStream):
-    """Batches of consecutive parts of the split, each part given out for n_epochs before the next one.
+    """Batches of consecutive stages of the split: a stage's examples are given out for n_epochs before the next stage begins.
 
     Args:
-        stages: number of parts, of about equal size.
-        others: of BatchStream; n_epochs is needed.
+        stages: number of stages, of about equal size.
+        others: as for BatchStream; n_epochs is required.
 
     Raises:
-        UserError: no whole batch in a part.
+        UserError: a stage has no whole batch.
     """
 
     def __init__(self, stages: int, split: TokenizedSplit, batch_size: int, seed: int, n_epochs: int, *others, **more):
         super().__init__(split, batch_size, seed, n_epochs, *others, **more)
         examples = next(split.epochs(seed, shuffle=False))
-        self.parts = [examples[len(examples) * i // stages : len(examples) * (i + 1) // stages] for i in range(stages)]
-        self._check_size("a part", min(map(len, self.parts)))
+        self.stages = [examples[len(examples) * i // stages : len(examples) * (i + 1) // stages] for i in range(stages)]
+        self._check_size("a stage", min(map(len, self.stages)))
 
     def reorder(self, indices: Sequence[int]) -> None:
-        """Fill the parts anew from the split's examples in this order, given by their numbers."""
+        """Fill the stages from the split's examples in this order, given by their indices."""
         examples = next(self.split.epochs(self.seed, shuffle=False))
         ordered = iter([examples[i] for i in indices])
-        self.parts = [list(itertools.islice(ordered, len(part))) for part in self.parts]
+        self.stages = [list(itertools.islice(ordered, len(stage))) for stage in self.stages]
 
     def _sizes(self) -> Iterator[int]:
-        return (len(part) for part in self.parts for _ in range(self.n_epochs))
+        return (len(stage) for stage in self.stages for _ in range(self.n_epochs))
 
     def _orders(self) -> Iterator[Sequence[Example]]:
         seeds = np.random.RandomState(self.seed)
-        return (order for part in self.parts for order in itertools.islice(reshuffled(part, seeds, self.shuffle), self.n_epochs))
+        return (order for stage in self.stages for order in itertools.islice(reshuffled(stage, seeds, self.shuffle), self.n_epochs))
 
     def ends_stage(self, n_batches: int) -> bool:
-        """Whether a part, other than the last one, ends with the n-th batch."""
+        """Whether a stage, other than the last one, ends with the n-th batch."""
         return n_batches in self._stage_ends
 
     @functools.cached_property
     def _stage_ends(self) -> set[int]:
-        parts = [epoch // self.n_epochs for epoch, *_ in self._bounds(None)]  # a run that ends with a part may be extended
-        return {i for i, (part, following) in enumerate(zip(parts, parts[1:]), 1) if part != following}
+        # The stage of each batch, without regard to n_examples: a run that ends with a stage may be extended.
+        stage_of = [epoch // self.n_epochs for epoch, *_ in self._bounds(None)]
+        return {i for i, (stage, following) in enumerate(itertools.pairwise(stage_of), 1) if stage != following}
 
     @property
     def dropped(self) -> int:
-        return sum(len(part) % self.batch_size for part in self.parts) if self.drop_last else 0
+        return sum(len(stage) % self.batch_size for stage in self.stages) if self.drop_last else 0
 
 
 def cut_into_microbatches(lengths: Sequence[int], ranks: int, microbatches: int, budget: Optional[int] = None) -> list[list[list[int]]]:

@@ -20,7 +20,7 @@ class Form(NamedTuple):
     """What an example is made of."""
 
     roles: tuple[str, ...]  # of its responses
-    scored: bool = False  # whether the data must give each response of a pair a score
+    rated: bool = False  # whether the data must rate each response of a pair
     segments: bool = False  # whether the data must say which turns of a response are scored
 
 
@@ -138,7 +138,7 @@ def _unpaired(name: str, data: Contract, unpair: bool) -> tuple[dict[str, Exampl
 
 def _pairs(name: str, data: Contract, form: Form) -> dict[str, Examples]:
     """One example a pair, with the SFT target and the scores where the form has them."""
-    if form.scored and not all("scores" in entry for entry in data.values()):
+    if form.rated and not all("scores" in entry for entry in data.values()):
         raise UserError(f"{name} has no scores, which this loss needs: datasets=[shp], [se], [reviews], or [jsonl] with scores")
     if form.segments and not all("spans" in entry for entry in data.values()):
         raise UserError(f"{name} has no segments, which this loss needs: datasets=[jsonl] datasets.jsonl.rows=segments")
@@ -146,7 +146,7 @@ def _pairs(name: str, data: Contract, form: Form) -> dict[str, Examples]:
     for prompt, entry in data.items():
         texts, spans = _texts_of(entry)
         indices = [tuple(pair) for pair in entry["pairs"]]
-        annotations = [[float(entry["scores"][i]) for i in pair] if form.scored else [] for pair in indices]
+        annotations = [[float(entry["scores"][i]) for i in pair] if form.rated else [] for pair in indices]
         if "target" in form.roles:
             if (target := entry["sft_target"]) not in texts:
                 texts, spans = [*texts, target], [*spans, []]

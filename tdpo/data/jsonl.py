@@ -56,9 +56,9 @@ def _jsonl_pairs(source: Source, rows: Iterable[Row]) -> tuple[Contract, Words]:
         scores = [row.fields.get(f"{role}_score") for role in ("chosen", "rejected")]
         if found is None:
             continue
-        if source.form.scored and scores == [None, None]:
+        if source.form.rated and scores == [None, None]:
             source.report.refuse(row, "no chosen_score and rejected_score, which this loss needs")
-        elif source.form.scored and not _in_order(scores):
+        elif source.form.rated and not _in_order(scores):
             source.report.refuse(row, "chosen_score and rejected_score must be numbers, the first one greater")
         elif source.report.usable_pair(row, *found.contents):
             prompt, *responses = found.texts

@@ -69,7 +69,7 @@ def has_split(path: str, split: str, subset: Optional[str], cache_dir: Optional[
     return os.path.isdir(path) and bool(_files_of_split(path, split))
 
 
-def identity_of(path: str, subset: Optional[str], cache_dir: Optional[str]) -> list:
+def data_fingerprint(path: str, subset: Optional[str], cache_dir: Optional[str]) -> list:
     """Tells the content behind a path from another one, without reading its rows: hashes of its files, or of a hub dataset's splits."""
     if not looks_local(path):
         return [

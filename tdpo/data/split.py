@@ -74,7 +74,7 @@ class TokenizedSplit:
     @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of all tokens and pairs, and of the lengths to which they are cut."""
-        form = f"Form(roles={self.form.roles}, scored={self.form.scored}, segments={self.form.segments})"  # as in older checkpoints
+        form = f"Form(roles={self.form.roles}, scored={self.form.rated}, segments={self.form.segments})"  # as in older checkpoints
         cut = f"{self.max_length} {self.max_prompt_length} {form} {self.bos_token_id}"
         return hashlib.sha256(f"{cut} {digest_of(self.prompts)}".encode()).hexdigest()
 

@@ -22,14 +22,14 @@ import datasets
 import numpy as np
 
 from tdpo.data.contract import Examples, Form
-from tdpo.data.rows import identity_of
+from tdpo.data.rows import data_fingerprint
 from tdpo.data.tokenization import encode, trim_after_eos, with_bos, with_eos
 from tdpo.utils import UserError, cores, get_logger
 
 log = get_logger(__name__)
 
 TEXTS_A_CORE = 10_000  # for fewer, starting another process takes longer than it saves; for fewer in all, so does a cache
-PART = 20_000  # prompts
+SLICE = 20_000  # prompts
 SPANS = datasets.List(datasets.List(datasets.List(datasets.Value("int32"))))
 IDS = datasets.List(datasets.Value("int32"))
 FEATURES = datasets.Features(
@@ -93,9 +93,10 @@ def tokenize(
         "truncation_mode": options["truncation_mode"],
     }
     with _progress_bars(shown=not silent):
-        # In parts, because Arrow takes 2 GB of text at a time.
-        parts = [{column: values[i : i + PART] for column, values in columns.items()} for i in range(0, len(found), PART)]
-        return datasets.concatenate_datasets([datasets.Dataset.from_dict(part, features=features) for part in parts]).map(
+        # In slices, because Arrow takes 2 GB of text at a time.
+        starts = range(0, len(found), SLICE)
+        slices = [{column: values[i : i + SLICE] for column, values in columns.items()} for i in starts]
+        return datasets.concatenate_datasets([datasets.Dataset.from_dict(piece, features=features) for piece in slices]).map(
             _tokenize_rows,
             batched=True,
             fn_kwargs=settings,
@@ -141,12 +142,12 @@ def _encode_responses(texts: Sequence[Sequence[str]], spans: Sequence, tokenizer
     encoded = iter(encode([piece for some in cut for pieces in some for piece, _ in pieces], tokenizer, escape))
 
     def joined(pieces: list[tuple[str, bool]]) -> tuple[list[int], list[int]]:
-        parts = [(next(encoded), scored) for _, scored in pieces]
-        ids = with_eos([token for part, _ in parts for token in part], tokenizer)
+        tokens = [(next(encoded), in_loss) for _, in_loss in pieces]
+        ids = with_eos([token for some, _ in tokens for token in some], tokenizer)
         if len(pieces) == 1 and pieces[0][1]:
             return ids, []
-        mask = [int(scored) for part, scored in parts for _ in part]
-        return ids, mask + [int(parts[-1][1])] * (len(ids) - len(mask))
+        mask = [int(in_loss) for some, in_loss in tokens for _ in some]
+        return ids, mask + [int(tokens[-1][1])] * (len(ids) - len(mask))
 
     return [[joined(pieces) for pieces in some] for some in cut]
 
@@ -229,7 +230,7 @@ def cache_key(
     Args:
         loader: what reads the rows. The code of its file, and of this package, decides tokens too.
     """
-    sources = {k: identity_of(options[k], options.get("subset"), cache_dir) for k in ("path", "eval_path") if options.get(k)}
+    sources = {k: data_fingerprint(options[k], options.get("subset"), cache_dir) for k in ("path", "eval_path") if options.get(k)}
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return {
         "code": _code_digest(loader),

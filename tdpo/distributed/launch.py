@@ -204,15 +204,15 @@ def process_group(timeout_secs: int) -> Iterator[World]:
 
 def _check_division(config: DictConfig, n: int) -> None:
     """Values that must go together with the number of processes."""
-    replicas, parts = config.parallel.replicas, config.gradient_accumulation_steps
+    replicas, microbatches = config.parallel.replicas, config.gradient_accumulation_steps
     if n % replicas:
         raise UserError(f"parallel.replicas={replicas} does not divide {n} processes")
     if config.trainer == "FSDPTrainer" and config.tokens_per_microbatch is not None:
         if config.batch_size < n:
             raise UserError(f"batch_size={config.batch_size} is less than the {n} processes: some would have nothing to do")
-    elif config.trainer == "FSDPTrainer" and config.batch_size % (n * parts):
-        nearest = max(1, round(config.batch_size / (n * parts))) * n * parts
+    elif config.trainer == "FSDPTrainer" and config.batch_size % (n * microbatches):
+        nearest = max(1, round(config.batch_size / (n * microbatches))) * n * microbatches
         raise UserError(
-            f"batch_size={config.batch_size} does not divide by {n} processes x gradient_accumulation_steps={parts}: "
+            f"batch_size={config.batch_size} does not divide by {n} processes x gradient_accumulation_steps={microbatches}: "
             f"each process takes equally many pairs of every microbatch; {nearest} would do"
         )

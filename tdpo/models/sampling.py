@@ -105,9 +105,9 @@ def text_of(tokenizer, prompt: Sequence[int], continuation: Sequence[int]) -> st
     return whole.removeprefix(start) if whole.startswith(start) else tokenizer.decode(list(continuation), skip_special_tokens=True)
 
 
-def interleaved(parts: Sequence[list]) -> list:
+def interleaved(by_rank: Sequence[list]) -> list:
     """The inverse of dealing items out one by one: [[a, c], [b]] to [a, b, c]."""
-    return [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)]
+    return [own[i] for i in range(max(map(len, by_rank))) for own in by_rank if i < len(own)]
 
 
 def mixed_seed(*numbers: int) -> int:

@@ -23,7 +23,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from tdpo.losses import LossOutput, Objective, ResponseScores
-from tdpo.scoring.prefix_sharing import PromptRows
+from tdpo.scoring.prefix_sharing import SharedPrefixBatch
 from tdpo.utils import full_tensor
 
 # Positions of a chunk, by device: enough to keep its matrix units busy. float32 log-probabilities of 512 over 50,304 entries take 103 MB.
@@ -92,14 +92,14 @@ def unsupported_head(model: nn.Module) -> Optional[str]:
 
 
 @dataclass(frozen=True)
-class Reference:
+class ReferenceStates:
     """What the reference has to say about the same rows."""
 
     states: torch.Tensor  # (N, H)
     head: Head
 
 
-def _zero_scores(rows: PromptRows, objective: Objective, dtype: torch.dtype) -> ResponseScores:
+def _zero_scores(rows: SharedPrefixBatch, objective: Objective, dtype: torch.dtype) -> ResponseScores:
     """Scores of all rows, (B, R), to be summed into; None where the objective needs none."""
 
     def zeros(needed: bool) -> Optional[torch.Tensor]:
@@ -110,7 +110,9 @@ def _zero_scores(rows: PromptRows, objective: Objective, dtype: torch.dtype) -> 
 
 
 @torch.no_grad()
-def score_rows(states: torch.Tensor, head: Head, reference: Optional[Reference], rows: PromptRows, objective: Objective) -> ResponseScores:
+def score_rows(
+    states: torch.Tensor, head: Head, reference: Optional[ReferenceStates], rows: SharedPrefixBatch, objective: Objective
+) -> ResponseScores:
     """Compute scores alone, (B, R), for evaluation. Arguments as those of `loss_of_rows`."""
     work = _Workspace(head, states, reference, objective.needs_kl)
     scores = _zero_scores(rows, objective, work.dtype)
@@ -120,7 +122,7 @@ def score_rows(states: torch.Tensor, head: Head, reference: Optional[Reference],
 
 
 def loss_of_rows(
-    states: torch.Tensor, head: Head, reference: Optional[Reference], rows: PromptRows, objective: Objective, counted: int
+    states: torch.Tensor, head: Head, reference: Optional[ReferenceStates], rows: SharedPrefixBatch, objective: Objective, counted: int
 ) -> tuple[torch.Tensor, LossOutput, ResponseScores]:
     """Compute the sum of the losses of the first `counted` rows, with its gradient, and what was computed of all rows.
 
@@ -152,17 +154,17 @@ class _LossOfRows(torch.autograd.Function):
         scores = _zero_scores(rows, objective, work.dtype)
         gradients = _Gradients(head, states, ctx.needs_input_grad, work.dtype)
         total = torch.zeros((), dtype=work.dtype, device=states.device)
-        for part, chunks in _groups(rows.counts, work.size):
+        for group, chunks in _groups(rows.counts, work.size):
             for chunk in chunks:
                 distributions = work.compute(chunk, rows)
                 distributions.add_to(scores, rows.responses[chunk])
-            value, output, *coefficients = _coefficients(scores, objective, part, counted)
+            value, output, *coefficients = _coefficients(scores, objective, group, counted)
             total += value
             outputs.append(output)
             for chunk in chunks:
                 if len(chunks) > 1:
                     distributions = work.compute(chunk, rows)
-                own = rows.responses[chunk] - part.start * len(objective.roles)
+                own = rows.responses[chunk] - group.start * len(objective.roles)
                 gradients.add(chunk, distributions.logit_gradient(*(x if x is None else x.flatten()[own] for x in coefficients)))
         ctx.gradients = gradients.states, gradients.weight, gradients.bias
         ctx.mark_non_differentiable(*(x for x in (scores.logps, scores.reference_logps, scores.kl) if x is not None))
@@ -176,15 +178,15 @@ class _LossOfRows(torch.autograd.Function):
         return *(None if x is None else x.mul_(factor) for x in gradients), None, None, None, None, None, None
 
 
-def _coefficients(scores: ResponseScores, objective: Objective, part: slice, counted: int) -> tuple:
+def _coefficients(scores: ResponseScores, objective: Objective, group: slice, counted: int) -> tuple:
     """Evaluate the objective on some rows: the sum of the counted losses, all output, and derivatives by logps and kl, (rows, R) each."""
-    logps, reference_logps, kl = (None if x is None else x[part].clone() for x in (scores.logps, scores.reference_logps, scores.kl))
+    logps, reference_logps, kl = (None if x is None else x[group].clone() for x in (scores.logps, scores.reference_logps, scores.kl))
     inputs = [x.requires_grad_() for x in (logps, kl) if x is not None]
-    annotation = None if scores.annotation is None else scores.annotation[part]
-    own = ResponseScores(logps, scores.num_tokens[part], reference_logps, kl, annotation, scores.baseline)
+    annotation = None if scores.annotation is None else scores.annotation[group]
+    own = ResponseScores(logps, scores.num_tokens[group], reference_logps, kl, annotation, scores.baseline)
     with torch.enable_grad():
         output = objective(own.by_role(objective.roles))
-        total = output.losses[: max(0, counted - part.start)].sum()
+        total = output.losses[: max(0, counted - group.start)].sum()
     g, h = (*torch.autograd.grad(total, inputs, allow_unused=True, materialize_grads=True), None)[:2]
     return total.detach(), output.detach(), g, h
 
@@ -232,14 +234,14 @@ class _Distributions:
 class _Workspace:
     """(C, V) tensors that all chunks of a pass use in turn: on a CPU fresh memory of that size costs as much as the arithmetic on it."""
 
-    def __init__(self, head: Head, states: torch.Tensor, reference: Optional[Reference], needs_kl: bool):
+    def __init__(self, head: Head, states: torch.Tensor, reference: Optional[ReferenceStates], needs_kl: bool):
         self.head, self.states, self.reference, self.needs_kl = head, states.detach(), reference, needs_kl
         self.dtype = torch.promote_types(states.dtype, torch.float32)
         self.size = chunk_size(states.device)
         shape = min(self.size, len(states)), head.weight.shape[0]
         self.buffers = [torch.empty(shape, dtype=self.dtype, device=states.device) for _ in range(3 if needs_kl else 1)]
 
-    def compute(self, chunk: slice, rows: PromptRows) -> _Distributions:
+    def compute(self, chunk: slice, rows: SharedPrefixBatch) -> _Distributions:
         labels = rows.labels[chunk]
         reference_logps = kl = q = slope = None
         buffers = [buffer[: len(labels)] for buffer in self.buffers]

@@ -14,7 +14,7 @@ LAYER_TYPES = {"full_attention", "sliding_attention"}  # of a Transformers confi
 
 
 @dataclass(frozen=True)
-class PromptRows:
+class SharedPrefixBatch:
     """[prompt | response | response ...], padded on the right.
 
     The last token of each response is left out: it predicts nothing. A response's first token is predicted from the prompt's last one,
@@ -33,18 +33,18 @@ class PromptRows:
     annotations: Optional[torch.Tensor] = None  # (B, R), float64: what the data says of each response
     baseline: Optional[torch.Tensor] = None  # z0 of kto, a scalar, nats
 
-    def to(self, device: torch.device) -> "PromptRows":
+    def to(self, device: torch.device) -> "SharedPrefixBatch":
         """On a device; without waiting for it where the tensors are in pinned memory."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pin_memory(self) -> "PromptRows":
+    def pin_memory(self) -> "SharedPrefixBatch":
         return self._map(torch.Tensor.pin_memory)
 
-    def _map(self, function) -> "PromptRows":
+    def _map(self, function) -> "SharedPrefixBatch":
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{name: function(value) for name, value in values.items() if isinstance(value, torch.Tensor)})
 
-    def with_reference(self, states: torch.Tensor) -> "PromptRows":
+    def with_reference(self, states: torch.Tensor) -> "SharedPrefixBatch":
         return replace(self, reference_states=states)
 
     def visible(self, window: Optional[int] = None) -> torch.Tensor:
@@ -61,7 +61,7 @@ class PromptRows:
         return visible
 
 
-def prompt_rows(examples: Sequence[tuple]) -> PromptRows:
+def shared_prefix_batch(examples: Sequence[tuple]) -> SharedPrefixBatch:
     """Put each example into a row.
 
     Args:
@@ -69,7 +69,7 @@ def prompt_rows(examples: Sequence[tuple]) -> PromptRows:
             empty, and every example has the same number of responses. masks: of each response, 1 for the tokens in the loss; None: all are.
             annotations: what the data says of each response; none at all if an example has none.
 
-    prompt_rows([([5, 6], [[7, 8], [9]])]): input_ids [[5, 6, 7]], states [1, 2, 1], labels [7, 8, 9].
+    shared_prefix_batch([([5, 6], [[7, 8], [9]])]): input_ids [[5, 6, 7]], states [1, 2, 1], labels [7, 8, 9].
     """
     rows = [example[:2] for example in examples]
     masks = [example[2] if len(example) > 2 else None for example in examples]
@@ -94,7 +94,7 @@ def prompt_rows(examples: Sequence[tuple]) -> PromptRows:
             num_tokens[b, r] = len(labels[-1])
             owners.append(np.full(num_tokens[b, r], b * len(responses) + r))
     tensors = (input_ids, position_ids, segments, *(np.concatenate(parts).astype(np.int64) for parts in (states, labels, owners)))
-    return PromptRows(
+    return SharedPrefixBatch(
         *map(torch.from_numpy, tensors),
         torch.from_numpy(num_tokens),
         tuple(num_tokens.sum(-1).tolist()),
@@ -109,7 +109,7 @@ def sliding_window(config) -> Optional[int]:
     return None if kinds and "sliding_attention" not in kinds else getattr(config, "sliding_window", None)
 
 
-def attention_masks(rows: PromptRows, config) -> Union[torch.Tensor, Mapping[str, torch.Tensor]]:
+def attention_masks(rows: SharedPrefixBatch, config) -> Union[torch.Tensor, Mapping[str, torch.Tensor]]:
     """What a Transformers model takes as `attention_mask`, so that it attends as `visible` says.
 
     Args:
@@ -127,17 +127,17 @@ def attention_masks(rows: PromptRows, config) -> Union[torch.Tensor, Mapping[str
     return {kind: form(rows, windows[kind]) for kind in sorted(kinds)}
 
 
-def _boolean(rows: PromptRows, window: Optional[int]) -> torch.Tensor:
+def _boolean(rows: SharedPrefixBatch, window: Optional[int]) -> torch.Tensor:
     return rows.visible(window).unsqueeze(1)
 
 
-def _additive(rows: PromptRows, window: Optional[int]) -> torch.Tensor:
+def _additive(rows: SharedPrefixBatch, window: Optional[int]) -> torch.Tensor:
     """0 or the lowest float32, for attention that adds the mask to its weights."""
     visible = rows.visible(window).unsqueeze(1)
     return torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, torch.finfo(torch.float32).min)
 
 
-def _blocks(rows: PromptRows, window: Optional[int]):
+def _blocks(rows: SharedPrefixBatch, window: Optional[int]):
     """For FlexAttention, which skips blocks in which nothing is visible."""
     from torch.nn.attention.flex_attention import create_block_mask  # here, because importing it takes a second
 

@@ -1,8 +1,12 @@
 """From a model and a batch of tokens to ResponseScores and losses.
 
-`Scorer` computes in one of two ways, equal to rounding. Of a collated batch *plain*, the readable specification (logps.py): chosen and
-rejected padded into one batch, full logits of policy and reference. Of PromptRows *fast* (prefix_sharing.py, chunked_loss.py): each prompt
-once, the head on response positions alone, nothing of the vocabulary's size for longer than a chunk.
+`Scorer` computes in one of two ways, equal to rounding:
+
+- plain, for a collated batch: the readable specification (logps.py). Chosen and rejected are padded into one batch; policy and reference
+  compute full logits.
+- fast, for a SharedPrefixBatch (prefix_sharing.py, chunked_loss.py): each prompt is computed once, the head only at response positions, and
+  no tensor of the vocabulary's size outlives its chunk.
+
 Shapes: B sequences, T tokens, V vocabulary entries, N response tokens of the batch, H hidden.
 """
 
@@ -15,9 +19,9 @@ import torch
 from torch import nn
 
 from tdpo.losses import LossOutput, Objective, ResponseScores
-from tdpo.scoring.chunked_loss import Head, Reference, loss_of_rows, score_rows, unsupported_head
+from tdpo.scoring.chunked_loss import Head, ReferenceStates, loss_of_rows, score_rows, unsupported_head
 from tdpo.scoring.logps import _get_batch_logps, _tdpo_get_batch_logps, full_logits, label_logps, stack_roles
-from tdpo.scoring.prefix_sharing import PromptRows, attention_masks, prompt_rows, unsupported_attention
+from tdpo.scoring.prefix_sharing import SharedPrefixBatch, attention_masks, shared_prefix_batch, unsupported_attention
 from tdpo.utils import IGNORED
 
 PROBED = 24  # tokens of a response that are compared when fast scoring is tried
@@ -49,23 +53,23 @@ class Scorer(nn.Module):
         if reference is not None:
             reference.eval().requires_grad_(False)
 
-    def forward(self, batch: Union[PromptRows, Mapping[str, torch.Tensor]], counted: Optional[int] = None) -> Scored:
+    def forward(self, batch: Union[SharedPrefixBatch, Mapping[str, torch.Tensor]], counted: Optional[int] = None) -> Scored:
         """Scores and loss of a batch, all (B,) but for the loss.
 
         Args:
-            batch: PromptRows, a row a pair (SFT: an example), or what the collate function returns,
+            batch: SharedPrefixBatch, a row a pair (SFT: an example), or what the collate function returns,
                 `<role>_{input_ids,attention_mask,labels}` and, where the objective needs them, `<role>_annotation` and `baseline`. Labels
                 may stay on the CPU: where the response tokens lie is then known without waiting for the device.
             counted: examples, from the first, whose losses are summed; None: all.
         """
-        return (self._fast if isinstance(batch, PromptRows) else self._plain)(batch, counted)
+        return (self._fast if isinstance(batch, SharedPrefixBatch) else self._plain)(batch, counted)
 
     def _plain(self, batch: Mapping[str, torch.Tensor], counted: Optional[int]) -> Scored:
         scores = plain_scores(self.policy, self.reference, self.objective, batch)
         output = self.objective(scores)
         return Scored(output.losses[:counted].sum(), output.detach(), {role: score.detach() for role, score in scores.items()})
 
-    def _fast(self, rows: PromptRows, counted: Optional[int]) -> Scored:
+    def _fast(self, rows: SharedPrefixBatch, counted: Optional[int]) -> Scored:
         masks = attention_masks(rows, self.policy.config)
         states, head = hidden_states(self.policy, rows, masks), Head.of(self.policy, self.compiled)
         with _gathered(self.reference):
@@ -78,15 +82,15 @@ class Scorer(nn.Module):
         output = self.objective(scores)
         return Scored(output.losses[:counted].sum(), output, scores)
 
-    def _reference(self, rows: PromptRows, masks) -> Reference:
+    def _reference(self, rows: SharedPrefixBatch, masks) -> ReferenceStates:
         # FSDP's gathered parameters cannot be inference tensors.
         with torch.no_grad() if hasattr(self.reference, "unshard") else torch.inference_mode():
             known = rows.reference_states
-            return Reference(hidden_states(self.reference, rows, masks) if known is None else known, Head.of(self.reference))
+            return ReferenceStates(hidden_states(self.reference, rows, masks) if known is None else known, Head.of(self.reference))
 
     # The methods below are forward passes too: distributed/sharding.py makes FSDP gather the weights for them.
 
-    def reference_states(self, rows: PromptRows) -> torch.Tensor:
+    def reference_states(self, rows: SharedPrefixBatch) -> torch.Tensor:
         """Compute the reference's hidden states at the positions that predict a response token, (N, H)."""
         with _gathered(self.reference):
             return self._reference(rows, attention_masks(rows, self.policy.config)).states
@@ -101,7 +105,7 @@ class Scorer(nn.Module):
         Returns:
             the policy's log-probabilities both ways, nats, (R, PROBED) or fewer, and the dtype in which it computes.
         """
-        rows = prompt_rows([(prompt.tolist(), responses.tolist())]).to(responses.device)
+        rows = shared_prefix_batch([(prompt.tolist(), responses.tolist())]).to(responses.device)
         states = hidden_states(self.policy, rows, attention_masks(rows, self.policy.config))
         ids = torch.cat([prompt.expand(len(responses), -1), responses], dim=1)
         n = min(PROBED, responses.shape[1])
@@ -164,15 +168,15 @@ def plain_scores(
     annotations = {role: batch.get(f"{role}_annotation") for role in objective.roles}
     return {
         role: ResponseScores(
-            *(None if x is None else x[part] for x in (logps, num_tokens, reference_logps, kl)),
+            *(None if x is None else x[own] for x in (logps, num_tokens, reference_logps, kl)),
             None if annotations[role] is None else torch.tensor(annotations[role], dtype=torch.float64, device=logps.device),
             batch.get("baseline"),
         )
-        for role, part in _parts(batch, objective.roles)
+        for role, own in _slices_by_role(batch, objective.roles)
     }
 
 
-def hidden_states(model: nn.Module, rows: PromptRows, masks) -> torch.Tensor:
+def hidden_states(model: nn.Module, rows: SharedPrefixBatch, masks) -> torch.Tensor:
     """(N, H): the last layer's, after the final norm, at the positions that predict a response token."""
     states = model.base_model(
         input_ids=rows.input_ids, attention_mask=masks, position_ids=rows.position_ids, use_cache=False
@@ -193,7 +197,7 @@ def _gathered(model: Optional[nn.Module]) -> Iterator[None]:
         model.reshard()
 
 
-def _parts(batch: Mapping[str, torch.Tensor], roles: tuple[str, ...]) -> Iterator[tuple[str, slice]]:
+def _slices_by_role(batch: Mapping[str, torch.Tensor], roles: tuple[str, ...]) -> Iterator[tuple[str, slice]]:
     """Where each role's sequences lie in the stacked batch."""
     start = 0
     for role in roles:

@@ -8,7 +8,7 @@ from torch import nn
 
 from tdpo.scoring.chunked_loss import Head, chunk_size, pieces
 from tdpo.scoring.logps import forward_kl, full_logits, label_logps
-from tdpo.scoring.prefix_sharing import PromptRows, attention_masks, prompt_rows
+from tdpo.scoring.prefix_sharing import SharedPrefixBatch, attention_masks, shared_prefix_batch
 from tdpo.scoring.scorer import hidden_states
 
 
@@ -33,12 +33,12 @@ def token_statistics(
 
     Args:
         policy, reference: on their device.
-        examples: prompts with their responses, as for `prompt_rows`.
+        examples: prompts with their responses, as for `shared_prefix_batch`.
         fast: rows of several responses, which fast_scoring_problem must have found right for the model; else each response by itself.
     """
     if not fast:
         examples = [alone for example in examples for alone in _one_by_one(*example)]
-    rows = prompt_rows(examples).to(policy.device)
+    rows = shared_prefix_batch(examples).to(policy.device)
     logits_of = [_logits_at(model, rows, fast) for model in (policy, reference) if model is not None]
     parts = []
     for chunk in pieces(0, len(rows.labels), chunk_size(policy.device)):
@@ -55,7 +55,7 @@ def _one_by_one(prompt, responses, masks=None, _=()) -> list[tuple]:
     return [(prompt, [response], masks and [masks[i]]) for i, response in enumerate(responses)]
 
 
-def _logits_at(model: nn.Module, rows: PromptRows, fast: bool) -> Callable[[slice], torch.Tensor]:
+def _logits_at(model: nn.Module, rows: SharedPrefixBatch, fast: bool) -> Callable[[slice], torch.Tensor]:
     """A function from a slice of `rows.states` to logits, in float32 at least."""
     if fast:
         states, head = hidden_states(model, rows, attention_masks(rows, model.config)), Head.of(model)

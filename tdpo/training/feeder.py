@@ -9,10 +9,10 @@ import torch
 
 from tdpo.data.batching import cut_into_microbatches
 from tdpo.data.split import Example, TokenizedSplit
-from tdpo.scoring.prefix_sharing import PromptRows, prompt_rows
+from tdpo.scoring.prefix_sharing import SharedPrefixBatch, shared_prefix_batch
 from tdpo.training.reference_cache import ReferenceCache
 
-Batch = Union[PromptRows, Mapping]  # what the scorer takes, on the device
+Batch = Union[SharedPrefixBatch, Mapping]  # what the scorer takes, on the device
 
 
 class Microbatch(NamedTuple):
@@ -24,7 +24,7 @@ class Microbatch(NamedTuple):
 
     def with_baseline(self, baseline: torch.Tensor) -> "Microbatch":
         """Attach KTO's z0, a scalar in nats."""
-        rows = isinstance(self.batch, PromptRows)
+        rows = isinstance(self.batch, SharedPrefixBatch)
         return self._replace(
             batch=replace(self.batch, baseline=baseline) if rows else MappingProxyType({**self.batch, "baseline": baseline})
         )
@@ -101,7 +101,7 @@ class Feeder:
             # dict's labels too.
             moved = {k: v.to(self.device, non_blocking=True) for k, v in batch.items() if k.endswith(("_input_ids", "_mask"))}
             return MappingProxyType({**batch, **moved})
-        rows = prompt_rows([data.example(example) for example in examples])
+        rows = shared_prefix_batch([data.example(example) for example in examples])
         if split in self.reference_caches:
             rows = self.reference_caches[split].add_to(rows, examples)
         return (rows.pin_memory() if self.device.type == "cuda" else rows).to(self.device)

@@ -15,7 +15,7 @@ from tdpo.scoring.chunked_loss import HeadOnly
 from tdpo.scoring.scorer import Scorer
 from tdpo.training.feeder import Microbatch
 from tdpo.training.passes import Passes
-from tdpo.training.reference_cache import ReferenceCache, identity_of
+from tdpo.training.reference_cache import ReferenceCache, config_fingerprint
 from tdpo.utils import UserError, get_local_dir, get_logger
 
 log = get_logger(__name__)
@@ -157,7 +157,7 @@ class CachedReference(Hook):
         whole = config.n_examples is None or config.n_examples >= len(data["train"])
         stream = BatchStream(data["train"], config.batch_size, self.batches.seed, 1, drop_last=False) if whole else self.batches
         examples = {"train": [example for batch in stream for example in batch], "eval": self.eval_examples}
-        identity = world.from_first(lambda: {"weights": self.fingerprint, "config": identity_of(reference.config)})
+        identity = world.from_first(lambda: {"weights": self.fingerprint, "config": config_fingerprint(reference.config)})
         folder = world.from_first(lambda: os.path.abspath(get_local_dir(config.local_dirs)))
         caches = {
             split: ReferenceCache(folder, data[split], some, model.hidden_size, reference.dtype, identity)
@@ -184,7 +184,7 @@ def make_hooks(
 ) -> list[Hook]:
     """Choose a run's hooks, by what the objective declares and the config asks for. Arguments as of the hooks."""
     hooks: list[Hook] = []
-    if objective.needs_baseline:
+    if objective.needs_kl_baseline:
         hooks.append(KtoBaseline(passes))
     if config.reference.update_every is not None:
         hooks.append(MovingReference(passes.scorer, config.reference.update_every, config.reference.mixup))

@@ -19,17 +19,17 @@ import transformers
 
 from tdpo.data.split import Example, TokenizedSplit
 from tdpo.distributed.world import World
-from tdpo.scoring.prefix_sharing import PromptRows
+from tdpo.scoring.prefix_sharing import SharedPrefixBatch
 from tdpo.scoring.scorer import Scorer
 from tdpo.utils import UserError, plural
 
 FORMAT = 1  # of the file, and of how rows are computed
-PASSING = ("_name_or_path", "transformers_version", "dtype", "architectures")  # of a model's config, that decide no state
+IRRELEVANT_KEYS = ("_name_or_path", "transformers_version", "dtype", "architectures")  # of a model's config, that decide no state
 
 
-def identity_of(config: transformers.PreTrainedConfig) -> str:
+def config_fingerprint(config: transformers.PreTrainedConfig) -> str:
     """What beside weights decides hidden states: heads, rotations, windows and the like."""
-    values = {key: value for key, value in config.to_dict().items() if key not in PASSING}
+    values = {key: value for key, value in config.to_dict().items() if key not in IRRELEVANT_KEYS}
     attention = config.get_text_config()._attn_implementation
     return hashlib.sha256(json.dumps([values, attention, transformers.__version__], sort_keys=True, default=str).encode()).hexdigest()
 
@@ -159,7 +159,7 @@ class ReferenceCache:
             file.write(states[start : start + count].contiguous().view(torch.uint8).numpy())
             start += count
 
-    def add_to(self, rows: PromptRows, examples: Sequence[Example]) -> PromptRows:
+    def add_to(self, rows: SharedPrefixBatch, examples: Sequence[Example]) -> SharedPrefixBatch:
         """The rows of these examples, with the reference's states."""
         return rows.with_reference(torch.cat([self._values[self._place(example)] for example in examples]))
 

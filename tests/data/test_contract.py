@@ -13,12 +13,12 @@ from tdpo.cli.check_config import check_config
 from tdpo.data.contract import COMPLETIONS, PAIRS, PAIRS_AND_TARGET, SFT
 from tdpo.data.split import Example, with_partners
 from tdpo.losses import get_objective
-from tdpo.scoring.prefix_sharing import prompt_rows
+from tdpo.scoring.prefix_sharing import shared_prefix_batch
 from tdpo.scoring.scorer import Scorer
 from tdpo.training.metrics import MetricSums, Weighted
 from tdpo.utils import UserError
 
-SCORED = PAIRS._replace(scored=True)
+RATED = PAIRS._replace(rated=True)
 IMDB = ROOT.parent / "shared" / "data" / "imdb-scored" / "completions.jsonl.gz"
 
 
@@ -37,7 +37,7 @@ def completion(prompt, text, **more):
 
 def test_scores_of_pairs_reach_the_loss_in_the_order_of_roles(tmp_path, mini_tokenizer):
     rows = [pair("one", " a", " b", chosen_score=3, rejected_score=1.5), pair("one", " c", " d", chosen_score=-1, rejected_score=-2)]
-    split = split_of(tmp_path, rows, SCORED, mini_tokenizer)
+    split = split_of(tmp_path, rows, RATED, mini_tokenizer)
     assert [split.example(Example(0, i)).annotations for i in (0, 1)] == [[3.0, 1.5], [-1.0, -2.0]]
     element = split.element(Example(0, 1))
     assert (element["chosen_annotation"], element["rejected_annotation"]) == (-1.0, -2.0)
@@ -51,8 +51,8 @@ def test_a_pair_without_scores_in_order_is_a_defect_where_they_are_needed(scores
     rows = [pair("one", chosen_score=2, rejected_score=1), pair("two", **scores)]
     what = "must be numbers, the first one greater" if scores else "which this loss needs"
     with pytest.raises(UserError, match=f"chosen_score and rejected_score,? {what}: .*rows.jsonl row 2"):
-        split_of(tmp_path, rows, SCORED, mini_tokenizer)
-    assert len(split_of(tmp_path, rows, SCORED, mini_tokenizer, invalid_rows="skip")) == 1
+        split_of(tmp_path, rows, RATED, mini_tokenizer)
+    assert len(split_of(tmp_path, rows, RATED, mini_tokenizer, invalid_rows="skip")) == 1
     assert len(split_of(tmp_path, rows, PAIRS, mini_tokenizer)) == 2
 
 
@@ -60,7 +60,7 @@ def test_votes_are_scores_and_ties_are_left_out(tmp_path, mini_tokenizer, capsys
     answers = [{"text": f"<p>{word}</p>", "pm_score": score} for word, score in (("a", 2), ("b", 5), ("c", 2))]
     write_lines(tmp_path / "train.jsonl", [{"question": "<p>why</p>", "answers": answers}])
     options = {"se": {**default_options("se"), "path": str(tmp_path)}}
-    split = load_split(options, "train", mini_tokenizer, 64, 16, SCORED)
+    split = load_split(options, "train", mini_tokenizer, 64, 16, RATED)
     assert "1 pair of equal scores left out" in capsys.readouterr().out
     assert [split.example(Example(0, i)).annotations for i in range(len(split))] == [[5.0, 2.0], [5.0, 2.0]]
     assert len(load_split(options, "train", mini_tokenizer, 64, 16, PAIRS, silent=True)) == 3  # as published
@@ -68,11 +68,11 @@ def test_votes_are_scores_and_ties_are_left_out(tmp_path, mini_tokenizer, capsys
 
 def test_gold_rewards_are_scores_and_a_dataset_without_is_refused(mini_tokenizer):
     reviews = {**default_options("reviews"), "n_train": 4}
-    split = load_split({"reviews": reviews}, "train", mini_tokenizer, 64, 16, SCORED, silent=True)
+    split = load_split({"reviews": reviews}, "train", mini_tokenizer, 64, 16, RATED, silent=True)
     chosen, rejected = split.example(Example(0, 0)).annotations
     assert chosen - rejected >= reviews["min_margin"]
     with pytest.raises(UserError, match="hh has no scores, which this loss needs"):
-        load_split({"hh": {**default_options("hh"), "path": str(MINI / "data")}}, "train", mini_tokenizer, 64, 16, SCORED, silent=True)
+        load_split({"hh": {**default_options("hh"), "path": str(MINI / "data")}}, "train", mini_tokenizer, 64, 16, RATED, silent=True)
 
 
 def test_scored_completions_become_pairs_by_score(tmp_path, mini_tokenizer):
@@ -84,12 +84,12 @@ def test_scored_completions_become_pairs_by_score(tmp_path, mini_tokenizer):
     assert data["p"]["sft_target"] == " b"
     data = load("jsonl", path=str(tmp_path / "a.jsonl"), eval_path="x", rows="scored", pairs_by="extremes")
     assert data["p"]["pairs"] == [(1, 0)]
-    split = split_of(tmp_path, rows, SCORED, mini_tokenizer, rows="scored", min_margin=0.7)
+    split = split_of(tmp_path, rows, RATED, mini_tokenizer, rows="scored", min_margin=0.7)
     assert len(split) == 1 and split.example(Example(0, 0)).annotations == [0.9, 0.1]
     with pytest.raises(UserError, match=r"no such field: columns.score=score \(of datasets.jsonl\); it has prompt, completion: .* row 1"):
-        split_of(tmp_path, [completion("p", " x")], SCORED, mini_tokenizer, rows="scored")
+        split_of(tmp_path, [completion("p", " x")], RATED, mini_tokenizer, rows="scored")
     with pytest.raises(UserError, match="'score' must be a number: .*rows.jsonl row 2"):
-        split_of(tmp_path, [rows[0], completion("p", " x", score="2")], SCORED, mini_tokenizer, rows="scored")
+        split_of(tmp_path, [rows[0], completion("p", " x", score="2")], RATED, mini_tokenizer, rows="scored")
 
 
 @pytest.mark.skipif(not IMDB.exists(), reason="needs shared/data/imdb-scored beside the clone")
@@ -106,7 +106,7 @@ def test_scored_completions_of_imdb(mini_tokenizer):
         "invalid_rows": "skip",
         "pairs_by": "extremes",
     }
-    split = load_split({"jsonl": {**options, "eval_path": str(IMDB)}}, "train", mini_tokenizer, 512, 64, SCORED, silent=True)
+    split = load_split({"jsonl": {**options, "eval_path": str(IMDB)}}, "train", mini_tokenizer, 512, 64, RATED, silent=True)
     first = [row for row in rows if row["prompt"] == rows[0]["prompt"]]
     best = max(first, key=lambda row: row["reward"])
     assert len(split) == len({row["prompt"] for row in rows})
@@ -221,7 +221,7 @@ def test_a_segment_is_scored_as_its_turns_one_by_one(tmp_path, chat_tokenizer):
     config.vocab_size, config.max_position_embeddings = len(chat_tokenizer), 256
     model = AutoModelForCausalLM.from_config(config).double().eval()
     scorer, example = Scorer(model, None, get_objective("simpo", beta=1.0, gamma=0.0)), Example(0, 0)
-    rows = prompt_rows([split.example(example)])
+    rows = shared_prefix_batch([split.example(example)])
     from tdpo.data.batching import get_collate_fn
 
     plain = scorer(get_collate_fn(chat_tokenizer)([split.element(example)])).scores
@@ -287,11 +287,11 @@ def test_votes_against_the_label_are_a_defect_where_scores_are_needed(tmp_path, 
     rows = [{**texts, "score_A": 10, "score_B": 2, "labels": 1}, {**texts, "score_A": 3, "score_B": 3, "labels": 1}]
     options = {"shp": {**default_options("shp"), "path": str(tmp_path)}}
     write_lines(tmp_path / "train.jsonl", rows)
-    assert load_split(options, "train", mini_tokenizer, 64, 16, SCORED).example(Example(0, 0)).annotations == [10, 2]
+    assert load_split(options, "train", mini_tokenizer, 64, 16, RATED).example(Example(0, 0)).annotations == [10, 2]
     assert "1 pair of equal scores left out" in capsys.readouterr().out
     write_lines(tmp_path / "train.jsonl", [*rows, {**texts, "score_A": 10, "score_B": 2, "labels": 0}])
     with pytest.raises(UserError, match="the preferred response has the lower score: .*row 3"):
-        load_split(options, "train", mini_tokenizer, 64, 16, SCORED, silent=True)
+        load_split(options, "train", mini_tokenizer, 64, 16, RATED, silent=True)
 
 
 def test_metrics_of_some_examples_alone():

@@ -133,7 +133,7 @@ def test_several_processes_make_the_same(mini_tokenizer, monkeypatch):
     alone = tokenized({"hh": (contract, default_options("hh"))}, mini_tokenizer)
     monkeypatch.setattr(token_cache, "TEXTS_A_CORE", 40)
     monkeypatch.setattr(token_cache, "cores", lambda: 3)
-    monkeypatch.setattr(token_cache, "PART", 50)
+    monkeypatch.setattr(token_cache, "SLICE", 50)
     together = tokenized({"hh": (contract, default_options("hh"))}, mini_tokenizer)
     assert len(together.prompts.data.column("prompt_ids").chunks) >= 3
     assert all_tokens(together) == all_tokens(alone) and together.fingerprint == alone.fingerprint

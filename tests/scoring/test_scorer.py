@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tdpo.losses import get_objective
 from tdpo.models.memory_estimate import head_memory
 from tdpo.scoring import chunked_loss as chunked_head
-from tdpo.scoring.chunked_loss import Head, HeadOnly, Reference, loss_of_rows, score_rows
-from tdpo.scoring.prefix_sharing import attention_masks, prompt_rows
+from tdpo.scoring.chunked_loss import Head, HeadOnly, ReferenceStates, loss_of_rows, score_rows
+from tdpo.scoring.prefix_sharing import attention_masks, shared_prefix_batch
 from tdpo.scoring.scorer import Scorer, fast_scoring_problem
 from tdpo.training.metrics import example_metrics
 from tdpo.utils import IGNORED, UserError, disable_dropout
@@ -122,7 +122,7 @@ def test_fast_is_plain(case, dtype, tolerance, chunk, monkeypatch):
             scorer = Scorer(policy, reference if objective.needs_reference else None, objective)
             rows = [(prompt, responses[: len(objective.roles)]) for prompt, responses in pairs()]
             loss, metrics, gradients = results(scorer, padded(pairs()))
-            fast_loss, fast_metrics, fast_gradients = results(scorer, prompt_rows(rows))
+            fast_loss, fast_metrics, fast_gradients = results(scorer, shared_prefix_batch(rows))
             torch.testing.assert_close(fast_loss, loss, rtol=tolerance, atol=0)
             for metric, values in metrics.items():
                 if metric.endswith("/accuracies"):  # of the pair of equal responses it is the sign of rounding
@@ -139,7 +139,7 @@ def test_gradients_in_half_precision_are_summed_over_chunks(monkeypatch):
     scorer = Scorer(build("phi", 0, torch.bfloat16), build("phi", 1, torch.bfloat16), get_objective("tdpo2", beta=0.5))
     _, _, plain = results(scorer, padded(pairs()))
     monkeypatch.setitem(chunked_head.CHUNK, "cpu", 5)
-    _, _, fast = results(scorer, prompt_rows(pairs()))
+    _, _, fast = results(scorer, shared_prefix_batch(pairs()))
     for name in ("lm_head.weight", "lm_head.bias", "model.layers.1.mlp.fc2.weight"):
         difference = (fast[name] - plain[name]).norm() / plain[name].norm()
         assert difference < 0.03, f"{name}: {difference}"
@@ -150,7 +150,7 @@ def test_known_states_and_the_head_are_the_reference(case):
     """Also with a bias, a soft cap and tied weights; the model itself is gone."""
     objective = get_objective("tdpo2", beta=0.5)
     scorer = Scorer(build(case, 0), build(case, 1), objective)
-    rows = prompt_rows(pairs())
+    rows = shared_prefix_batch(pairs())
     live = scorer(rows)
     with torch.no_grad():
         known = rows.with_reference(scorer.reference_states(rows).clone())
@@ -165,7 +165,7 @@ def test_without_gradients_the_scores_are_the_same(name, monkeypatch):
     monkeypatch.setitem(chunked_head.CHUNK, "cpu", 16)
     objective = get_objective(name, **LOSSES[name])
     scorer = Scorer(build("gpt_neox", 0), build("gpt_neox", 1) if objective.needs_reference else None, objective)
-    rows = prompt_rows([(prompt, responses[: len(objective.roles)]) for prompt, responses in pairs()])
+    rows = shared_prefix_batch([(prompt, responses[: len(objective.roles)]) for prompt, responses in pairs()])
     trained = scorer(rows, 4)
     with torch.no_grad():
         evaluated = scorer(rows, 4)
@@ -180,21 +180,21 @@ def test_examples_that_do_not_count(counted, monkeypatch):
     monkeypatch.setitem(chunked_head.CHUNK, "cpu", 16)
     scorer = Scorer(build("llama", 0), build("llama", 1), get_objective("tdpo2", beta=0.5))
     rows = pairs()
-    some = scorer(prompt_rows(rows), counted)
+    some = scorer(shared_prefix_batch(rows), counted)
     some.loss.backward()
     gradient = scorer.policy.lm_head.weight.grad.clone()
     scorer.zero_grad()
-    losses = scorer(prompt_rows(rows)).output.losses
+    losses = scorer(shared_prefix_batch(rows)).output.losses
     torch.testing.assert_close(some.loss.detach(), losses[:counted].sum())
     if counted == 0:
         assert not gradient.any()
         return
-    scorer(prompt_rows(rows[:counted])).loss.backward()
+    scorer(shared_prefix_batch(rows[:counted])).loss.backward()
     torch.testing.assert_close(gradient, scorer.policy.lm_head.weight.grad, rtol=1e-5, atol=1e-7)
 
 
 def test_rows_of_one_prompt_and_two_responses():
-    rows = prompt_rows([([5, 6], [[7, 8, 9], [10]]), ([3], [[4], [11, 12]])])
+    rows = shared_prefix_batch([([5, 6], [[7, 8, 9], [10]]), ([3], [[4], [11, 12]])])
     assert rows.input_ids.tolist() == [[5, 6, 7, 8], [3, 11, 0, 0]]  # the last token of a response predicts nothing
     assert rows.position_ids[0].tolist() == [0, 1, 2, 3] and rows.position_ids[1, :2].tolist() == [0, 1]
     assert rows.segments.tolist() == [[0, 0, 1, 1], [0, 2, -1, -1]]
@@ -204,7 +204,7 @@ def test_rows_of_one_prompt_and_two_responses():
 
 
 def test_a_response_sees_the_prompt_and_itself_alone():
-    rows = prompt_rows([([5, 6], [[7, 8, 9], [10, 11, 12]]), ([3], [[4], [11, 12]])])
+    rows = shared_prefix_batch([([5, 6], [[7, 8, 9], [10, 11, 12]]), ([3], [[4], [11, 12]])])
     yes = [[j for j in range(6) if visible[j]] for visible in rows.visible()[0].tolist()]
     assert yes == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4], [0, 1, 4, 5]]
     near = [[j for j in range(6) if visible[j]] for visible in rows.visible(window=2)[0].tolist()]
@@ -214,7 +214,7 @@ def test_a_response_sees_the_prompt_and_itself_alone():
 
 def test_masks_of_flex_attention_say_the_same():
     """As blocks, which skip what is not visible."""
-    rows = prompt_rows(pairs())
+    rows = shared_prefix_batch(pairs())
     config = build("qwen2", 0).config
     config._attn_implementation = "flex_attention"
     blocks = attention_masks(rows, config)
@@ -286,19 +286,19 @@ def test_scoring_is_chosen_and_said(tmp_path, capsys, monkeypatch):
 
 def one_row(positions: int, vocabulary: int, hidden: int = 8):
     generator = torch.Generator().manual_seed(0)
-    rows = prompt_rows([([1], [[2] * (positions // 2), [3] * (positions - positions // 2)])])
+    rows = shared_prefix_batch([([1], [[2] * (positions // 2), [3] * (positions - positions // 2)])])
     states = torch.randn(positions, hidden, generator=generator, requires_grad=True)
     head = Head(torch.randn(vocabulary, hidden, generator=generator, requires_grad=True), None)
-    reference = Reference(torch.randn(positions, hidden, generator=generator), Head(head.weight.detach().clone(), None))
+    reference = ReferenceStates(torch.randn(positions, hidden, generator=generator), Head(head.weight.detach().clone(), None))
     return states, head, reference, rows
 
 
 def test_logits_200_apart_and_probabilities_of_0():
     """What plain scoring bears (test_logps.py): exp(-200) is 0 in float32; an entry at -inf in both models adds nothing."""
-    rows = prompt_rows([([1], [[0], [0]])])
+    rows = shared_prefix_batch([([1], [[0], [0]])])
     bias = torch.tensor([0.0, 0.0, 0.0, -math.inf])
     states = torch.tensor([[0.0, 200.0, -200.0, 0.0]] * 2, requires_grad=True)
-    reference = Reference(torch.tensor([[200.0, 0.0, -200.0, 0.0]] * 2), Head(torch.eye(4), bias))
+    reference = ReferenceStates(torch.tensor([[200.0, 0.0, -200.0, 0.0]] * 2), Head(torch.eye(4), bias))
     head = Head(torch.eye(4).requires_grad_(), bias)
     loss, _, scores = loss_of_rows(states, head, reference, rows, get_objective("tdpo2", beta=0.1), 1)
     assert scores.kl.tolist() == [[200.0, 200.0]] and scores.logps.tolist() == [[-200.0, -200.0]]
@@ -354,7 +354,7 @@ def test_memory_does_not_grow_with_positions_times_vocabulary(name):
     def peak(positions: int) -> int:
         states, head, reference, rows = one_row(positions, 4096)
         reference = reference if objective.needs_reference else None
-        rows = rows if len(objective.roles) == 2 else prompt_rows([([1], [[2] * positions])])
+        rows = rows if len(objective.roles) == 2 else shared_prefix_batch([([1], [[2] * positions])])
         with LiveBytes() as live:
             loss_of_rows(states, head, reference, rows, objective, 1)[0].backward()
             with torch.no_grad():

@@ -11,7 +11,7 @@ from tdpo.distributed.tensor_parallel import split_matrices, tensor_parallel_pla
 from tdpo.distributed.world import World
 from tdpo.losses import get_objective
 from tdpo.models.build import empty_model
-from tdpo.scoring.prefix_sharing import PromptRows, prompt_rows
+from tdpo.scoring.prefix_sharing import SharedPrefixBatch, shared_prefix_batch
 from tdpo.scoring.scorer import Scorer
 from tdpo.utils import IGNORED, UserError, disable_dropout, full_tensor
 
@@ -39,13 +39,13 @@ def batch_of(pairs: int) -> dict[str, torch.Tensor]:
     return batch
 
 
-def rows_of(batch: dict[str, torch.Tensor]) -> PromptRows:
+def rows_of(batch: dict[str, torch.Tensor]) -> SharedPrefixBatch:
     """The same pairs for fast scoring."""
     rows = []
     for i in range(len(batch["chosen_labels"])):
         prompt = batch["chosen_input_ids"][i, :3].tolist()
         rows.append((prompt, [[x for x in batch[f"{role}_labels"][i].tolist() if x != IGNORED] for role in ("chosen", "rejected")]))
-    return prompt_rows(rows)
+    return shared_prefix_batch(rows)
 
 
 def gradients(scorer: Scorer, batch, total: int) -> dict[str, torch.Tensor]:
