@@ -1,6 +1,6 @@
-# make demo: SFT, then TDPO2, on the embedded task, in about a minute on two CPU cores. make test: the tests.
-# make frontier: reward against KL for DPO, TDPO1 and TDPO2, in about half an hour on two cores.
-# All set up a virtual environment in .venv first; VENV= and PYTHON= choose another one.
+# make demo: SFT, then TDPO2, on the embedded task; about a minute on two CPU cores. make test: run the tests.
+# make frontier: reward against KL for DPO, TDPO1 and TDPO2; about half an hour on two CPU cores.
+# Every target first sets up a virtual environment in .venv; VENV= and PYTHON= choose another one.
 VENV ?= .venv
 PYTHON ?= python3
 TASK ?= reviews
@@ -15,7 +15,7 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt
 	$(BIN)/pip install --quiet -r requirements-dev.txt
 	touch $@
 
-# One shell for the recipe, so that RUN is the same folder throughout.
+# The recipe runs in one shell, so that RUN names the same folder in all commands.
 demo: $(VENV)/.installed
 	@set -e; run=$(RUN); \
 	$(BIN)/python -u train.py exp_name=demo_sft loss=sft local_run_dir=$$run/sft n_epochs=6 batch_size=64 eval_batch_size=64 \
@@ -26,11 +26,11 @@ demo: $(VENV)/.installed
 	$(BIN)/python plot.py $$run/tdpo2 -o $$run/tdpo2/curves.png; \
 	$(BIN)/python experiments/demo/report.py $$run/tdpo2
 
-# The paper's figure 3 in small; goes on where it was interrupted.
+# The paper's figure 3 at small scale; repeat the command to resume an interrupted run.
 frontier: $(VENV)/.installed
 	$(BIN)/python experiments/frontier/run.py --task $(TASK) --out $(OUT)
 
-# Two tests at a time, with temporary folders in memory where there is room; what is given first is pytest's arguments.
+# Run two tests at a time, with temporary folders in memory if /dev/shm is writable; $(1) holds further arguments of pytest.
 define pytest
 	@tmp=$$(mktemp -d -p $$(test -w /dev/shm && echo /dev/shm || echo $${TMPDIR:-/tmp}) tdpo-tests-XXXXXX); \
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --basetemp=$$tmp/run $(1) tests; code=$$?; \
@@ -40,7 +40,7 @@ endef
 test: $(VENV)/.installed
 	$(call pytest)
 
-# What starts no process.
+# Only the tests that start no processes.
 test-fast: $(VENV)/.installed
 	$(call pytest,-m "not processes")
 

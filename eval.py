@@ -1,9 +1,9 @@
-"""Measure trained models: accuracy and SeqKL on pairs; reward, KL, entropy and diversity of what they write.
+"""Measure trained models: accuracy and SeqKL on pairs; reward, KL, entropy and diversity of their samples.
 
     python eval.py run=runs/tdpo2
     python eval.py run=[runs/dpo,runs/tdpo2] n_prompts=128 out=eval.json
 
-Every key is in config/eval.yaml. A table has a column a model; each value is a mean with its 95% bootstrap interval over prompts.
+Every key is in config/eval.yaml. The table has one column per model; each value is a mean with its 95% bootstrap interval over prompts.
 """
 
 import json
@@ -36,13 +36,16 @@ from tdpo.utils import batched
 
 
 def run(config: DictConfig, overrides: Sequence[str] = ()) -> dict[str, dict[str, Estimate]]:
-    """Measures of every model, printed as a table.
+    """Measure every model, print the table and write `out`, if given.
 
     Args:
         config: see config/eval.yaml.
 
+    Returns:
+        model name -> measure -> estimate.
+
     Raises:
-        UserError: see utils.py.
+        UserError: the config, a model, the reward or the data cannot be used.
     """
     check_tool_config(config, Evaluation)
     device = World().device
@@ -58,10 +61,21 @@ def run(config: DictConfig, overrides: Sequence[str] = ()) -> dict[str, dict[str
 
 
 def measure(trained: Trained, inputs: Inputs, config: DictConfig, reward: Optional[Reward], device: torch.device) -> dict[str, Estimate]:
-    """Of one model, by name of the measure."""
+    """Measure one model.
+
+    Args:
+        trained: the model.
+        inputs: data and lengths that all models share.
+        config: see config/eval.yaml.
+        reward: reward of a text; None: samples/reward is left out.
+        device: where the model runs.
+
+    Returns:
+        measure -> estimate, in the order of MEASURES. Measures that need a reference are left out if none is known.
+    """
     policy, reference, tokenizer, fast = load_compared(trained, config.reference, device, inputs.lengths[0])
     if reference is None:
-        print(f"{trained.name}: no reference is known, so nothing is compared with one: reference=<weights>")
+        print(f"{trained.name}: no reference is known, so accuracies and divergences are left out: give reference=<weights>")
     size, add_bos, cache_dir = config.batch_size, trained.model.add_bos, trained.cache_dir()
     measures = {}
     if reference is not None and config.n_pairs != 0:
@@ -82,7 +96,7 @@ def measure(trained: Trained, inputs: Inputs, config: DictConfig, reward: Option
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     run_command("eval", run)
 
 

@@ -1,8 +1,8 @@
 """Draw the curves of one or several runs: python plot.py RUN [RUN ...] -o curves.html
 
-RUN is a run folder (or its metrics.jsonl). Lines are train steps, dots with lines are evals; runs share a panel and have a colour each.
-A page (.html) has the curves and, in words, what they say (findings.py); a picture (.png, .svg, .pdf) the curves alone, and the words are
-printed.
+RUN is a run folder (or its metrics.jsonl). Solid lines are train steps, dashed lines with dots are evals; each run has its own colour.
+A page (.html) contains the curves and the findings about each run (tdpo/analysis/findings.py); a picture (.png, .svg, .pdf) contains the
+curves only. The findings are printed in either case.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from typing import BinaryIO, Union
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first)
+import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first)
 from omegaconf import OmegaConf  # noqa: E402
 
 from tdpo.analysis.findings import Finding, findings  # noqa: E402
@@ -25,7 +25,7 @@ from tdpo.analysis.pages import write_page  # noqa: E402
 from tdpo.losses import objective_of  # noqa: E402
 from tdpo.utils import UserError  # noqa: E402
 
-# Title, unit and metric of each panel; {s} is train or eval.
+# Title, unit and metric of each panel; {s} stands for train or eval.
 PANELS = (
     ("loss", "nats", "loss/{s}"),
     ("reward accuracy", "fraction of pairs", "rewards_{s}/accuracies"),
@@ -37,34 +37,43 @@ PANELS = (
     ("SeqKL of rejected", "nats", "kl_{s}/rejected"),
     ("SeqKL margin, chosen - rejected", "nats", "kl_{s}/margin"),
 )
-SMOOTHING = 0.05  # of train curves: an exponential mean over this fraction of the logged steps; the values are drawn pale behind it
+SMOOTHING = 0.05  # train curves are exponential means over this fraction of the logged steps; the raw values are drawn pale
 
 
 def read_run(path: str) -> tuple[str, list[dict]]:
-    """Name and logs of a run.
+    """Return the name of a run (its folder, relative to the working directory) and its logs.
+
+    Args:
+        path: the run folder or its metrics.jsonl.
 
     Raises:
-        UserError: no metrics.jsonl there, or nothing in it.
+        UserError: metrics.jsonl does not exist or is empty.
     """
     file = path if os.path.isfile(path) else os.path.join(path, "metrics.jsonl")
     if not os.path.isfile(file):
-        raise UserError(f"{path}: no metrics.jsonl there")
+        raise UserError(f"'{path}' has no metrics.jsonl: give a run folder")
     with open(file) as lines:
         logs = [json.loads(line) for line in lines if line.strip()]
     if not logs:
-        raise UserError(f"{file}: nothing logged yet")
+        raise UserError(f"'{file}' is empty: nothing has been logged yet")
     return os.path.relpath(os.path.dirname(os.path.abspath(file))), logs
 
 
 def curve(logs: list[dict], split: str, metric: str) -> tuple[list[int], list[float]]:
-    """Train examples and values of one metric of one split."""
+    """Return the curve of one metric: numbers of train examples, and values. Values that are not finite are left out.
+
+    Args:
+        logs: lines of metrics.jsonl.
+        split: "train" or "eval".
+        metric: name of the metric, with {s} for the split.
+    """
     name = metric.format(s=split)
     points = [(log["counters/examples"], log[name]) for log in logs if log["split"] == split and log.get(name) is not None]
     return [x for x, _ in points], [y for _, y in points]
 
 
 def smooth(values: list[float]) -> list[float]:
-    """Exponential mean, corrected for its start; few values stay as they are."""
+    """Return the bias-corrected exponential mean. Up to 1/SMOOTHING values are returned unchanged."""
     decay = 1 - 1 / max(1.0, SMOOTHING * len(values))
     smoothed, mean = [], 0.0
     for i, value in enumerate(values, 1):
@@ -74,7 +83,16 @@ def smooth(values: list[float]) -> list[float]:
 
 
 def draw(runs: list[tuple[str, list[dict]]], output: Union[str, BinaryIO], style: str = "default") -> list[str]:
-    """Write the picture; the titles of its panels, those that any of the runs has. `style` is one of Matplotlib's."""
+    """Draw the panels for which at least one run has values.
+
+    Args:
+        runs: (name, logs) of each run.
+        output: path or buffer of the picture.
+        style: name of a Matplotlib style.
+
+    Returns:
+        the titles of the panels.
+    """
     with plt.style.context(style):
         return _draw(runs, output)
 
@@ -91,14 +109,21 @@ def _draw(runs: list[tuple[str, list[dict]]], output: Union[str, BinaryIO]) -> l
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(runs)), frameon=False)
     figure.tight_layout(rect=(0, 0.02, 1, 1 - 0.25 * math.ceil(len(runs) / 4) / figure.get_figheight()))
-    figure.text(0.5, 0.003, "train: pale, and smoothed where there are many logs; eval: dashed with dots", ha="center", fontsize=7)
-    # A page's own colour shows behind its curves; a picture has a background.
+    figure.text(0.5, 0.003, "train: raw values pale, smoothed values solid; eval: dashed with dots", ha="center", fontsize=7)
+    # On a page the curves are transparent and show the page's colour; a picture file keeps its background.
     figure.savefig(output, dpi=130, transparent=not isinstance(output, str))
     plt.close(figure)
     return [title for title, _, _ in panels]
 
 
 def draw_panel(axis, panel: tuple, runs: list[tuple[str, list[dict]]]) -> None:
+    """Draw one metric of all runs.
+
+    Args:
+        axis: Matplotlib axes.
+        panel: (title, unit, metric), an entry of PANELS.
+        runs: (name, logs) of each run.
+    """
     title, unit, metric = panel
     for i, (name, logs) in enumerate(runs):
         x, y = curve(logs, "train", metric)
@@ -113,7 +138,16 @@ def draw_panel(axis, panel: tuple, runs: list[tuple[str, list[dict]]]) -> None:
 
 
 def write_curves(runs: list[tuple[str, list[dict]]], answers: dict[str, list[Finding]], output: str) -> list[str]:
-    """One file with the curves, for light and dark screens, and the answers; the panels' titles."""
+    """Write a page with the curves, in a light and a dark version, and the findings.
+
+    Args:
+        runs: (name, logs) of each run.
+        answers: run name -> findings.
+        output: path of the page.
+
+    Returns:
+        the titles of the panels.
+    """
     pictures = {}
     for kind, style in (("light", "default"), ("dark", "dark_background")):
         buffer = io.BytesIO()
@@ -124,13 +158,17 @@ def write_curves(runs: list[tuple[str, list[dict]]], answers: dict[str, list[Fin
 
 
 def has_implicit_rewards(run: str) -> bool:
-    """By the run's config; where there is none, as of most losses."""
+    """Whether the rewards of a run's loss compare with the reference, by its config.yaml; True if there is none.
+
+    Args:
+        run: the run folder or a file in it.
+    """
     file = os.path.join(run if os.path.isdir(run) else os.path.dirname(run), "config.yaml")
     return not os.path.exists(file) or objective_of(OmegaConf.to_container(OmegaConf.load(file).loss)).implicit_rewards
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw the curves of one or several runs, and say what they say.")
+    parser = argparse.ArgumentParser(description="Draw the curves of one or several runs and print the findings about each.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
     parser.add_argument(
         "-o", "--output", default="curves.png", help="the page (.html) or picture (.png, .svg, .pdf) to write (default: %(default)s)"

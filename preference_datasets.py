@@ -1,6 +1,6 @@
-"""Preference data: from rows to prompts with responses and pairs. To train on your own pairs, see README, "Your own data".
+"""The datasets: loaders that turn data rows into prompts with responses and pairs. To train on your own rows, see docs/data.md.
 
-A loader returns the data contract (tdpo/data/contract.py). Enter a new one in LOADERS, and describe it in config/datasets/<name>.yaml.
+A loader returns the data contract (tdpo/data/contract.py). Add a new one to LOADERS, with its options in config/datasets/<name>.yaml.
 """
 
 import functools
@@ -25,7 +25,7 @@ from tdpo.utils import CONFIG_DIR, UserError, get_logger, nearest, plural, some_
 
 log = get_logger(__name__)
 
-# What forks of the published code import from here, and `load_split` with what it takes.
+# The published names, which forks import from here, and `load_split` with what it takes.
 __all__ = [
     "get_dataset",
     "get_hh",
@@ -47,10 +47,10 @@ ASSISTANT = "\n\nAssistant:"
 
 
 def load_hh(source: Source) -> Contract:
-    """Anthropic helpful-harmless: rows {chosen, rejected}, whole dialogues `\\n\\nHuman: ...\\n\\nAssistant: ...` with a shared prompt.
+    """Load Anthropic helpful-harmless: rows {chosen, rejected} of dialogues `\\n\\nHuman: ...\\n\\nAssistant: ...` with a shared prompt.
 
-    As published, the prompt is taken from chosen, and rejected is cut by its length; a rejected with another prompt is a row defect.
-    The SFT target is the last chosen response of a prompt.
+    The prompt is taken from chosen, and its length is cut from the start of rejected, as published. A rejected dialogue with another
+    prompt is a defect of the row. The SFT target is the chosen response of a prompt's last pair.
     """
     data: Contract = defaultdict(lambda: {"responses": [], "pairs": []})
     for row in source.rows():
@@ -68,16 +68,16 @@ def load_hh(source: Source) -> Contract:
 
 
 def extract_anthropic_prompt(prompt_and_response: str) -> str:
-    """Return a dialogue up to its last '\\n\\nAssistant:', included.
+    """Return a dialogue up to and including its last '\\n\\nAssistant:'.
 
     Raises:
-        ValueError: it has none.
+        ValueError: the dialogue has none.
     """
     return prompt_and_response[: prompt_and_response.rindex(ASSISTANT) + len(ASSISTANT)]
 
 
 def load_shp(source: Source) -> Contract:
-    """Stanford Human Preferences: pairs whose score ratio is at least 2; the SFT target is the response with the highest score."""
+    """Load Stanford Human Preferences: pairs whose score ratio is at least 2. The SFT target is the response with the highest score."""
     data: Contract = defaultdict(lambda: {"responses": [], "pairs": [], "scores": []})
     ties = 0
     for row in source.rows():
@@ -86,13 +86,13 @@ def load_shp(source: Source) -> Contract:
             continue
         scores = [row.fields.get(name) for name in ("score_A", "score_B")]
         if not all(isinstance(score, (int, float)) and score > 0 for score in scores) or row.fields.get("labels") not in (0, 1):
-            source.report.refuse(row, "score_A and score_B must be numbers above 0, labels 0 or 1")
+            source.report.refuse(row, "score_A and score_B must be numbers above 0, and labels 0 or 1")
             continue
         if max(scores[0] / scores[1], scores[1] / scores[0]) < 2:
             ties += scores[0] == scores[1]
             continue
         prompt = "\n\nHuman: " + texts[0] + ASSISTANT
-        order = (0, 1) if row.fields["labels"] == 1 else (1, 0)  # labels 1: A is preferred
+        order = (0, 1) if row.fields["labels"] == 1 else (1, 0)  # label 1: A is preferred
         if source.form.rated and not scores[order[0]] > scores[order[1]]:
             source.report.refuse(row, "the preferred response has the lower score")
             continue
@@ -104,14 +104,14 @@ def load_shp(source: Source) -> Contract:
             entry["scores"] += scores
     for entry in data.values():
         entry["sft_target"] = entry["responses"][int(np.argmax(entry["scores"]))]
-    source.report.notes += [f"{plural(ties, 'pair')} of equal scores left out"] if ties and source.form.rated else []
+    source.report.notes += [f"{plural(ties, 'pair')} with equal scores dropped"] if ties and source.form.rated else []
     return dict(data)
 
 
 def load_se(source: Source) -> Contract:
-    """StackExchange: answers without HTML except code, every two answers a pair ordered by score; 1 % of the rows are the test split.
+    """Load StackExchange: answers without HTML except code; every two answers to a question form a pair, ordered by score.
 
-    The rows come as one split `train` and are shuffled with seed 42, as published.
+    The rows come as one split, `train`, and are shuffled with seed 42, as published. The first 1 % of them are the test split.
     """
     rows = read_rows(source.options["path"], "train", source.options.get("subset"), source.cache_dir)
     order = np.random.default_rng(42).permutation(len(rows))  # what datasets.Dataset.shuffle(seed=42) does
@@ -125,7 +125,7 @@ def load_se(source: Source) -> Contract:
         if question is None:
             continue
         if not isinstance(answers, list) or not all(_is_answer(answer) for answer in answers) or len(answers) < 2:
-            source.report.refuse(row, "answers must be two or more of {text, pm_score}")
+            source.report.refuse(row, "'answers' must be a list of two or more {text, pm_score}")
             continue
         texts = [" " + strip_html_tags(answer["text"]) for answer in answers]
         if not all(source.report.is_text(row, "answers", text) for text in texts):
@@ -136,11 +136,11 @@ def load_se(source: Source) -> Contract:
         scores = [answer["pm_score"] for answer in answers]
         indices = range(len(answers))
         pairs = [(i, j) if scores[i] > scores[j] else (j, i) for i in indices for j in indices if i < j]
-        if source.form.rated:  # published, the second of equal ones is chosen
+        if source.form.rated:  # otherwise the second of two equal answers is chosen, as published
             untied = [(i, j) for i, j in pairs if scores[i] > scores[j]]
             ties, pairs = ties + len(pairs) - len(untied), untied
         data[prompt] = {"responses": texts, "pairs": pairs, "scores": scores, "sft_target": texts[int(np.argmax(scores))]}
-    source.report.notes += [f"{plural(ties, 'pair')} of equal scores left out"] if ties else []
+    source.report.notes += [f"{plural(ties, 'pair')} with equal scores dropped"] if ties else []
     return data
 
 
@@ -149,9 +149,9 @@ def _is_answer(answer) -> bool:
 
 
 def strip_html_tags(html: str) -> str:
-    """The text of paragraphs, and of code within <code>...</code>; as published, what stands in a tag within a paragraph is left out."""
+    """Return the text of paragraphs, and code as <code>...</code>. All else is dropped, also tags within a paragraph, as published."""
     parts = []
-    import bs4  # here, because importing it takes a third of a second
+    import bs4  # imported here, because it takes a third of a second
 
     for element in bs4.BeautifulSoup(html, "html.parser").children:
         if not isinstance(element, bs4.Tag):
@@ -166,7 +166,7 @@ def strip_html_tags(html: str) -> str:
 
 
 def load_imdb(source: Source) -> Contract:
-    """IMDb reviews {text, label}: the first words are the prompt, the rest is the SFT target; no pairs."""
+    """Load IMDb reviews {text, label} for SFT: the first words are the prompt, the rest is the SFT target. There are no pairs."""
     data: Contract = {}
     count = 0
     for row in source.rows():
@@ -179,12 +179,12 @@ def load_imdb(source: Source) -> Contract:
             count += 1
             data[prompt] = {"responses": [], "pairs": [], "sft_target": rest}
     if count > len(data):
-        source.report.notes.append(f"{plural(count - len(data), 'review')} left out, because others begin with the same words")
+        source.report.notes.append(f"{plural(count - len(data), 'review')} dropped: later ones begin with the same words")
     return data
 
 
 def load_reviews(source: Source) -> Contract:
-    """The embedded film reviews (reviews.py)."""
+    """Load the embedded film reviews (tdpo/data/reviews.py)."""
     options = source.options
     count = options["n_train" if source.split == "train" else "n_test"]
     data = {}
@@ -210,7 +210,7 @@ LOADERS: dict[str, Callable[[Source], Contract]] = {
 
 
 def default_options(name: str) -> Mapping:
-    """The options of config/datasets/<name>.yaml.
+    """Return the options in config/datasets/<name>.yaml.
 
     Raises:
         UserError: there is no such file.
@@ -233,15 +233,19 @@ def get_dataset(
     """Load a dataset by name.
 
     Args:
-        name: a file of config/datasets.
+        name: of a file in config/datasets.
         split: train or test.
-        silent: print no counts.
-        cache_dir: where hub datasets are kept.
-        options: in place of that file's.
-        tokenizer: where given, texts that hold its special tokens are found, and chat messages are rendered.
+        silent: log no counts.
+        cache_dir: folder for hub datasets.
+        options: used in place of those in the file.
+        tokenizer: finds special tokens in texts and renders chat messages. With None, special tokens are not looked for, and chat messages
+            are an error.
+
+    Returns:
+        The data contract, see tdpo/data/contract.py.
 
     Raises:
-        UserError: no such dataset, path or split, or rows that must not be there.
+        UserError: there is no such dataset, path or split, or there are rows that cannot be used.
     """
     data, lines = _load(name, split, default_options(name) if options is None else options, cache_dir, tokenizer, PAIRS)
     if not silent:
@@ -265,12 +269,12 @@ def get_se(split: str, silent: bool = False, cache_dir: Optional[str] = None) ->
 
 
 def strings_match_up_to_spaces(str_a: str, str_b: str) -> bool:
-    """Whether two texts are equal without their spaces; the published function does not look at the end of either."""
+    """Whether two texts are equal apart from spaces. (The published function does not compare the ends of the texts.)"""
     return str_a.replace(" ", "") == str_b.replace(" ", "")
 
 
 def _load(name: str, split: str, options: Mapping, cache_dir: Optional[str], tokenizer, form: Form) -> tuple[Contract, list[str]]:
-    """The dataset, and what to print about its rows."""
+    """Return the dataset, and the lines to log about its rows."""
     escaped = options.get("escape_special_tokens", False)
     special_tokens = special_token_strings(tokenizer) if tokenizer is not None and not escaped else ()
     report = RowReport(name, split, options["invalid_rows"], special_tokens)
@@ -292,10 +296,23 @@ def load_split(
     silent: bool = False,
     cache_dir: Optional[str] = None,
 ) -> TokenizedSplit:
-    """A split of the datasets of `options` (name -> options, the config's `datasets`), tokenized; errors as `get_dataset`.
+    """Load a split of one or several datasets, tokenized.
 
-    Where `cache_dir` is given, the tokens of large datasets are kept under it, and found there by the next run with the same rows, options
-    and tokenizer, which then neither reads nor tokenizes.
+    With `cache_dir`, the tokens of large datasets are kept there. The next run with the same rows, options and tokenizer finds them, and
+    neither parses rows nor tokenizes.
+
+    Args:
+        options: dataset name -> options, the config's `datasets`.
+        split: train or test.
+        tokenizer: of Transformers.
+        max_length, max_prompt_length: tokens, see tokenization.truncate.
+        form: of the examples.
+        add_bos: begin each prompt with the beginning-of-sequence token.
+        silent: log no counts, show no progress bar.
+        cache_dir: folder for hub datasets and tokens; None keeps no tokens.
+
+    Raises:
+        UserError: as `get_dataset`; or the data lack what `form` needs.
     """
     tables = []
     for name, node in options.items():
@@ -316,7 +333,7 @@ def load_split(
 
 
 class Prompt(NamedTuple):
-    """To be continued."""
+    """A prompt to continue."""
 
     text: str
     ids: list[int]  # cut to max_prompt_length
@@ -331,22 +348,22 @@ def load_prompts(
     cache_dir: Optional[str] = None,
     path: Optional[str] = None,
 ) -> list[Prompt]:
-    """The prompts of a split, each once, or of a file, in the order of the data.
+    """Load prompts to continue, in the order of the data: every prompt of a split once, or the prompts of a file.
 
     Args:
         options, split, tokenizer, add_bos, cache_dir: as for `load_split`.
-        max_prompt_length: tokens; longer prompts are cut as their dataset says, those of `path` at their start.
-        path: rows {prompt}, text or chat messages, in place of datasets.
+        max_prompt_length: tokens. Longer prompts are cut by their dataset's truncation_mode, those of `path` at their start.
+        path: rows {prompt}, text or chat messages, which replace the datasets.
 
     Raises:
-        UserError: as `get_dataset`.
+        UserError: as `get_dataset`; or a prompt has no tokens.
     """
     if path is not None:
         report = RowReport("prompts", split, "error", special_token_strings(tokenizer))
         found = (_prompt_of(row, report, tokenizer) for row in report.rows(read_rows(path, split, None, cache_dir)))
         texts = [text for text in found if text is not None]
         report.kept = len(texts)
-        lines = report.finish(remedy="mend or remove them")
+        lines = report.finish(remedy="fix or remove them")
         log.info("\n".join(lines))
         ids = encode(texts, tokenizer)
         found = zip(texts, [with_bos(some, tokenizer) for some in ids] if add_bos else ids, itertools.repeat("keep_end"))
@@ -382,11 +399,11 @@ def get_batch_iterator(
     silent: bool = False,
     cache_dir: Optional[str] = None,
 ) -> Iterator[dict]:
-    """Collated global batches: the published signature, over the pipeline that training uses.
+    """Yield collated global batches: the published signature, on top of the pipeline that training uses.
 
     Args:
-        names: names of config/datasets, or a mapping of names to options.
-        others: as published; see TokenizedSplit and BatchStream.
+        names: names of files in config/datasets, or a mapping from names to options.
+        others: as published; see `load_split` and `BatchStream`.
     """
     options = names if isinstance(names, Mapping) else {name: default_options(name) for name in names}
     data = load_split(

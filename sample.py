@@ -1,9 +1,9 @@
-"""Continue prompts with a trained model, into a file of JSON lines.
+"""Continue prompts with a trained model and write the continuations to a file of JSON lines.
 
     python sample.py run=runs/tdpo2 n=4 out=samples.jsonl
     torchrun --standalone --nproc-per-node=8 sample.py run=runs/tdpo2 prompts=prompts.jsonl num_beams=5
 
-Every key is in config/sample.yaml. The same command goes on with a file that it has begun, and gives what it would have given at once.
+Every key is in config/sample.yaml. The same command resumes an unfinished file; the result is the same as without the interruption.
 """
 
 import hashlib
@@ -29,18 +29,18 @@ from tdpo.models.build import prepare_hub
 from tdpo.models.sampling import own_distribution, sample_batch
 from tdpo.utils import batched, plural, rank0_print, silenced
 
-STEP_TIMEOUT = 600  # seconds; what takes long here, reading and sampling, is waited for by World's group with a long time-out
+STEP_TIMEOUT = 600  # seconds; loading and sampling may take longer, World waits for them with its long_timeout_group
 
 
 def run(config: DictConfig, overrides: Sequence[str] = (), world: Optional[World] = None) -> str:
-    """Write the file; its path.
+    """Write the continuations and return the file's path.
 
     Args:
         config: see config/sample.yaml.
-        world: processes that have met already; None: those that a launcher has started, or this one alone.
+        world: an initialized process group; None: the ranks of the launcher, or this process alone.
 
     Raises:
-        UserError: see utils.py.
+        UserError: the config, the model, the prompts or the output file cannot be used.
     """
     check_tool_config(config, Sample)
     launched = world is None and is_rank()
@@ -59,8 +59,8 @@ def run(config: DictConfig, overrides: Sequence[str] = (), world: Optional[World
         with ExitStack() as stack:
             file = ResumableJsonl(config.out, identity, [config.n * len(batch) for _, batch in batches])
             done = world.from_first(lambda: stack.enter_context(file).done)
-            what = f"{plural(len(prompts), 'prompt')}, {plural(config.n, 'continuation')} of each"
-            rank0_print(f"{what}; {done} of {len(batches)} batches were done before")
+            what = f"{plural(len(prompts), 'prompt')}, {plural(config.n, 'continuation')} each"
+            rank0_print(f"{what}; {done} of {len(batches)} batches already done")
             rounds = batched(batches[done:], world.size)
             for _, some in tqdm.tqdm(rounds, "Sampling", unit=" rounds", disable=None if world.is_first else True):
                 rows = []
@@ -75,21 +75,21 @@ def run(config: DictConfig, overrides: Sequence[str] = (), world: Optional[World
 
 
 def what_rows_depend_on(config: DictConfig, model: torch.nn.Module, max_length: int, prompts: Sequence[Prompt]) -> dict:
-    """What the rows depend on."""
+    """Return everything that determines the rows. A file is resumed only if all of it is unchanged."""
     drawn = {key: config[key] for key in ("n", "temperature", "top_p", "top_k", "num_beams", "max_new_tokens", "batch_size", "seed")}
     digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
     return {**drawn, "max_length": max_length, "device": model.device.type, "weights": fingerprint(model), "prompts": digest}
 
 
 def generation_settings(config: DictConfig, tokenizer, max_length: int) -> transformers.GenerationConfig:
-    """Of Transformers' generation."""
+    """Return the settings for Transformers' `generate`: beam search if num_beams > 1, else sampling."""
     beams = {"num_beams": config.num_beams, "do_sample": False} if config.num_beams > 1 else {}
     drawn = {} if beams else {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
     return own_distribution(tokenizer, max_length, **beams, **drawn)
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     run_command("sample", run)
 
 

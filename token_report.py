@@ -1,4 +1,4 @@
-"""Show what every response token earns: a page with each token's implicit reward and KL, for pairs of the data, several runs side by side.
+"""Write a page with the implicit reward and KL of every response token, for pairs of the data, with several runs side by side.
 
     python token_report.py run=[runs/dpo,runs/tdpo2] out=report.html
 
@@ -23,19 +23,19 @@ from tdpo.scoring.token_statistics import token_statistics
 from tdpo.utils import UserError, batched
 
 ROLES = ("chosen", "rejected")
-COLUMNS = {"logps": "logps", "reference": "reference_logps", "kl": "kl"}  # of the page, of TokenStatistics
-FULL = 98  # percentile of the tokens at which colour and bar are full
-BETA = 0.1  # of a model whose own is not known, and of SFT; the papers' default
+COLUMNS = {"logps": "logps", "reference": "reference_logps", "kl": "kl"}  # column of the page -> field of TokenStatistics
+FULL = 98  # percentile of the tokens at which the colour and the bar reach their maximum
+BETA = 0.1  # if the run's own is not known or does not exist; the papers' default
 
 
 def run(config: DictConfig, overrides: Sequence[str] = ()) -> str:
-    """Write the page; its path.
+    """Write the page and return its path.
 
     Args:
         config: see config/token_report.yaml.
 
     Raises:
-        UserError: see utils.py.
+        UserError: the config, a model or the data cannot be used, or the runs have different tokenizers.
     """
     check_tool_config(config, TokenReport)
     device = World().device
@@ -44,13 +44,13 @@ def run(config: DictConfig, overrides: Sequence[str] = ()) -> str:
     for trained in models:
         policy, reference, tokenizer, fast = load_compared(trained, config.reference, device, lengths[0])
         if reference is None:
-            raise UserError(f"run={trained.name}: no reference is known, with which it could be compared: reference=<weights>")
+            raise UserError(f"run={trained.name}: no reference is known to compare it with: give reference=<weights>")
         options = {"add_bos": trained.model.add_bos, "silent": True, "cache_dir": trained.cache_dir()}
         split = load_split(data, config.split, tokenizer, *lengths, **options)
         examples = next(split.epochs(EVAL_SEED))[: config.n_pairs]
         tokens = [split.example(example) for example in examples]
         if shown is not None and tokens != shown:
-            raise UserError(f"run={trained.name} has another tokenizer than {models[0].name}: their tokens cannot stand side by side")
+            raise UserError(f"run={trained.name} tokenizes the pairs differently from {models[0].name}: write a separate report for it")
         if shown is None:
             page["pairs"] = [described(split, example, tokenizer) for example in examples]
         shown = tokens
@@ -60,22 +60,28 @@ def run(config: DictConfig, overrides: Sequence[str] = ()) -> str:
         pair["values"] = columns
     page["scale"] = scale_of(page)
     if not np.isfinite(list(page["scale"].values())).all():
-        raise UserError("a model gives values that are not finite: there is nothing to show")
+        raise UserError("a model computes NaN or infinite log-probabilities, which cannot be shown: check its weights")
     write_page("token_report", config.out, data=page)
     print(f"{config.out}: {len(page['pairs'])} pairs, {os.path.getsize(config.out) / 1e6:.2f} MB")
     return config.out
 
 
 def beta_of(trained: Trained) -> float:
-    """Return beta of the run's reward; BETA if that is not known, or the reward does not compare with the reference."""
+    """Return beta of the run's reward; BETA if it is unknown or the reward does not compare with the reference."""
     objective = trained.objective()
     return BETA if objective is None or not objective.implicit_rewards else objective.reward_scale or BETA
 
 
 def described(split: TokenizedSplit, example: Example, tokenizer) -> dict:
-    """What is the same for all runs."""
+    """Return what all runs share of a pair: its id, the prompt, and per role the text of each token.
+
+    Args:
+        split: the tokenized data.
+        example: one pair of it.
+        tokenizer: decodes the tokens.
+    """
     element, (prompt, responses, masks, _) = split.element(example), split.example(example)
-    # Of conversations the segment's turns alone.
+    # In conversations only the turns of the segment are in the loss mask and shown.
     masks = masks or [[1] * len(ids) for ids in responses]
     tokens = {
         role: [piece for piece, scored in zip(pieces_of(tokenizer, prompt[-1], ids), mask) if scored]
@@ -85,7 +91,13 @@ def described(split: TokenizedSplit, example: Example, tokenizer) -> dict:
 
 
 def pieces_of(tokenizer, before: int, ids: Sequence[int]) -> list[str]:
-    """The text that each token adds, with the space before it, where a tokenizer writes one only between tokens; `before` precedes them."""
+    """Return the text that each token adds. They are decoded in context, because some tokenizers write spaces only between tokens.
+
+    Args:
+        tokenizer: decodes the tokens.
+        before: the token that precedes them.
+        ids: the tokens.
+    """
     pieces, text = [], tokenizer.decode([before])
     for i in range(len(ids)):
         longer = tokenizer.decode([before, *ids[: i + 1]])
@@ -95,7 +107,17 @@ def pieces_of(tokenizer, before: int, ids: Sequence[int]) -> list[str]:
 
 
 def by_pair(policy, reference, tokens: Sequence[TokenizedExample], fast: bool, batch_size: int) -> list[dict[str, dict[str, list[float]]]]:
-    """Of every pair, by role: columns of the page, a value a token."""
+    """Compute the numbers of the page for one model.
+
+    Args:
+        policy, reference: models on the same device.
+        tokens: the pairs.
+        fast: score both responses in one packed row, see `token_statistics`.
+        batch_size: pairs at a time.
+
+    Returns:
+        for each pair role -> column -> one value per token, nats, rounded to 4 decimals.
+    """
     pairs = []
     for _, some in batched(tokens, batch_size):
         statistics = token_statistics(policy, reference, some, fast)
@@ -107,7 +129,7 @@ def by_pair(policy, reference, tokens: Sequence[TokenizedExample], fast: bool, b
 
 
 def scale_of(page: Mapping) -> dict[str, float]:
-    """At which reward and KL colour and bar are full."""
+    """Return the absolute reward and the KL (nats) at which the colour and the bar reach their maximum: percentile FULL over the page."""
     rewards, kls = [], []
     for pair in page["pairs"]:
         for run, values in zip(page["runs"], pair["values"]):
@@ -118,7 +140,7 @@ def scale_of(page: Mapping) -> dict[str, float]:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     run_command("token_report", run)
 
 

@@ -3,7 +3,7 @@
     python -u train.py exp_name=sft
     python -u train.py exp_name=tdpo loss=tdpo model.archive=<folder of the SFT run>/LATEST/policy.pt
 
-Every key is in config/config.yaml. Config, data and archive are checked before a model is loaded.
+config/config.yaml lists every key. Config, data and archive are checked before a model is loaded.
 """
 
 import os
@@ -37,15 +37,17 @@ def run(config: DictConfig, overrides: Sequence[str] = (), world: Optional[World
     """Make one run, from a composed config to its last checkpoint.
 
     Args:
-        config: see config/config.yaml.
-        overrides: the command line's.
-        world: processes that have met already; None: they are started or joined as the config asks for.
+        config: the composed config, see config/config.yaml.
+        overrides: the command line's overrides; ranks that are started here get them too.
+        world: ranks that have joined already; None: start or join them as the config says.
 
     Returns:
-        the run's folder.
+        the path of the run's folder.
 
     Raises:
-        UserError, RunError: see utils.py.
+        UserError: the config, the data, the archive or the run's folder cannot be used.
+        RunError: training failed, see utils.py.
+        Stopped: a signal ended the run.
     """
     checked = check_config(config, overrides)
     if world is None and (n := processes_to_start(config)) > 1:
@@ -58,7 +60,7 @@ def run(config: DictConfig, overrides: Sequence[str] = (), world: Optional[World
 
 
 def train(checked: Checked, world: World) -> str:
-    """Make the run, in each of its processes."""
+    """Make the run. Called on all ranks; returns the path of the run's folder."""
     config, objective, notes = checked
     resumed = find_checkpoint(world, config, objective)
     rank0_print("\n".join([*notes, OmegaConf.to_yaml(config), f"loss: {objective.name} {objective.hyperparameters}"]))
@@ -78,16 +80,16 @@ def train(checked: Checked, world: World) -> str:
             fingerprints = {name: split.fingerprint for name, split in data.items()}
             world.from_first(lambda: check_same_data(resumed, fingerprints, trainer.reference_fingerprint))
             trainer.resume(resumed)
-            at_end.enter_context(folder)  # not before it is certain that the run can be resumed
-            left = "" if trainer.progress.batches < len(trainer.batches) else "; none is left: a larger n_epochs or n_examples would go on"
-            rank0_print(f"resumed from {resumed.folder}: {plural(trainer.progress.examples, 'example')} were trained on{left}")
+            at_end.enter_context(folder)  # this changes the folder, so only when it is certain that the run can be resumed
+            left = "" if trainer.progress.batches < len(trainer.batches) else "; no batch is left: set a larger n_epochs or n_examples"
+            rank0_print(f"resumed from {resumed.folder}: {plural(trainer.progress.examples, 'example')} trained on so far{left}")
         if world.is_first:
             sinks += open_sinks(plan.run_dir, config, trainer.progress.wandb_id)
         try:
             trainer.train()
         except Stopped as stopped:
             if world.is_first:
-                print(f"stopped by {signal.Signals(stopped.signum).name}; resume={plan.run_dir} goes on from here", file=sys.stderr)
+                print(f"stopped by {signal.Signals(stopped.signum).name}; to continue: resume={plan.run_dir}", file=sys.stderr)
             raise
     rank0_print(f"done: {plan.run_dir}")
     return plan.run_dir
@@ -95,26 +97,26 @@ def train(checked: Checked, world: World) -> str:
 
 @dataclass
 class Plan:
-    """What rank 0 alone decides and reads, checked, before models are built. Its last two fields are not sent to the others."""
+    """What rank 0 decides, loads and checks before models are built. `data` and `weights` are not sent to the other ranks."""
 
     run_dir: str
     cache_dir: str
-    model: DictConfig  # the config's, with the archive that is meant
+    model: DictConfig  # config.model, with its archive resolved, see archive_of
     tokenizer: Any
     model_config: Any
-    files: list[str]  # that hold the tokens; none where they are in memory
-    data: Optional[Mapping[str, TokenizedSplit]]  # train, eval
-    weights: Optional[Mapping[str, torch.Tensor]]  # of model.archive, where that is a file; still on its disk
+    files: list[str]  # that hold the tokens; [] if the tokens are in memory
+    data: Optional[Mapping[str, TokenizedSplit]]  # by split (train, eval)
+    weights: Optional[Mapping[str, torch.Tensor]]  # of model.archive if that is a file; mapped into memory, not yet read
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "data": None, "weights": None}
 
 
 def prepare(config: DictConfig, objective: Objective, world: World, resumed: Optional[Resumed]) -> Plan:
-    """Read and check all that is needed before models are built. Called by rank 0.
+    """Load and check all that is needed before models are built. Called on rank 0 only.
 
     Raises:
-        UserError: the run folder, the model, the archive or the data cannot be used.
+        UserError: the run's folder, the model, the archive or the data cannot be used.
     """
     run_dir = choose_run_dir(config)
     cache_dir = get_local_dir(config.local_dirs)
@@ -133,23 +135,23 @@ def prepare(config: DictConfig, objective: Objective, world: World, resumed: Opt
 
 
 def shared_data(world: World, plan: Plan) -> Mapping[str, TokenizedSplit]:
-    """Return the data on every rank: all map the same files into memory, or, if one does not see these, are sent the tokens."""
+    """Return the data on every rank: mapped from the token files, or, if a rank does not see the files, sent by rank 0."""
     seen = all(world.gather(all(map(os.path.exists, plan.files))))
     return world.from_first(lambda: plan.data if seen else {name: split.in_memory() for name, split in plan.data.items()})
 
 
 def trainer_of(config: DictConfig) -> type[trainers.BasicTrainer]:
-    """Return the class that the config's trainer names; the schema knows which there are."""
+    """Return the class that config.trainer names; the schema has checked that it exists."""
     return getattr(trainers, config.trainer)
 
 
 def check_cpu(config: DictConfig) -> None:
-    """Raise UserError for what PyTorch cannot do on a CPU."""
+    """Raise UserError if the config asks for something that PyTorch cannot do on a CPU."""
     if config.model.attn_implementation == "flex_attention":
-        raise UserError("model.attn_implementation=flex_attention: PyTorch has no backward pass of it for CPUs; use sdpa")
+        raise UserError("model.attn_implementation=flex_attention: PyTorch has no backward pass for it on CPUs; use sdpa")
     half = {"bfloat16", "float16"} & {config.model.policy_dtype, config.model.fsdp_policy_mp}
     if config.compile and half:
-        raise UserError(f"compile=true: PyTorch's compiler for CPUs fails on {half.pop()}; compile=false, or float32")
+        raise UserError(f"compile=true: PyTorch's compiler for CPUs fails on {half.pop()}; use compile=false or float32")
 
 
 def build_trainer(
@@ -161,7 +163,7 @@ def build_trainer(
     models: Models,
     sinks: list[Sink],
 ) -> trainers.BasicTrainer:
-    """Build the config's trainer with its models: sharded ones are filled in place, so that none is built as often as there are ranks."""
+    """Build the config's trainer with its models. Sharded models start empty and are filled in place: only rank 0 builds whole ones."""
     trainer_class = trainer_of(config)
     sharded = trainer_class.strategy_class.sharded
     policy, reference = models.empty() if sharded else (models.policy(), models.reference())
@@ -181,12 +183,23 @@ def build_trainer(
         weights={"policy": models.policy, "reference": models.reference},
     )
     rank0_print(f"{config.trainer}: {trainer.ranks()}")
-    rank0_print(f"{plural(len(trainer.batches), 'step')}; {plural(trainer.batches.dropped, 'example')} left out at the end of each epoch")
+    rank0_print(f"{plural(len(trainer.batches), 'step')}; {plural(trainer.batches.dropped, 'example')} dropped at the end of each epoch")
     return trainer
 
 
 def load_data(config: DictConfig, split: str, tokenizer, objective: Objective, cache_dir: str) -> TokenizedSplit:
-    """Load a split of the config's datasets, tokenized; its counts are printed."""
+    """Load a split of the config's datasets, tokenized, and print its counts.
+
+    Args:
+        config: a checked config.
+        split: train or test.
+        tokenizer: of Transformers.
+        objective: determines the form of the examples.
+        cache_dir: folder for downloaded and tokenized data.
+
+    Raises:
+        UserError: the data are invalid, or too few.
+    """
     data = load_split(
         OmegaConf.to_container(config.datasets),
         split,
@@ -199,29 +212,30 @@ def load_data(config: DictConfig, split: str, tokenizer, objective: Objective, c
     )
     if split == "train" and config.drop_last and len(data) < config.batch_size:
         raise UserError(
-            f"{plural(len(data), 'train example')}, fewer than batch_size={config.batch_size}: lower it, or set drop_last=false"
+            f"{plural(len(data), 'train example')}, fewer than batch_size={config.batch_size}: set a smaller batch_size, or drop_last=false"
         )
     if objective.needs_kl_baseline and len(data.prompts) < 2:
-        raise UserError(f"the {split} split has one prompt alone: loss.z0=batch needs responses to other ones; more data, or loss.z0=0")
+        raise UserError(f"the {split} split has only one prompt, but loss.z0=batch needs several: use more data, or loss.z0=0")
     if split == "train" and len(data) // objective.stages < (config.batch_size if config.drop_last else 1):
         raise UserError(
-            f"{plural(len(data), 'train example')} in loss.parts={objective.stages}: fewer than batch_size={config.batch_size} each"
+            f"{plural(len(data), 'train example')} in loss.parts={objective.stages} stages: a stage has fewer than "
+            f"batch_size={config.batch_size}; set a smaller batch_size or loss.parts"
         )
     rank0_print(f"{split}: {data.describe()}")
     return data
 
 
 def seed_everything(config: DictConfig) -> None:
-    """Seed before the model is built, because it may have random weights."""
+    """Seed PyTorch and set its precision and determinism. Called before the model is built, which may have random weights."""
     torch.manual_seed(config.seed)
-    torch.backends.cuda.matmul.allow_tf32 = True  # as published: float32 matrix products in TF32 on a GPU
+    torch.backends.cuda.matmul.allow_tf32 = True  # as published: float32 matrix products use TF32 on a GPU
     if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which cuBLAS refuses
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
         torch.use_deterministic_algorithms(True)
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     run_command("config", run)
 
 

@@ -1,8 +1,7 @@
-"""The training loop.
+"""The training loop: `train` only schedules, `train_step` is one optimizer step; the other methods do what their names say.
 
-`train` only schedules: `train_step` is one optimizer step, `evaluate`, `sample`, `log_train` and `save` do what their names say. The
-trainer's strategy (tdpo/training/strategies.py) is what differs between one device and several; a hook (tdpo/training/hooks.py) is what an
-objective or an option adds to the loop.
+A trainer's strategy (tdpo/training/strategies.py) holds what differs between one device and several; a hook (tdpo/training/hooks.py) is
+what an objective or an option adds to the loop.
 """
 
 import os
@@ -38,7 +37,7 @@ from tdpo.training.passes import Passes
 from tdpo.training.strategies import FullySharded, SingleDevice, TensorParallel, Weights, prepare_blocks
 from tdpo.utils import Stopped, UserError, get_logger, plural, seed_generators
 
-# preference_loss and the next ones are here for forks of the published code that import them from trainers.
+# Forks of the published code import preference_loss and the names after it from trainers.
 __all__ = ["BasicTrainer", "FSDPTrainer", "TensorParallelTrainer", "preference_loss", "tdpo_loss"]
 __all__ += ["_get_batch_logps", "_tdpo_get_batch_logps", "concatenated_inputs"]
 
@@ -49,17 +48,17 @@ class BasicTrainer:
     """Trains on one device: a GPU if there is one, else the CPU.
 
     Args:
-        policy: the model to train, on the CPU; for several devices without weights, on the meta device.
+        policy: the model to train, on the CPU; for trainers of several devices on the meta device, without weights.
         config: a checked config.
-        seed: of the order of the train data and of sampling.
+        seed: determines the order of the train data, and samples.
         run_dir: an existing folder for checkpoints.
-        reference_model: frozen; None where the loss needs none.
+        reference_model: the reference, on the same device as the policy; None if the objective needs none.
         objective: the loss, with its hyperparameters.
         train_data, eval_data: tokenized splits.
-        tokenizer: to pad, and to decode samples.
-        sinks: where metrics and samples go; none but on rank 0.
-        world: the processes that train together.
-        weights: for models on the meta device, functions that build them with their weights, called on rank 0: {"policy", "reference"}.
+        tokenizer: pads, and decodes samples.
+        sinks: where metrics and samples are logged; empty on all ranks but 0.
+        world: the ranks that train together; None: this process alone.
+        weights: {"policy", "reference"}: functions that build models with weights, for those on the meta device; called on rank 0.
     """
 
     strategy_class = SingleDevice
@@ -89,7 +88,6 @@ class BasicTrainer:
         self.scorer = Scorer(policy, reference_model, objective, config.compile)
         self.reference_fingerprint = self.strategy.place(self.scorer, weights or {})
         self.policy = self.scorer.policy
-
         schedule = config.batch_size, seed, config.n_epochs, config.n_examples, config.drop_last
         staged = objective.stages > 1
         self.batches = StagedBatchStream(objective.stages, train_data, *schedule) if staged else BatchStream(train_data, *schedule)
@@ -113,17 +111,17 @@ class BasicTrainer:
         self.generation_config = own_distribution(tokenizer, config.max_length)
         self.progress = Progress()
         self.archive = config.model.archive and os.path.realpath(config.model.archive)
-        self.saved_at, self.checkpoint = -1, None  # train examples of the newest checkpoint, and its folder
+        self.saved_at, self.checkpoint = -1, None  # `progress.examples` of the newest checkpoint, and its folder
         self.resumed_from: Optional[str] = None
         self.last_log: Optional[float] = None
-        self.step_values: dict[str, Any] = {}  # of the last step, beside the sums over its examples
+        self.step_values: dict[str, Any] = {}  # of the last step: what is logged besides the means over its examples
         seed_generators(seed)
 
     def choose_scoring(self) -> bool:
-        """Whether scoring is fast: `scoring` decides, auto by trying it on the model. The same on all ranks.
+        """Whether to score fast; scoring=auto tries it on the model. The same answer on all ranks.
 
         Raises:
-            UserError: scoring=fast, and the model does not support it.
+            UserError: scoring=fast, but the model does not support it.
         """
         if self.config.scoring == "plain":
             return False
@@ -131,7 +129,7 @@ class BasicTrainer:
             with torch.no_grad(), self.strategy.forward_context():
                 problem = fast_scoring_problem(self.scorer, self.config.max_length)
         except torch.OutOfMemoryError as error:
-            what = f"two sequences of max_length={self.config.max_length} tokens, by which fast scoring is tried"
+            what = f"two sequences of max_length={self.config.max_length} tokens (the trial of fast scoring)"
             raise self.guards.out_of_memory(what, "more devices") from error
         problems = [x for x in self.world.gather(problem) if x]
         if problems and self.config.scoring == "fast":
@@ -141,17 +139,17 @@ class BasicTrainer:
         return not problems
 
     # --- schedule ---
-
     def train(self) -> None:
-        """Train on every batch, with evals, logs and checkpoints on schedule; evaluate and save once more at the end.
+        """Train on all batches, with evals, logs and checkpoints on schedule; evaluate and save once more at the end.
 
         Raises:
-            Stopped: a signal asked for it; there is a checkpoint of the last whole step.
+            Stopped: a signal asked the run to end; the last completed step was saved.
         """
         with self.signals, self.progress_bar() as bar:
             try:
                 for hook in self.hooks:
                     hook.before_training()
+                # A thread prepares the next batch's microbatches during a step; `prefetched` yields (examples, microbatches).
                 for examples, microbatches in prefetched(self.feeder.train_microbatches, self.batches.after(self.progress.batches)):
                     self.between_steps()
                     sums = self.train_step(examples, microbatches)
@@ -172,7 +170,7 @@ class BasicTrainer:
         return tqdm.tqdm(total=total, initial=self.progress.examples, desc="Training", unit=" examples", disable=hide)
 
     def between_steps(self) -> None:
-        """Stop, evaluate and save, where that is due; each once, also where a run is resumed here."""
+        """Stop, evaluate or save if that is due; what was done before a resume is not repeated."""
         self.signals.check()
         config, progress = self.config, self.progress
         evaluated = progress.evaluated_at == progress.examples
@@ -186,12 +184,11 @@ class BasicTrainer:
         return self.progress.examples // every > self.progress.previous_examples // every
 
     # --- one step ---
-
     def train_step(self, examples: list[Example], microbatches: list[Microbatch]) -> MetricSums:
-        """Take one optimizer step on one global batch: the gradient is the sum over its examples, divided by their number.
+        """Take one optimizer step on one global batch; return the metric sums of this rank's examples.
 
         Args:
-            examples: the batch.
+            examples: the global batch, of all ranks.
             microbatches: this rank's shard of it.
         """
         self.policy.train()
@@ -205,9 +202,9 @@ class BasicTrainer:
                 microbatches = list(hook.before_scoring(microbatches, "train"))
             for i, microbatch in enumerate(microbatches):
                 self.strategy.before_backward(is_last=i == len(microbatches) - 1)
-                scored = self.score(microbatch, sums, "train")
-                (scored.loss / len(examples)).backward()
-                losses.append(scored.output.losses[: len(microbatch.examples)])
+                scored = self.score(microbatch, sums, "train")  # if fast, this computes the head's gradients too (scoring/chunked_loss.py)
+                (scored.loss / len(examples)).backward()  # gives the global mean: ranks' gradients are summed (distributed/sharding.py)
+                losses.append(scored.output.losses[: len(microbatch.examples)])  # without the placeholder of a rank without examples
         grad_norm = self.strategy.clip_gradient(self.config.max_grad_norm)
         own = [example for microbatch in microbatches for example in microbatch.examples]
         took_step = self.guards.may_take_step(sums.sum("loss/train"), grad_norm, own, losses, self.progress)
@@ -221,15 +218,14 @@ class BasicTrainer:
         return sums
 
     def score(self, microbatch: Microbatch, sums: MetricSums, split: str) -> Scored:
-        """Score a microbatch, and add the metrics of its examples to `sums`; `split` is train or eval."""
+        """Score a microbatch, and add the metrics of its examples to `sums`. `split` is train or eval."""
         scored = self.passes.score(microbatch, split)
         sums.add(example_metrics(scored.scores, scored.output, split), len(microbatch.examples))
         return scored
 
     # --- eval and samples ---
-
     def evaluate(self) -> None:
-        """Score the eval examples, each once, and sample for some of them where the config asks for it."""
+        """Evaluate on the eval examples, each once; sample for some of their prompts if the config asks for it."""
         self.policy.eval()
         sums = MetricSums()
         batches = self.feeder.batches("eval", self.eval_examples, self.config.eval_batch_size)
@@ -249,20 +245,19 @@ class BasicTrainer:
 
     @property
     def reference_model(self) -> Optional[nn.Module]:
-        """The whole reference model; None if the loss needs none, or its hidden states are cached."""
+        """The reference model; None if the objective needs none, or if its hidden states are cached (only its head is left)."""
         return None if isinstance(self.scorer.reference, HeadOnly) else self.scorer.reference
 
     def sample(self, examples: list[Example]) -> list[dict]:
-        """Sample one continuation of each prompt by the policy, and by the reference where there is one: {prompt, policy, reference}.
+        """Sample one text per prompt, prompt included, from the policy and, if there is one, the reference: {prompt, policy, reference}.
 
-        Texts are whole, prompt included. Drawn from the model's own distribution (temperature 1, no top-k, no top-p), seeded by the run's
-        seed, the number of train examples and the rank, so that they do not depend on what was drawn before.
+        Texts are drawn from the model's own distribution (temperature 1, no top-k, no top-p), seeded by seed, train examples and rank.
         """
         models = {"policy": self.policy, "reference": self.reference_model}
         rank, ranks = self.strategy.data_rank
         rows = []
         devices = [self.world.device] if self.world.device.type == "cuda" else []
-        # Compiled blocks would be compiled anew for every length of the cache, until PyTorch gave up on them, for training too.
+        # Uncompiled: PyTorch would recompile blocks for each length of the cache until it gave up on them, in training too.
         with torch.random.fork_rng(devices=devices), self.strategy.gathered(), torch.compiler.set_stance("force_eager"):
             torch.manual_seed(mixed_seed(self.seed, self.progress.examples, rank))
             starts = range(0, len(examples), self.config.eval_batch_size)
@@ -280,15 +275,14 @@ class BasicTrainer:
         return [row for batches in zip(*by_rank) for row in interleaved(batches)]
 
     def generate(self, model: nn.Module, prompts: list[list[int]]) -> list[str]:
-        """Sample one whole text, prompt included, for each prompt in tokens."""
+        """Return one sampled text, prompt included, for each prompt (token ids)."""
         drawn = continuations(model, prompts, 1, self.generation_config, synced=self.world.size > 1)
         whole = [[*prompt, *ids] for prompt, (ids,) in zip(prompts, drawn)]
         return self.tokenizer.batch_decode(whole, skip_special_tokens=True)
 
     # --- logs and checkpoints ---
-
     def log_train(self, sums: MetricSums, bar: tqdm.tqdm) -> None:
-        """Log the step's means over its global batch, at most once in minimum_log_interval_secs."""
+        """Log the means over the step's global batch, at most once every minimum_log_interval_secs seconds."""
         now = time.monotonic()
         waited = self.last_log is None or now - self.last_log >= self.config.minimum_log_interval_secs
         (due,) = self.world.maximum(waited and self.world.is_first)
@@ -310,7 +304,7 @@ class BasicTrainer:
         bar.set_postfix(shown, refresh=False)
 
     def save(self, final: bool = False) -> None:
-        """Write a checkpoint, unless there is one of this step; the last one also as a Hugging Face folder."""
+        """Write a checkpoint unless this step has one, and remove old ones. The final one also gets a Hugging Face folder."""
         if self.config.debug:
             return
         if self.saved_at != self.progress.examples:
@@ -328,11 +322,16 @@ class BasicTrainer:
                 remove_old(self.run_dir, self.config.keep_checkpoints, never=[self.resumed_from] if self.resumed_from else [])
 
     def export(self, folder: str, state: Mapping[str, torch.Tensor]) -> None:
+        """Write policy and tokenizer into a Hugging Face folder.
+
+        Args:
+            state: the policy's whole state dict.
+        """
         self.policy.save_pretrained(folder, state_dict=dict(state), is_main_process=True)
         self.tokenizer.save_pretrained(folder)
 
     def snapshot(self) -> dict[str, Any]:
-        """The present Progress, as JSON has it: counters, the hooks' state, and what identifies the run."""
+        """Return Progress as a JSON-serializable dict: counters, the hooks' state, and what identifies the run."""
         return asdict(
             replace(
                 self.progress,
@@ -347,14 +346,15 @@ class BasicTrainer:
 
     @property
     def moving_reference(self) -> Optional[nn.Module]:
-        """The reference, where a hook changes it."""
+        """The reference if a hook changes its weights, which checkpoints must then hold; else None."""
         return self.reference_model if any(hook.moves_reference for hook in self.hooks) else None
 
     def ranks(self) -> str:
+        """Return the number of processes and the kind of device, for logs and checkpoints."""
         return f"{plural(self.world.size, 'process', 'processes')} on {self.world.device.type}"
 
     def resume(self, resumed: Resumed) -> None:
-        """Continue from a checkpoint, of whatever trainer and number of ranks."""
+        """Load a checkpoint, written by any trainer and number of ranks. Called before `train`, which then continues from there."""
         self.progress = replace(resumed.progress)
         for hook in self.hooks:
             if state := resumed.progress.hooks.get(type(hook).__name__):
@@ -365,16 +365,16 @@ class BasicTrainer:
         restore_tensors(self.world, resumed.folder, self.policy, self.optimizer, self.moving_reference, with_random=same_ranks)
         if not same_ranks:
             torch.manual_seed(mixed_seed(self.seed, self.progress.batches, self.world.rank))
-            log.info(f"until now {resumed.progress.ranks}, from now {self.ranks()}: random numbers start anew from seed, step and rank")
+            log.info(f"now {self.ranks()}, before {resumed.progress.ranks}: random generators are seeded anew from seed, step and rank")
 
 
 class FSDPTrainer(BasicTrainer):
-    """Trains on several devices, on one or many nodes: each holds a shard of policy, reference, gradients and optimizer state (FSDP2)."""
+    """Trains on several devices, on one or more nodes; each holds a shard of policy, reference, gradients and optimizer state (FSDP2)."""
 
     strategy_class = FullySharded
 
 
 class TensorParallelTrainer(BasicTrainer):
-    """Trains on several devices that hold and multiply a part of every matrix each, and all work on the whole batch."""
+    """Trains on several devices; each holds a part of every matrix and multiplies with it, and all work on the whole batch."""
 
     strategy_class = TensorParallel

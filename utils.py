@@ -1,4 +1,4 @@
-"""The published helpers, from tdpo.utils."""
+"""The helpers of the published code under their published module name; they live in tdpo/utils.py."""
 
 from tdpo.utils import (
     TemporarilySeededRandom,

@@ -1,11 +1,11 @@
-"""Starting with many pairs: tokenizing them, finding the tokens again, and how long steps wait for data.
+"""Measure how long a run with many pairs takes to start, first and from the token cache, and how long its steps wait for data.
 
-    python benchmarks/data.py                      # 100,000 pairs made up of the embedded reviews' words
+    python benchmarks/data.py                      # 100,000 pairs of random words of the embedded reviews
     python benchmarks/data.py --rows /local/hh-rlhf --tokenizer /local/tokenizer
 
-Prints seconds and the cores that were busy (CPU seconds a second, processes that it started included) of a first and a second load, and,
-of training steps of the embedded model on these data, the share of time that they waited for a batch. The steps are those of a model far
-smaller than any that is trained in earnest, which makes the share an upper bound.
+The script prints the seconds of a first and a second load, with the number of busy cores (CPU seconds per second, child processes
+included). Then it trains the embedded model on these data, and prints the share of time that its steps waited for a batch. This share is
+an upper bound, because real models are far larger and their steps slower.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from tdpo.models.build import embedded_tokenizer  # noqa: E402
 
 
 def write_pairs(folder: Path, pairs: int, rows: str | None) -> None:
-    """train.jsonl.gz in HH's form: given rows, repeated with a number that tells them apart, or words with HH's lengths."""
+    """Write train.jsonl.gz in HH's form: random words of about HH's lengths, or the given rows, repeated with a distinct number each."""
     if rows is not None:
         with gzip.open(Path(rows) / "train.jsonl.gz", "rt") as file:
             given = [json.loads(line) for line in file]
@@ -53,10 +53,12 @@ def write_pairs(folder: Path, pairs: int, rows: str | None) -> None:
 
 
 def cpu_seconds() -> float:
+    """Return the CPU seconds used by this process and its ended children."""
     return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
 def timed_load(options: dict, tokenizer, cache: str):
+    """Load the train split. Returns (split, seconds, cores that were busy on average)."""
     started, cpu = time.perf_counter(), cpu_seconds()
     split = load_split(options, "train", tokenizer, 512, 256, cache_dir=cache)
     elapsed = time.perf_counter() - started
@@ -64,7 +66,7 @@ def timed_load(options: dict, tokenizer, cache: str):
 
 
 def waiting_share(folder: Path, cache: str, steps: int) -> tuple[float, float]:
-    """(share of the time between steps that was waiting, seconds a step), of the embedded model on those rows."""
+    """Train the embedded model on these rows. Returns (share of the time spent waiting for data, seconds per step)."""
     waits, ends = [], []
     prefetched = batching.prefetched
 
@@ -88,7 +90,7 @@ def waiting_share(folder: Path, cache: str, steps: int) -> tuple[float, float]:
         config = hydra.compose("config", overrides)
     with contextlib.redirect_stdout(io.StringIO()):
         train.run(config, overrides)
-    waits, ends = waits[:steps], ends[:steps]  # those of the last eval come after
+    waits, ends = waits[:steps], ends[:steps]  # later ones belong to the last eval
     return sum(waits[2:]) / (ends[-1] - ends[1]), (ends[-1] - ends[1]) / (steps - 2)
 
 
@@ -96,8 +98,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=100_000)
     parser.add_argument("--rows", help="a folder with HH's train.jsonl.gz")
-    parser.add_argument("--tokenizer", help="a folder; default: the embedded one, a word a token")
-    parser.add_argument("--steps", type=int, default=12, help="of which the first two are not counted")
+    parser.add_argument("--tokenizer", help="a folder; default: the embedded one, one token per word")
+    parser.add_argument("--steps", type=int, default=12, help="the first two are not counted")
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer) if arguments.tokenizer else embedded_tokenizer()
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,11 +1,11 @@
-"""The chunked head and loss alone: time over that of its matrix products, and peak memory, by vocabulary and number of positions.
+"""Measure the chunked head and loss alone: time relative to its matrix products, and peak memory, by vocabulary and positions.
 
     python benchmarks/loss.py
     python benchmarks/loss.py --hidden 4096 --dtype bfloat16 --device cuda
 
-tdpo2 with its gradients of hidden states and of the head's weight, of pairs with 128 + 128 response tokens. The floor is four products of
-(positions, hidden) by (hidden, vocabulary) size, logits of policy and reference and the two gradients, timed in chunks of the same size
-into memory that is there. Memory is the peak above what inputs, weights and their gradients hold (see step.py).
+The script runs tdpo2 with the gradients of hidden states and head weight, on pairs with 128 + 128 response tokens. The lower bound is the
+time of four matrix products of size (positions, hidden) x (hidden, vocabulary): logits of policy and reference, and the two gradients. They
+are timed in chunks of the same size, into preallocated memory. Memory is the peak above inputs, weights and their gradients (see step.py).
 """
 
 import argparse
@@ -24,10 +24,11 @@ from tdpo.scoring.chunked_loss import CHUNK, Head, ReferenceStates, loss_of_rows
 from tdpo.scoring.prefix_sharing import shared_prefix_batch  # noqa: E402
 from tdpo.utils import DTYPES  # noqa: E402
 
-SIDE = 128  # response tokens of chosen, and of rejected
+SIDE = 128  # response tokens of the chosen and of the rejected response
 
 
 def seconds(function, device: torch.device, rounds: int) -> float:
+    """Return the median seconds of a call over some rounds."""
     times = []
     for _ in range(rounds):
         started = time.perf_counter()
@@ -39,7 +40,7 @@ def seconds(function, device: torch.device, rounds: int) -> float:
 
 
 def floor(positions: int, hidden: int, vocabulary: int, device: torch.device, dtype: torch.dtype) -> float:
-    """Seconds of the four products."""
+    """Return the seconds of the four matrix products."""
     size = min(CHUNK[device.type], positions)
     states, weight = (torch.randn(n, hidden, device=device, dtype=dtype) for n in (size, vocabulary))
     logits = torch.empty(size, vocabulary, device=device, dtype=dtype)
@@ -68,7 +69,7 @@ def main() -> None:
     device, dtype = torch.device(arguments.device), DTYPES[arguments.dtype]
     chunks = f"chunks of {CHUNK[device.type]} positions"
     print(f"hidden {arguments.hidden}, {arguments.dtype}, {device.type}, {chunks}; torch {torch.__version__}\n")
-    print("| vocabulary | positions | s | the products alone, s | times the products | peak MB | both models' float32 logits, MB |")
+    print("| vocabulary | positions | s | matrix products alone, s | ratio | peak MB | both models' float32 logits, MB |")
     print("|" + "---:|" * 7)
     for vocabulary in arguments.vocabularies:
         for positions in arguments.positions:
@@ -76,7 +77,7 @@ def main() -> None:
 
 
 def row(arguments: argparse.Namespace, vocabulary: int, positions: int, device: torch.device, dtype: torch.dtype) -> str:
-    """Of the table."""
+    """Measure one case. Returns its row of the Markdown table."""
     torch.manual_seed(0)
     states = torch.randn(positions, arguments.hidden, device=device, dtype=dtype, requires_grad=True)
     weights = [(0.02 * torch.randn(vocabulary, arguments.hidden, device=device)).to(dtype) for _ in range(2)]

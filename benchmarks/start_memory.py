@@ -1,9 +1,9 @@
-"""Host memory of starting FSDPTrainer on several ranks of one machine, above ranks that only import: does it grow with their number?
+"""Measure whether the host memory of starting FSDPTrainer grows with the number of ranks on one machine (beyond their imports).
 
     python benchmarks/start_memory.py
 
-Makes a random GPT-NeoX of the given size and its policy.pt in a temporary folder, starts SFT and TDPO2 from it with 1 and 4 ranks, and adds
-up the ranks' proportional set sizes until the first step would begin. Linux alone.
+The script creates a random GPT-NeoX of the given size and its policy.pt in a temporary folder, starts SFT and TDPO2 from it with 1 and 4
+ranks, and sums the proportional set sizes of all processes until the first step would begin. Linux only.
 """
 
 import argparse
@@ -26,7 +26,7 @@ IMPORTS = "import sys, time; sys.path.insert(0, {root!r}); import train; print('
 
 
 def make_model(folder: Path, layers: int, hidden: int) -> int:
-    """A Hugging Face folder and a policy.pt; the model's bytes in float32."""
+    """Write a Hugging Face folder `model` and a policy.pt. Returns the bytes of the model, which is in float32."""
     tokenizer = models.embedded_tokenizer()
     sizes = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": layers, "num_attention_heads": 16}
     config = transformers.GPTNeoXConfig(vocab_size=len(tokenizer), max_position_embeddings=128, **sizes)
@@ -38,7 +38,7 @@ def make_model(folder: Path, layers: int, hidden: int) -> int:
 
 
 def proportional_set_size(root: int) -> int:
-    """Bytes of a process and all it has started; shared pages count once."""
+    """Return the bytes of a process and its descendants; shared pages count once."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -59,7 +59,7 @@ def proportional_set_size(root: int) -> int:
 
 
 def peak_until(line_has: str, arguments: list[str]) -> int:
-    """Start a process; its peak until it prints a line with these words, then it is ended."""
+    """Start a process, end it once its output contains `line_has`, and return its peak bytes until then."""
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(arguments, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, "HF_HUB_OFFLINE": "1"})
         peak, printed = 0, ""
@@ -76,15 +76,15 @@ def peak_until(line_has: str, arguments: list[str]) -> int:
 
 
 def measure(folder: Path, loss: str, ranks: int) -> int:
-    """Peak bytes of a start, above as many processes that only import."""
+    """Return the peak bytes of a start above those of the same number of processes that only import."""
     command = [sys.executable, "-u", "-c", IMPORTS.format(root=str(ROOT))]
-    imports = peak_until("ready", command)  # its peak is the same in each process
+    imports = peak_until("ready", command)  # the same in every process
     options = [f"loss={loss}", f"nproc_per_node={ranks}", f"local_run_dir={folder}/{loss}-{ranks}", "trainer=FSDPTrainer"]
     options += [] if loss == "sft" else [f"model.archive={folder}/policy.pt"]
     options += ["model=blank_model", f"model.name_or_path={folder}/model", "exp_name=x", "debug=true", "wandb.enabled=false"]
     options += ["datasets.reviews.n_train=64", "datasets.reviews.n_test=8", "max_length=64", "max_prompt_length=16", "do_first_eval=false"]
     processes = ranks + (ranks > 1)  # the launcher too
-    return peak_until("left out at the end", [sys.executable, "-u", str(ROOT / "train.py"), *options]) - processes * imports
+    return peak_until("dropped at the end", [sys.executable, "-u", str(ROOT / "train.py"), *options]) - processes * imports
 
 
 def main() -> None:

@@ -1,18 +1,18 @@
-"""One optimizer step (forward, backward, optimizer): time and peak memory of the published computation, of plain and of fast scoring, and
-of TRL's DPOTrainer where it is installed.
+"""Measure time and peak memory of one optimizer step (forward, backward, optimizer) with the published computation, plain scoring, fast
+scoring, and TRL's DPOTrainer if it is installed.
 
     python benchmarks/step.py                                     # tdpo2 on a CPU or a GPU, a small GPT-NeoX
     python benchmarks/step.py --loss dpo --ways fast trl          # against TRL
     python benchmarks/step.py --loss tdpo2 dpo --ways fast        # what SeqKL costs
     python benchmarks/step.py --model pythia28 --dtype bfloat16 --pairs 64 --device cuda
 
-All ways take the same pairs, random tokens of the lengths in hh_lengths.txt, with the same weights, one after another in each round, so
-that the machine's drift meets all alike; the learning rate is 0, so that all must print the same loss. The reference is the policy with
-noise. Printed are medians over the rounds, and medians of each round's ratios to the first way. Memory is the peak above what the process
-holds before the step, models and optimizer included: on a CPU of resident memory (Linux), on a GPU of what PyTorch allocated.
+All ways use the same weights and the same pairs: random tokens with the lengths of hh_lengths.txt. They take turns in each round, so that
+drift of the machine affects all of them. The learning rate is 0, so all must print the same loss. The reference is the policy plus noise.
+The script prints medians over the rounds, and medians of each round's speed-up over the first way. Memory is the peak above what the
+process holds before the step, models and optimizer included: resident memory on a CPU (Linux), memory allocated by PyTorch on a GPU.
 
-Model-FLOP utilisation, on a GPU: (6 N t + 2 N t_reference) / seconds / measured rate of a large matrix product, N parameters but for input
-embeddings, t unique tokens (a prompt once, no padding), whatever a way computes beside them.
+Model-FLOP utilisation, on a GPU only: (6 N t + 2 N t_reference) / seconds / measured rate of a large matrix product. N is the number of
+parameters without input embeddings, t the number of unique tokens (a prompt once, no padding), whatever a way computes in addition.
 """
 
 import argparse
@@ -52,7 +52,7 @@ Pair = tuple[list[int], list[list[int]]]  # prompt, (chosen, rejected)
 
 
 def hh_pairs(n: int, vocabulary: int) -> list[Pair]:
-    """Random tokens of the lengths of n HH pairs; responses end with token 0, end-of-sequence."""
+    """Return n pairs of random tokens with the lengths of HH pairs; responses end with token 0, end-of-sequence."""
     lines = (Path(__file__).parent / "hh_lengths.txt").read_text().splitlines()
     lengths = [tuple(map(int, part.split("-"))) for line in lines if line[0] != "#" for part in line.split()]
     generator = torch.Generator().manual_seed(0)
@@ -64,7 +64,7 @@ def hh_pairs(n: int, vocabulary: int) -> list[Pair]:
 
 
 def collated(pairs: list[Pair], width: int) -> dict[str, torch.Tensor]:
-    """Chosen and rejected padded to `width`, as collate_fn returns them."""
+    """Return chosen and rejected padded to `width` tokens, as collate_fn does."""
     batch = {}
     for i, role in enumerate(("chosen", "rejected")):
         shape = len(pairs), width
@@ -78,11 +78,12 @@ def collated(pairs: list[Pair], width: int) -> dict[str, torch.Tensor]:
 
 
 def width_of(pairs: list[Pair]) -> int:
+    """Return the tokens of the longest prompt with a response."""
     return max(len(prompt) + max(map(len, responses)) for prompt, responses in pairs)
 
 
 class Setting(NamedTuple):
-    """What a way is given."""
+    """The inputs of a way of computing a step."""
 
     scorer: Scorer
     loss: str
@@ -92,8 +93,10 @@ class Setting(NamedTuple):
 
 
 def published(setting: Setting) -> list[Callable[[], torch.Tensor]]:
-    """The arithmetic of the published trainer: float32 logits of all positions, softmax and log-softmax of them, masks by multiplication,
-    padded to the global batch."""
+    """Return one function per microbatch, which computes its summed loss with the arithmetic of the published trainer.
+
+    That is: float32 logits, softmax and log-softmax at all positions, masks by multiplication, padding to the longest of the global batch.
+    """
     policy, reference = setting.scorer.policy, setting.scorer.reference
 
     def loss(pairs: list[Pair]) -> torch.Tensor:
@@ -124,11 +127,12 @@ def published(setting: Setting) -> list[Callable[[], torch.Tensor]]:
 
 
 def in_order(setting: Setting) -> list[list[Pair]]:
+    """Return the microbatches in the given order of pairs."""
     return [setting.pairs[i : i + setting.microbatch] for i in range(0, len(setting.pairs), setting.microbatch)]
 
 
 def plain(setting: Setting, to_global: bool) -> list[Callable[[], torch.Tensor]]:
-    """Plain scoring of microbatches in the given order, padded to the longest of the batch or of each."""
+    """Return one function per microbatch: plain scoring, padded to the longest of the global batch or of the microbatch."""
 
     def loss(pairs: list[Pair]) -> torch.Tensor:
         batch = collated(pairs, width_of(setting.pairs if to_global else pairs))
@@ -138,7 +142,7 @@ def plain(setting: Setting, to_global: bool) -> list[Callable[[], torch.Tensor]]
 
 
 def fast(setting: Setting) -> list[Callable[[], torch.Tensor]]:
-    """Fast scoring of as many microbatches, of about equal tokens."""
+    """Return one function per microbatch: fast scoring of the same number of microbatches, with about equal tokens."""
     roles = len(setting.scorer.objective.roles)
     pairs = [(prompt, responses[:roles]) for prompt, responses in setting.pairs]
     lengths = [len(prompt) + sum(map(len, responses)) for prompt, responses in pairs]
@@ -159,7 +163,7 @@ WAYS = {
 
 
 class OwnStep:
-    """One optimizer step as the trainer takes it."""
+    """One optimizer step, as in this project's trainer."""
 
     def __init__(self, way: str, setting: Setting, optimizer: torch.optim.Optimizer, dtype: torch.dtype):
         self.losses, self.setting, self.optimizer, self.dtype = WAYS[way](setting), setting, optimizer, dtype
@@ -179,7 +183,7 @@ class OwnStep:
 
 
 class TrlStep:
-    """One step of TRL's DPOTrainer, on the same pairs; on a GPU also padding-free and with Liger's kernels."""
+    """One optimizer step of TRL's DPOTrainer on the same pairs. `modes`: more options of DPOConfig, see TRL_MODES."""
 
     def __init__(self, setting: Setting, model: torch.nn.Module, reference: torch.nn.Module, dtype: torch.dtype, **modes):
         import datasets
@@ -229,7 +233,7 @@ class TrlStep:
 
 
 class _StepClock(transformers.TrainerCallback):
-    """Takes the time from the beginning of a step, after TRL's preparations, to its end."""
+    """A callback that measures the time of a step without TRL's preparations."""
 
     def __init__(self, step: TrlStep):
         self.step = step
@@ -242,7 +246,7 @@ class _StepClock(transformers.TrainerCallback):
 
 
 class Memory:
-    """Peak bytes within a block above what was held at its beginning."""
+    """A context that measures `peak`: the bytes held at the peak of the block above those held at its beginning."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -254,8 +258,8 @@ class Memory:
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
         else:
-            ctypes.CDLL("libc.so.6").malloc_trim(0)  # what others freed is no part of it
-            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+            ctypes.CDLL("libc.so.6").malloc_trim(0)  # return memory freed earlier to the system
+            Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark
             self.before = self.resident("VmRSS")
         return self
 
@@ -265,12 +269,13 @@ class Memory:
 
     @staticmethod
     def resident(field: str) -> int:
+        """Return a field of /proc/self/status in bytes."""
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, n: int = 8192) -> float:
-    """FLOP/s of a large product."""
+    """Return the FLOP/s of a large matrix product on a GPU."""
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     for _ in range(3):
         a @ b
@@ -291,7 +296,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=32)
     parser.add_argument("--microbatch", type=int, default=8, help="pairs; for fast, pairs on average")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="in which policy and reference compute")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype in which policy and reference compute")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     device, dtype = torch.device(arguments.device), DTYPES[arguments.dtype]
@@ -330,7 +335,7 @@ def main() -> None:
 
 
 class Measured(NamedTuple):
-    """Of one way, a value a round; `losses` are all that it printed."""
+    """Measurements of one way: seconds and peak bytes of each round, and all distinct printed losses."""
 
     seconds: list[float]
     peaks: list[int]
@@ -338,7 +343,7 @@ class Measured(NamedTuple):
 
 
 def measure(steps: dict[str, Callable[[], float]], rounds: int, device: torch.device) -> dict[str, Measured]:
-    """Take every way's step in each round; a first round, not counted, makes optimizer states and warms up."""
+    """Run every way's step in each round, after a warm-up round that is not counted and creates the optimizer states."""
     measured = {name: Measured([], [], set()) for name in steps}
     for round in range(rounds + 1):
         for name, step in steps.items():
@@ -358,15 +363,16 @@ def measure(steps: dict[str, Callable[[], float]], rounds: int, device: torch.de
 
 
 def print_table(measured: dict[str, Measured], pairs: int, unique: int, parameters: int, rate: Optional[float]) -> None:
-    """Medians over the rounds, and of each round's ratios to the first way.
+    """Print medians over the rounds, and medians of each round's speed-up over the first way.
 
     Args:
-        pairs, unique: of a step, and their unique tokens.
-        parameters: of the model, but for input embeddings.
-        rate: of a large matrix product, in FLOP/s; None on a CPU.
+        measured: by way.
+        pairs, unique: pairs per step, and their unique tokens.
+        parameters: number of the model's parameters without input embeddings.
+        rate: FLOP/s of a large matrix product; None on a CPU.
     """
     mfu = "" if rate is None else " model-FLOP utilisation |"
-    print(f"| | s a step | times faster | pairs/s | unique tokens/s | peak GiB | of the first's | loss |{mfu}")
+    print(f"| | s per step | times faster | pairs/s | unique tokens/s | peak GiB | peak / first | loss |{mfu}")
     print("|---|" + "---:|" * (8 if rate else 7))
     first = next(iter(measured.values()))
     for name, way in measured.items():

@@ -1,4 +1,4 @@
-"""Scripts of the repository as processes of an experiment, to which signals go on: they save, and end."""
+"""Run the repository's scripts as subprocesses of an experiment, and forward signals to them: they save a checkpoint and exit."""
 
 import subprocess
 import sys
@@ -11,15 +11,16 @@ _running: list[subprocess.Popen] = []
 
 
 def run_script(script: str, *arguments: str, output: Optional[TextIO] = None, environment: Optional[Mapping[str, str]] = None) -> int:
-    """Run a script to its end; its exit code, as a shell would give it.
+    """Run a script to its end and return its exit code, 128 + N if signal N ended it.
 
     Args:
-        script: its path within the repository.
-        output: where it prints to; None: where this process does.
-        environment: its whole environment; None: this process's.
+        script: path within the repository.
+        arguments: its command line.
+        output: file for its stdout and stderr; None: those of this process.
+        environment: its complete environment; None: that of this process.
     """
     command = [sys.executable, "-u", str(ROOT / script), *arguments]
-    # A session of its own: else Ctrl-C would reach it twice, which ends it without a checkpoint.
+    # In its own session: otherwise Ctrl-C would reach it twice (from the terminal and forwarded), and it would exit without a checkpoint.
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, start_new_session=True)
     _running.append(process)
     try:
@@ -30,6 +31,6 @@ def run_script(script: str, *arguments: str, output: Optional[TextIO] = None, en
 
 
 def send_to_scripts(signum: int) -> None:
-    """Send a signal to the scripts that run now."""
+    """Send a signal to all running scripts."""
     for process in tuple(_running):
         process.send_signal(signum)

@@ -1,12 +1,13 @@
-"""SPIN, self-play fine-tuning (https://arxiv.org/abs/2401.01335): DPO of the human response against the model's own, repeated.
+"""SPIN, self-play fine-tuning (https://arxiv.org/abs/2401.01335): repeated DPO that prefers the human response to the model's own.
 
     python -u experiments/spin.py run=runs/sft out=runs/spin iterations=3 model=tiny n_epochs=2 lr=1e-4
 
-run= is the folder of an SFT run, out= where the iterations go, iterations= how many. Optional: n_prompts= so many train prompts (all),
-sample_batch_size= prompts at a time while sampling (64), temperature= (1). Every other key is train.py's.
+run= is the folder of an SFT run, out= the folder of the iterations, iterations= their number. Optional: n_prompts= number of train prompts
+(default: all), sample_batch_size= prompts at a time while sampling (64), temperature= of sampling (1). All other keys are train.py's.
 
-In iteration k the present model continues the SFT prompts; these are the rejected responses, the SFT targets the chosen ones; the model is
-the reference, and trained against it (loss=dpo) it is that of iteration k + 1. The same command goes on where it was interrupted.
+In each iteration the current model continues the SFT prompts. Its continuations are the rejected responses, the SFT targets the chosen
+ones. The model is then trained on these pairs with loss=dpo and with itself as the reference; the result is the model of the next
+iteration. The same command resumes an interrupted run.
 """
 
 import json
@@ -41,7 +42,7 @@ def main() -> None:
         if missing:
             raise UserError(f"missing: {', '.join(missing)}")
         if not own["iterations"].isdigit() or own["iterations"] == "0":
-            raise UserError(f"iterations={own['iterations']}: a number above 0")
+            raise UserError(f"iterations={own['iterations']} is not an integer above 0: give, for example, iterations=3")
         spin(own, ["".join(parts) for parts in given if parts[0] not in OWN])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -49,14 +50,18 @@ def main() -> None:
 
 
 def spin(own: dict[str, str], overrides: list[str]) -> None:
-    """All iterations.
+    """Run all iterations.
+
+    Args:
+        own: values of the keys in OWN.
+        overrides: further arguments, for train.py.
 
     Raises:
-        UserError: `run` is no run's folder.
+        UserError: `run` is not a run folder, or its prompts are chat messages.
     """
     first = find_trained(own["run"])
     if first.config is None:
-        raise UserError(f"run={own['run']} is no run's folder, which would name its data")
+        raise UserError(f"run={own['run']} is not a run folder, so its datasets are unknown: give the folder of an SFT run")
     prepare_hub(first.on_hub())
     tables = {split: table_of(first, split) for split in ("train", "test")}
     present, out = own["run"], Path(own["out"])
@@ -74,37 +79,43 @@ def spin(own: dict[str, str], overrides: list[str]) -> None:
         where = [f"local_run_dir={folder}/run", "resume=auto", f"exp_name=spin_{k}"]
         call("train.py", "loss=dpo", *overrides, "datasets=[jsonl]", *data, archive, *where)
         present = f"{folder}/run"
-    print(f"--- SPIN is done: the model of iteration {own['iterations']} is {present}")
+    print(f"--- SPIN finished: the model of iteration {own['iterations']} is in {present}")
 
 
 def data_of(trained: Trained) -> list[str]:
-    """The run's datasets as overrides of sample.py, whose own default are those of the model that it is given."""
+    """Return the SFT run's datasets as overrides for sample.py, which would otherwise use those of the model that it samples."""
     data = trained.datasets(None)
     keys = [(key, OmegaConf.select(trained.config.datasets, key)) for key in flat_keys(data)]
     return [f"datasets=[{','.join(data)}]", *(f"datasets.{key}={json.dumps(value)}" for key, value in keys)]
 
 
 def table_of(trained: Trained, split: str) -> datasets.Dataset:
-    """A row a prompt, with its target in `texts`.
+    """Return a table with one row per prompt; column `texts` holds its SFT target.
+
+    Args:
+        trained: the SFT run.
+        split: train or test.
 
     Raises:
-        UserError: a chat template has rendered them: as plain text, which pairs are, its tokens would be others.
+        UserError: a chat template has rendered the prompts; as plain text, which the pairs are, they would be tokenized differently.
     """
     config, tokenizer = trained.config, load_tokenizer(trained.model, trained.cache_dir())
     lengths = config.max_length, config.max_prompt_length
     table = load_split(trained.datasets(None), split, tokenizer, *lengths, SFT, config.model.add_bos, True, trained.cache_dir()).prompts
     special = special_token_strings(tokenizer)
     if any(token in text for text in table["prompt"] for token in special):
-        raise UserError(f"run={trained.name} was trained on chat messages; self-play takes prompts of plain text")
+        raise UserError(f"run={trained.name} was trained on chat messages: give an SFT run on plain-text prompts")
     return table
 
 
 def write_pairs(table: datasets.Dataset, split: str, samples: Path, file: Path) -> None:
-    """Rows {prompt, chosen, rejected}: of each SFT prompt its target, and what the present model made of it.
+    """Write rows {prompt, chosen, rejected}: chosen is the SFT target, rejected the current model's continuation.
 
     Args:
-        table: of the split, see `table_of`.
-        samples: of sample.py, on the prompts of the split.
+        table: the prompts and targets of the split, see `table_of`.
+        split: train or test.
+        samples: output of sample.py on these prompts.
+        file: the file of pairs; it is replaced as a whole, so it is never incomplete.
     """
     targets, left_out = table["texts"], 0
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -117,11 +128,11 @@ def write_pairs(table: datasets.Dataset, split: str, samples: Path, file: Path) 
                 continue
             handle.write(json.dumps({"prompt": row.fields["prompt"], "chosen": target, "rejected": own}) + "\n")
     os.replace(new, file)
-    print(f"{split} pairs: {file}; {plural(left_out, 'prompt')} left out, whose sample is empty or the target", flush=True)
+    print(f"{split} pairs: {file}; skipped {plural(left_out, 'prompt')} whose sample is empty or equals the target", flush=True)
 
 
 def call(script: str, *arguments: str) -> None:
-    """Run a script of the repository; ends the program where that ends badly, or a signal came, which goes on to it."""
+    """Run a script of the repository and forward signals to it. If it fails, or stops on a signal, exit with its code."""
     with forwarded(send_to_scripts):
         if code := run_script(script, *arguments):
             sys.exit(code)

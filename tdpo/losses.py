@@ -1,4 +1,4 @@
-"""Every objective: a pure function from response scores to one loss per example. Imports torch alone.
+"""The objectives: pure functions from response scores to one loss per example. This file imports only torch.
 
     from tdpo import losses
     objective = losses.get_objective("tdpo2", beta=0.1, alpha=0.5)
@@ -21,14 +21,14 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class ResponseScores:
-    """What scoring computes for one role (chosen, rejected) of a batch: tensors of shape (B,). Of all R roles together: (B, R)."""
+    """Scores of a batch: tensors of shape (B,) for one role (such as chosen), or (B, R) for all R roles together."""
 
     logps: torch.Tensor  # sum over the response's tokens of log pi(y_t | s_t), nats
-    num_tokens: torch.Tensor  # |y|, the number of response tokens, end-of-sequence included
+    num_tokens: torch.Tensor  # |y|, the response tokens in the loss, end-of-sequence included
     reference_logps: Optional[torch.Tensor] = None  # the same sum under the reference, without gradient, nats
     kl: Optional[torch.Tensor] = None  # SeqKL K(y), nats
-    annotation: Optional[torch.Tensor] = None  # float64, what the data says of y: its score (odpo), or its label, 1 desirable or 0 (kto)
-    baseline: Optional[torch.Tensor] = None  # z0 of kto, nats, the same for all
+    annotation: Optional[torch.Tensor] = None  # float64, from the data: y's rating (odpo), or its label, 1 desirable or 0 (kto)
+    baseline: Optional[torch.Tensor] = None  # z0 of kto, a scalar, nats
 
     @property
     def log_ratio(self) -> torch.Tensor:
@@ -49,11 +49,11 @@ class ResponseScores:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """What an objective returns."""
+    """The output of an objective."""
 
-    losses: torch.Tensor  # (B,), one loss an example; the training loss is their mean over the global batch
-    rewards: Mapping[str, torch.Tensor] = field(default_factory=dict)  # role -> (B,), detached: what rewards_*/ curves show
-    logits: Optional[torch.Tensor] = None  # (B,), detached: the margin that is trained, positive where the pair is ranked right
+    losses: torch.Tensor  # (B,), one loss per example; the training loss is their mean over the global batch
+    rewards: Mapping[str, torch.Tensor] = field(default_factory=dict)  # role -> (B,), detached; logged as rewards_*
+    logits: Optional[torch.Tensor] = None  # (B,), detached: the margin that the loss trains
 
     def detach(self) -> "LossOutput":
         rewards = {role: reward.detach() for role, reward in self.rewards.items()}
@@ -141,9 +141,9 @@ def tdpo2(scores: Scores, beta: float, alpha: float = 0.5) -> LossOutput:
 
 
 def _tdpo_output(scores: Scores, beta: float, kl_difference: torch.Tensor) -> LossOutput:
-    """Both TDPO variants differ only in kl_difference, shape (B,), nats."""
+    """Compute TDPO1 or TDPO2, which differ only in kl_difference: shape (B,), nats."""
     logits = beta * (_difference_of_log_ratios(scores) - kl_difference)
-    # The published rewards are beta (r + K) whatever alpha is. Kept under their name; `logits` is what is trained.
+    # Rewards as published: beta (r + K), whatever alpha is. The margin that the loss trains is `logits`.
     rewards = {role: beta * (score.log_ratio + score.kl).detach() for role, score in scores.items()}
     return LossOutput(-F.logsigmoid(logits), rewards, logits.detach())
 
@@ -151,7 +151,7 @@ def _tdpo_output(scores: Scores, beta: float, kl_difference: torch.Tensor) -> Lo
 def rdpo(scores: Scores, beta: float, label_smoothing: float = 0.1) -> LossOutput:
     """Robust DPO, [-(1-e) log sigmoid(beta D) + e log sigmoid(-beta D)] / (1-2e): https://arxiv.org/abs/2403.00409.
 
-    The second term has the opposite sign of conservative DPO's: the loss is unbiased where a fraction e of the labels is flipped.
+    The second term has the opposite sign of conservative DPO's. The loss is therefore unbiased if a fraction e of the labels is flipped.
 
     Args:
         scores: roles "chosen" and "rejected", with reference_logps.
@@ -166,12 +166,12 @@ def rdpo(scores: Scores, beta: float, label_smoothing: float = 0.1) -> LossOutpu
 def dpop(scores: Scores, beta: float, dpop_lambda: float = 50.0) -> LossOutput:
     """DPO-Positive, -log sigmoid(beta [D - lambda max(0, -r(y_w))]): eq. 3 of https://arxiv.org/abs/2402.13228 (July 2024).
 
-    The penalty stands within the bracket that beta multiplies, as in the paper; variants outside of it are in use.
+    The penalty is inside the bracket that beta multiplies, as in the paper. Some implementations put it outside.
 
     Args:
         scores: roles "chosen" and "rejected", with reference_logps.
         beta: as in DPO.
-        dpop_lambda: weight of the penalty for a chosen response less likely than under the reference, >= 0; 0 is DPO.
+        dpop_lambda: weight of the penalty if the chosen response is less likely than under the reference, >= 0; 0 is DPO.
     """
     penalty = F.relu(-scores["chosen"].log_ratio)
     logits = beta * (_difference_of_log_ratios(scores) - dpop_lambda * penalty)
@@ -184,7 +184,7 @@ def simpo(scores: Scores, beta: float = 2.0, gamma: float = 0.5) -> LossOutput:
     Args:
         scores: roles "chosen" and "rejected".
         beta: scale of the reward beta log pi(y)/|y|, > 0; 2 to 10 in the paper.
-        gamma: margin by which the rewards should differ, >= 0; in units of the reward.
+        gamma: target difference of the two rewards, >= 0.
     """
     rewards = {role: beta * scores[role].logps / scores[role].num_tokens for role in ("chosen", "rejected")}
     logits = rewards["chosen"] - rewards["rejected"] - gamma
@@ -192,18 +192,17 @@ def simpo(scores: Scores, beta: float = 2.0, gamma: float = 0.5) -> LossOutput:
 
 
 def odpo(scores: Scores, beta: float, alpha: float = 1.0, kl_weight: float = 0.0) -> LossOutput:
-    """DPO with an offset, -log sigmoid(beta D - alpha log(s_w - s_l)): https://arxiv.org/abs/2402.10571, s the data's scores.
+    """DPO with an offset, -log sigmoid(beta D - alpha log(s_w - s_l)): https://arxiv.org/abs/2402.10571, s the data's ratings.
 
     Args:
-        scores: roles "chosen" and "rejected", with reference_logps and annotation, the scores, s_w > s_l; with kl where kl_weight is not 0.
+        scores: roles "chosen" and "rejected", with reference_logps, annotation (the ratings, s_w > s_l) and, if kl_weight is not 0, kl.
         beta: as in DPO.
         alpha: weight of the offset, >= 0; 0 is DPO.
-        kl_weight: lambda of a penalty that some notes add, lambda KL(pi, pi_ref), >= 0. Here the divergence is the mean of SeqKL of the two
-            responses, the forward direction, the one that can be had exactly on responses that pi did not draw.
+        kl_weight: weight of an additional KL penalty, >= 0: the mean of the two responses' SeqKL, which is the forward direction.
     """
     chosen, rejected = scores["chosen"], scores["rejected"]
     difference = _difference_of_log_ratios(scores)
-    offset = (chosen.annotation - rejected.annotation).log()  # in float64: scores may differ by less than float32 can say
+    offset = (chosen.annotation - rejected.annotation).log()  # in float64: ratings may differ by less than float32 resolves
     logits = beta * difference - alpha * offset.to(difference.dtype)
     losses = -F.logsigmoid(logits)
     if kl_weight:
@@ -221,21 +220,21 @@ def slic(scores: Scores, delta: float = 1.0, sft_weight: float = 0.1) -> LossOut
     """
     margin = scores["chosen"].logps - scores["rejected"].logps
     losses = F.relu(delta - margin) - sft_weight * scores["target"].logps
-    # It has no implicit reward: what it ranks by is the log-probability.
+    # SLiC has no implicit reward. It ranks responses by their log-probability.
     return LossOutput(losses, {role: scores[role].logps.detach() for role in ("chosen", "rejected")}, margin.detach())
 
 
 def kto(scores: Scores, beta: float, desirable_weight: float = 1.0, undesirable_weight: float = 1.0, z0: object = "batch") -> LossOutput:
-    """KTO, of single responses: eq. 7 of https://arxiv.org/abs/2402.01306.
+    """KTO, a loss of single responses: eq. 7 of https://arxiv.org/abs/2402.01306.
 
     Desirable: w_D (1 - sigmoid(beta (r - z0))); undesirable: w_U (1 - sigmoid(beta (z0 - r))).
 
     Args:
-        scores: role "completion", with reference_logps, annotation (1 desirable, 0 undesirable) and, where z0 is "batch", baseline: the
+        scores: role "completion", with reference_logps, annotation (1 desirable, 0 undesirable) and, if z0 is "batch", baseline: the
             mean of r over responses to other prompts, at least 0, without gradient.
         beta: as in DPO.
         desirable_weight, undesirable_weight: w_D and w_U, >= 0.
-        z0: "batch", or 0 for none.
+        z0: "batch", or 0 for no baseline.
     """
     score = scores["completion"]
     desirable = score.annotation > 0.5
@@ -246,9 +245,13 @@ def kto(scores: Scores, beta: float, desirable_weight: float = 1.0, undesirable_
 
 
 def sdpo_stepwise(scores: Scores, beta: float, parts: int = 3, order: str = "given") -> LossOutput:
-    """sDPO, DPO on consecutive parts of the data, each against the model that the part before has left: https://arxiv.org/abs/2403.19270.
+    """sDPO, DPO on consecutive stages of the data, each against the policy that the previous one left: https://arxiv.org/abs/2403.19270.
 
-    Of a pair it is DPO's loss; the training loop reads `stages` and `easiest_first` of its Objective.
+    Args:
+        scores: as in DPO, whose loss this is. The stages are made by the training loop, see `stages` of Objective.
+        beta: as in DPO.
+        parts: number of stages.
+        order: "given", or "easy_to_hard" to sort the train examples first, see `easiest_first` of Objective.
     """
     return dpo(scores, beta)
 
@@ -257,14 +260,14 @@ def sdpo_segment(scores: Scores, beta: float) -> LossOutput:
     """SDPO, -log sigmoid(sum over the turns t of a segment of beta [r(w_t|h_t^w) - r(l_t|h_t^l)]): https://arxiv.org/abs/2501.01821.
 
     Args:
-        scores: DPO's, whose sums go over the tokens of the segment's turns alone; the turns between are history.
+        scores: as in DPO, but summed over the tokens of the segment's turns only; the turns between them are history.
         beta: as in DPO.
     """
     return dpo(scores, beta)
 
 
 def _difference_of_log_ratios(scores: Scores) -> torch.Tensor:
-    """D, (B,), nats."""
+    """Return D, shape (B,), nats."""
     return scores["chosen"].log_ratio - scores["rejected"].log_ratio
 
 
@@ -278,25 +281,25 @@ def _log_ratio_rewards(scores: Scores, beta: float) -> Mapping[str, torch.Tensor
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss, and what data, scoring and the training loop must bring for it. Call it with scores.
+    """A loss with its hyperparameters, and what it needs from data, scoring and the training loop. Call it with scores.
 
-    Everything outside this file asks these fields, never the loss's name or its hyperparameters.
+    Code outside this file reads these fields, never the loss's name or its hyperparameters.
     """
 
     name: str
     function: Callable[..., LossOutput]
-    roles: tuple[str, ...] = ("chosen", "rejected")  # of an example's responses
+    roles: tuple[str, ...] = ("chosen", "rejected")  # the responses of an example
     needs_reference: bool = True
     needs_kl: bool = False
-    needs_ratings: bool = False  # of both responses of a pair, from the data
-    needs_kl_baseline: bool = False  # z0, of the whole batch
-    needs_segments: bool = False  # responses of which some turns alone are scored
-    stages: int = 1  # consecutive parts of the train data; the policy replaces the reference after each part but the last
-    easiest_first: bool = False  # order the train examples by the margin that the policy gives them before training
-    implicit_rewards: bool = True  # whether rewards compare with the reference, and so are 0 at the start
-    fields_from: Callable[..., Mapping[str, object]] = lambda **_: {}  # fields that depend on the hyperparameters, by name
+    needs_ratings: bool = False  # the data must rate both responses of a pair
+    needs_kl_baseline: bool = False  # z0, computed over the global batch
+    needs_segments: bool = False  # the data must mark the turns that are in the loss
+    stages: int = 1  # of the train data; the policy replaces the reference after each stage but the last
+    easiest_first: bool = False  # before training, sort the train examples by the policy's margin, largest first
+    implicit_rewards: bool = True  # rewards compare the policy with the reference, so they start at 0
+    fields_from: Callable[..., Mapping[str, object]] = lambda **_: {}  # returns the fields that depend on the hyperparameters
     ignored: tuple[str, ...] = ()  # keys of the config's `loss` that this loss does not use
-    notes: tuple[str, ...] = ()  # lines about the chosen hyperparameters, to be printed
+    notes: tuple[str, ...] = ()  # lines to print about the chosen hyperparameters
     hyperparameters: Mapping[str, object] = field(default_factory=dict)
 
     def __call__(self, scores: Scores) -> LossOutput:
@@ -304,13 +307,13 @@ class Objective:
 
     @property
     def reward_scale(self) -> Optional[float]:
-        """beta, by which rewards multiply log-ratios in nats; None for a loss without it."""
+        """beta, the factor from nats to rewards; None for a loss without beta."""
         parameter = inspect.signature(self.function).parameters.get("beta")
         default = None if parameter is None or parameter.default is parameter.empty else parameter.default
         return self.hyperparameters.get("beta", default)
 
 
-# By name. One that is added needs config/loss/<name>.yaml too, and its hyperparameters' ranges in HYPERPARAMETERS of tdpo/cli/schema.py.
+# By name. A new objective also needs config/loss/<name>.yaml, and its hyperparameters' ranges in HYPERPARAMETERS of tdpo/cli/schema.py.
 OBJECTIVES = {
     objective.name: objective
     for objective in (
@@ -341,10 +344,10 @@ OBJECTIVES = {
 
 
 def resolve(name: str, hyperparameters: Mapping) -> tuple[str, dict, tuple[str, ...]]:
-    """Return the name in OBJECTIVES, the hyperparameters and the ignored keys that a `loss` config stands for.
+    """Resolve a `loss` config to a name in OBJECTIVES, hyperparameters and ignored keys.
 
-    The published name `tdpo` is TDPO2, or TDPO1 where `if_tdpo2` is false; TDPO1 has no alpha, and neither can do without a
-    reference, so that the published key `reference_free` must be false.
+    The published name `tdpo` means TDPO2, or TDPO1 if `if_tdpo2` is false. TDPO1 ignores alpha. Both need the reference, so the
+    published key `reference_free` must be false.
 
     Raises:
         KeyError: no objective has that name.
@@ -364,10 +367,12 @@ def resolve(name: str, hyperparameters: Mapping) -> tuple[str, dict, tuple[str, 
 
 
 def get_objective(name: str, *, log_kl: bool = False, **hyperparameters) -> Objective:
-    """Return the objective of that name with its hyperparameters bound; `tdpo` as in `resolve`, whose errors it raises.
+    """Return an objective with its hyperparameters bound. Raises the errors of `resolve`.
 
     Args:
-        log_kl: SeqKL, and so the reference, are wanted as metrics, also where the loss needs neither.
+        name: a name in OBJECTIVES, or "tdpo", see `resolve`.
+        log_kl: compute SeqKL, which needs the reference, even if the loss does not need it.
+        hyperparameters: keyword arguments of the loss function.
     """
     name, values, ignored = resolve(name, hyperparameters)
     known = OBJECTIVES[name]
@@ -376,12 +381,12 @@ def get_objective(name: str, *, log_kl: bool = False, **hyperparameters) -> Obje
 
 
 def objective_of(loss: Mapping, log_kl: bool = False) -> Objective:
-    """Return the objective of a config's `loss`, whose name and hyperparameters are in one mapping."""
+    """Return the objective of a config's `loss`, a mapping of `name` and hyperparameters."""
     values = dict(loss)
     return get_objective(values.pop("name"), log_kl=log_kl, **values)
 
 
-# The published signatures, for forks that call them. They are thin: the objectives above do the work.
+# The published signatures, for forks that call them. The objectives above do the work.
 
 
 def tdpo_loss(
@@ -397,11 +402,11 @@ def tdpo_loss(
 
     Args:
         chosen_logps_margin: log-ratios r of the chosen responses, log pi - log pi_ref summed over tokens, nats. Shape: (B,)
-        rejected_logps_margin: the same of the rejected responses. Shape: (B,)
+        rejected_logps_margin: the same for the rejected responses. Shape: (B,)
         chosen_position_kl: SeqKL of the chosen responses, KL(pi_ref || pi) summed over positions, nats. Shape: (B,)
-        rejected_position_kl: the same of the rejected responses. Shape: (B,)
+        rejected_position_kl: the same for the rejected responses. Shape: (B,)
         beta: strength of the implicit KL penalty, > 0; 0.1 to 0.5 is usual.
-        alpha: weight of the difference of SeqKL in TDPO2, >= 0; TDPO1 has none.
+        alpha: weight of the difference of SeqKL in TDPO2, >= 0; TDPO1 ignores it.
         if_tdpo2: TDPO2 if true, else TDPO1.
 
     Returns:
@@ -431,7 +436,7 @@ def preference_loss(
         reference_chosen_logps: log pi_ref of the chosen responses. Shape: (B,)
         reference_rejected_logps: log pi_ref of the rejected responses. Shape: (B,)
         beta: strength of the implicit KL penalty, > 0; tau of IPO.
-        label_smoothing: the fraction of labels thought to be flipped, 0 <= e < 0.5, of conservative DPO; IPO has none.
+        label_smoothing: of conservative DPO, the fraction of labels thought to be flipped, 0 <= e < 0.5; IPO ignores it.
         ipo: IPO if true, else DPO.
         reference_free: leave the reference out of the loss (a uniform reference); rewards still use it.
 
@@ -439,7 +444,7 @@ def preference_loss(
         (losses, chosen_rewards, rejected_rewards), each of shape (B,). Rewards are beta (log pi - log pi_ref), detached.
 
     Raises:
-        ValueError: ipo and reference_free together.
+        ValueError: both ipo and reference_free are true.
     """
     ones = torch.ones_like(policy_chosen_logps)
     scores = {
@@ -447,7 +452,7 @@ def preference_loss(
         "rejected": ResponseScores(policy_rejected_logps, ones, reference_rejected_logps),
     }
     if ipo and reference_free:
-        raise ValueError("IPO compares with a reference: ipo=True and reference_free=True exclude each other")
+        raise ValueError("ipo=True with reference_free=True: IPO needs the reference; use reference_free=False")
     if ipo:
         return _published_tuple(get_objective("ipo", beta=beta)(scores))
     return _published_tuple(dpo(scores, beta, label_smoothing, reference_free))

@@ -1,4 +1,4 @@
-"""Small helpers that need no accelerator."""
+"""Small helpers: errors, logging, paths, text, seeds, and the utilities of the published code."""
 
 import difflib
 import fcntl
@@ -18,27 +18,31 @@ import torch
 import torch.distributed as dist
 import tqdm
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # of a clone, which has the commands and config/
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the root of the clone, which holds the commands and config/
 CONFIG_DIR = os.path.join(ROOT, "config")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 T = TypeVar("T")
-IGNORED = -100  # the label of a token that is no response token, as in torch.nn.CrossEntropyLoss
+IGNORED = -100  # label of tokens that are not in the loss, as in torch.nn.CrossEntropyLoss
 
 
 class UserError(Exception):
-    """A mistake that its reader can mend: one or two lines with cause and remedy, shown without a traceback; exit code 2."""
+    """Invalid input. The message gives cause and fix in one or two lines. Shown without a traceback; exit code 2."""
 
 
 class RunError(Exception):
-    """A run that cannot go on for a reason that lies in its numbers or its machine; shown without a traceback; exit code 1."""
+    """A failure at run time (such as NaN, out of memory or a full disk). Shown without a traceback; exit code 1."""
 
 
 class PeerError(Exception):
-    """Another process of the run could not go on, and says why: this one ends in silence; exit code 1."""
+    """Another rank failed and reports it; this rank exits quietly, with code 1."""
 
 
 class Stopped(Exception):
-    """A signal asked the run to end; what it had done is saved. `signum` is the signal's number."""
+    """A signal asked the run to stop; a running training saves its last completed step.
+
+    Args:
+        signum: the signal's number.
+    """
 
     def __init__(self, signum: int):
         super().__init__(signum)
@@ -46,9 +50,10 @@ class Stopped(Exception):
 
 
 class ConsoleHandler(logging.Handler):
-    """Writes records above a progress bar to standard output, errors to standard error; both are looked up at each write.
+    """A handler that writes records to standard output, errors to standard error, without breaking a progress bar.
 
-    Of several ranks, all but the first are silenced: only their errors are shown.
+    The streams are looked up at each write, so replaced ones are respected. If `silenced` is true, as on all ranks but the first, only
+    errors are shown.
     """
 
     silenced = False
@@ -67,7 +72,7 @@ CONSOLE = ConsoleHandler()
 
 @contextmanager
 def silenced(other_rank: bool) -> Iterator[None]:
-    """Within the block nothing but errors is logged, if this is not the rank that speaks for all."""
+    """Log only errors within the block, if `other_rank` is true (this is not rank 0)."""
     before, CONSOLE.silenced = CONSOLE.silenced, other_rank
     try:
         yield
@@ -76,49 +81,53 @@ def silenced(other_rank: bool) -> Iterator[None]:
 
 
 def get_logger(name: str) -> logging.Logger:
-    """Return the logger of a module of this project; what it logs from INFO on is shown, also where the library is used by itself.
+    """Return the logger of a module of this project. Records from INFO up are shown, also without the commands.
 
-    logging.getLogger("tdpo").setLevel(logging.WARNING) makes it quiet.
+    logging.getLogger("tdpo").setLevel(logging.WARNING) makes all of them quiet.
     """
     root = logging.getLogger("tdpo")
     if CONSOLE not in root.handlers:
         root.addHandler(CONSOLE)
         root.setLevel(logging.INFO)
-        root.propagate = False  # what the application does with other records would show these twice
+        root.propagate = False  # else a handler of the application would show the records twice
     return root if name == "tdpo" else root.getChild(name.removeprefix("tdpo."))
 
 
 def rank0_print(*args, **kwargs) -> None:
-    """Print on rank 0 alone."""
+    """Print on rank 0 only."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(*args, **kwargs)
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """A sharded tensor as a whole, on every rank."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # of DTensor, whose import takes a second
+    """Gather a sharded tensor on every rank.
+
+    Args:
+        tensor: any shape; returned as it is if it is not a DTensor.
+    """
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # no isinstance: importing DTensor takes a second
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """' (did you mean x?)' for the known name nearest to `name`, or ''. Case does not count."""
+    """Return ' (did you mean x?)' with the known name most similar to `name`, ignoring case, or '' if none is similar."""
     by_lower = {candidate.lower(): candidate for candidate in known}
     matches = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.7)
     return f" (did you mean {by_lower[matches[0]]}?)" if matches else ""
 
 
 def cores() -> int:
-    """That this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def looks_local(path: str) -> bool:
-    """Whether this names a local file or folder, existing or not, and no repository owner/name on the hub."""
+    """Return whether `path` names a local file or folder, existing or not, rather than a repository owner/name on the hub."""
     local_endings = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet", ".pt", ".bin", ".safetensors")
     return path.startswith(("/", ".", "~")) or path.endswith(local_endings) or path.count("/") > 1 or os.path.exists(path)
 
 
 def get_local_dir(prefixes_to_resolve: list[str]) -> str:
-    """The user's folder under the first of these folders that exists; under the last one where none does. Nothing is made."""
+    """Return <prefix>/<user> for the first prefix that exists, or for the last one if none exists. Creates nothing."""
     for prefix in prefixes_to_resolve:
         if os.path.exists(prefix):
             break
@@ -130,12 +139,12 @@ def get_local_dir(prefixes_to_resolve: list[str]) -> str:
 
 
 def batched(items: Sequence[T], size: int) -> list[tuple[int, Sequence[T]]]:
-    """(number of its first item, items) of each run of `size` items; the last may be shorter."""
+    """Split items into batches of `size` (the last may be smaller). Returns (index of the first item, items) for each batch."""
     return [(start, items[start : start + size]) for start in range(0, len(items), size)]
 
 
 def flat_keys(values: Mapping, prefix: str = "") -> list[str]:
-    """'a.b.c' for every leaf of a nested mapping."""
+    """Return a key such as 'a.b.c' for every leaf of a nested mapping."""
     keys = []
     for key, value in values.items():
         keys += flat_keys(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else [f"{prefix}{key}"]
@@ -143,7 +152,14 @@ def flat_keys(values: Mapping, prefix: str = "") -> list[str]:
 
 
 def pad_to_length(tensor: torch.Tensor, length: int, pad_value: Union[int, float], dim: int = -1) -> torch.Tensor:
-    """The tensor, padded at the end of `dim` to `length` where it is shorter."""
+    """Pad a tensor at the end of `dim` to `length`; a tensor of at least this length is returned as it is.
+
+    Args:
+        tensor: any shape.
+        length: minimal size of `dim`.
+        pad_value: value of the added entries.
+        dim: the dimension to pad.
+    """
     missing = length - tensor.size(dim)
     if missing <= 0:
         return tensor
@@ -153,17 +169,17 @@ def pad_to_length(tensor: torch.Tensor, length: int, pad_value: Union[int, float
 
 
 def get_local_run_dir(exp_name: str, local_dirs: list[str]) -> str:
-    """Return the default folder of a run that starts now, <local_dir>/<user>/<exp_name>_<timestamp>. Nothing is made."""
+    """Return the default folder of a run that starts now, <local_dir>/<user>/<exp_name>_<timestamp>. Creates nothing."""
     return os.path.join(get_local_dir(local_dirs), f"{exp_name}_{datetime.now().strftime('%Y-%m-%d_%H-%M-%S_%f')}")
 
 
 def formatted_dict(values: dict) -> dict:
-    """Floats with five digits, for printing."""
+    """Format the floats of a mapping with five significant digits, for printing."""
     return {k: (f"{v:.5g}" if isinstance(v, float) else v) for k, v in values.items()}
 
 
 def disable_dropout(model: torch.nn.Module) -> None:
-    """Turn off every dropout: modules, and the probabilities that layers keep as plain floats (GPT-NeoX, Llama, Starcoder2, Bloom)."""
+    """Set every dropout probability to 0: of Dropout modules, and the float attributes of layers (GPT-NeoX, Llama, Starcoder2, Bloom)."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -173,19 +189,19 @@ def disable_dropout(model: torch.nn.Module) -> None:
 
 
 def seed_generators(seed: int) -> None:
-    """Seed Python's, NumPy's and PyTorch's random numbers."""
+    """Seed the random number generators of Python, NumPy and PyTorch."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
 
 
 def try_lock(handle: int) -> bool:
-    """Lock a file or folder until this process closes it or ends; False where another process has locked it.
+    """Lock a file or folder until this process closes it or ends. Returns False if another process holds the lock.
 
-    On a network disk that has no locks, nobody is kept away.
+    On network file systems without locks this returns True for every process.
 
     Args:
-        handle: of the open file or folder.
+        handle: descriptor of the open file or folder.
     """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -197,24 +213,27 @@ def try_lock(handle: int) -> bool:
 
 
 def some_of(items: list, limit: int = 12) -> str:
-    """'a, b, c and 7 more'."""
+    """Join the first `limit` items, such as 'a, b, c and 7 more'."""
     shown = ", ".join(str(x) for x in items[:limit])
     return shown if len(items) <= limit else f"{shown} and {len(items) - limit} more"
 
 
 def plural(count: int, noun: str, plural_noun: Optional[str] = None) -> str:
-    """'1 row', '2 rows'; thousands are separated."""
+    """Format a count with its noun: '1 row', '2,000 rows'."""
     return f"{count:,} {noun if count == 1 else plural_noun or noun + 's'}"
 
 
-# Published helpers that this project has no use for, for forks that call them.
+# Helpers of the published code that this project does not use, kept for forks that call them.
 
 
 def slice_and_move_batch_for_device(batch: Mapping, rank: int, world_size: int, device: str) -> dict:
-    """Return a rank's equal slice of every value of a batch, tensors on `device`. Rows beyond a multiple of world_size are left out.
+    """Return a rank's slice of every value of a batch, with tensors moved to `device`. The last B % world_size rows are dropped.
 
     Args:
-        batch: tensors of shape (B, ...) and lists of B.
+        batch: tensors of shape (B, ...) and lists of length B.
+        rank: this rank.
+        world_size: number of ranks, which get slices of equal size.
+        device: as for Tensor.to.
     """
     size = len(next(iter(batch.values()))) // world_size
     own = slice(size * rank, size * (rank + 1))
@@ -222,9 +241,15 @@ def slice_and_move_batch_for_device(batch: Mapping, rank: int, world_size: int, 
 
 
 def all_gather_if_needed(values: torch.Tensor, rank: int, world_size: int) -> torch.Tensor:
-    """Return the values of all ranks below each other: (B, ...) to (world_size * B, ...), a scalar to (world_size,).
+    """Concatenate the values of all ranks.
 
-    `rank` is the published signature's; values stay on their own device.
+    Args:
+        values: (B, ...) or a scalar; the same shape on every rank.
+        rank: unused, kept for the published signature.
+        world_size: number of ranks; with 1 the values are returned as they are.
+
+    Returns:
+        (world_size * B, ...), or (world_size,) for scalars, on the device of `values`.
     """
     if world_size == 1:
         return values
@@ -237,7 +262,7 @@ def get_block_class_from_model(model: torch.nn.Module, block_class_name: str) ->
     """Return the class of a model's modules that has this name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no module has a class of this name.
     """
     for module in model.modules():
         if type(module).__name__ == block_class_name:
@@ -246,20 +271,20 @@ def get_block_class_from_model(model: torch.nn.Module, block_class_name: str) ->
 
 
 def get_open_port() -> int:
-    """Return a TCP port of the loopback interface that is free now."""
+    """Return a currently free TCP port of the loopback interface."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
 
 
 def print_gpu_memory(rank: Optional[int] = None, message: str = "") -> None:
-    """Print the bytes that PyTorch has allocated on each visible GPU; nothing without one."""
+    """Print the memory that PyTorch has allocated on each visible GPU, in MB; without GPUs print nothing."""
     for i in range(torch.cuda.device_count()):
         print(f"{message} rank {rank}: GPU {i}: {torch.cuda.memory_allocated(i) / 1e6:.2f} MB")
 
 
 class TemporarilySeededRandom:
-    """A context in which `random` and NumPy's global generator start from `seed`; afterwards both go on as if nothing had been drawn."""
+    """A context in which `random` and NumPy's global generator start from `seed`. Their previous states are restored at its end."""
 
     def __init__(self, seed: int):
         self.seed = seed

@@ -1,13 +1,13 @@
-"""Fixtures. No network: models are built from their configs, data are local files."""
+"""Fixtures. No test uses the network: models are built from their configs, data are local files."""
 
 import os
 import sys
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client: nothing waits for a network
+os.environ["HF_HUB_OFFLINE"] = "1"  # set before the hub's client is imported, so that nothing waits for a network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-WORKER = "PYTEST_XDIST_WORKER" in os.environ  # one of several that share the cores
+WORKER = "PYTEST_XDIST_WORKER" in os.environ  # one of several pytest workers that share the cores
 if WORKER:
-    os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start too: numbers are the same bit for bit for as many threads alone
+    os.environ["OMP_NUM_THREADS"] = "1"  # also for processes that tests start: results are bitwise equal only with equal numbers of threads
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -24,7 +24,7 @@ torch.set_num_threads(1 if WORKER else 2)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what uses the ranks, and begin with what starts processes: it takes longest."""
+    """Mark the tests that use the ranks, and run tests that start processes first, because they take longest."""
     for item in items:
         if "ranks" in item.fixturenames:
             item.add_marker(pytest.mark.processes)
@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory):
-    """A function from a number to so many ranks (helpers.Ranks), which are started when they are first asked for."""
+    """A function that returns n ranks (helpers.Ranks), started at the first call with that n."""
     started: dict[int, Ranks] = {}
 
     def of(n: int) -> Ranks:
@@ -49,7 +49,7 @@ def ranks(tmp_path_factory):
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """Calls train.py's main with arguments: (exit code, standard output, standard error)."""
+    """A function that calls train.py's main with arguments and returns (exit code, standard output, standard error)."""
 
     def call(*arguments: str):
         GlobalHydra.instance().clear()
@@ -73,7 +73,7 @@ def mini_tokenizer():
 
 @pytest.fixture(scope="session")
 def chat_tokenizer():
-    """A tokenizer of bytes-like characters whose end of sequence, <|end|>, is also the template's end of turn."""
+    """A tokenizer with one token per ASCII character, whose end of sequence, <|end|>, is also the template's end of turn."""
     vocabulary = {"<unused>" if i == 10 else chr(i): i for i in range(127)} | {"\n": 127, "<|start|>": 128, "<|end|>": 129, "<|bos|>": 130}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
     inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")

@@ -1,4 +1,4 @@
-"""What the tests share: small runs in this process, processes that are started and watched, and ranks that stay for a whole test run."""
+"""Helpers of the tests: small runs in this process, processes to start and watch, and ranks that live for a whole test run."""
 
 import functools
 import gzip
@@ -38,7 +38,7 @@ needs_shared = pytest.mark.skipif(
     not (GOLDEN / "tiny-neox").is_dir(), reason=f"the recorded runs on HH rows are not part of the repository: no {GOLDEN}"
 )
 
-# Small runs on the rows of tests/golden: SFT, and TDPO2 from recorded weights.
+# Options of small runs on the rows of tests/golden: SFT, and TDPO2 from recorded weights.
 DATA = ["model=blank_model", f"model.name_or_path={MINI}/model", "datasets=[hh]", f"datasets.hh.path={MINI}/data"]
 DATA += ["max_length=64", "max_prompt_length=32", "batch_size=8", "lr=5e-4", "warmup_steps=3"]
 ARCHIVE = f"model.archive={MINI}/sft_policy.pt"
@@ -74,7 +74,7 @@ def write_lines(path: Path, rows: list) -> str:
 
 
 def turn(role: str, content: str, segment: Optional[bool] = None) -> dict:
-    """A chat message, which may be marked for sdpo_segment."""
+    """Return a chat message; `segment` marks it for sdpo_segment."""
     return {"role": role, "content": content, **({} if segment is None else {"segment": segment})}
 
 
@@ -101,7 +101,7 @@ def pair(prompt="P", chosen=" a", rejected=" b", **more):
 
 
 def tokenized(data: dict, tokenizer, max_length: int = 64, max_prompt_length: int = 32, sft_mode: bool = False, add_bos: bool = False):
-    """A split of datasets given as {name: (contract, options)}."""
+    """Tokenize datasets, given as {name: (contract, options)}, into one split."""
     form = SFT if sft_mode else PAIRS
     tables = [
         tokenize(name, examples_in_form(name, contract, form)[0], options, tokenizer, add_bos, silent=True)
@@ -114,20 +114,20 @@ def tokenized(data: dict, tokenizer, max_length: int = 64, max_prompt_length: in
 
 
 def compose(*overrides: str, name: str = "config"):
-    """The config that a command line makes, of train.py or another tool."""
+    """Compose the config of a command line, of train.py or of another command (`name`)."""
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(ROOT / "config"), version_base=None):
         return hydra.compose(name, list(overrides))
 
 
 def run(*overrides: str, world=None) -> Path:
-    """A run as the command line would make it, in this process or from it, without wandb and samples; its folder."""
+    """Run train.py's `run` from this process, without wandb and samples, and return the run's folder."""
     overrides = [*QUIET, *overrides]
     return Path(train.run(compose(*overrides), overrides, world))
 
 
 def copied(run_dir: Path, to: Path) -> Path:
-    """A copy of a run's folder, to be damaged or resumed: a small run is made once."""
+    """Copy a run's folder, to damage or resume the copy, so that a small run is made only once."""
     return shutil.copytree(run_dir, to, symlinks=True)
 
 
@@ -140,16 +140,16 @@ def weights_of(run_dir: Path) -> dict[str, torch.Tensor]:
     return torch.load(run_dir / "LATEST" / "policy.pt", weights_only=True)["state"]
 
 
-TIMES = {"examples_per_second"}  # of a log: what depends on the clock
+TIMES = {"examples_per_second"}  # the metrics that depend on the clock
 
 
 def losses_of(run_dir: Path) -> list[dict]:
-    """Every log but what depends on the clock."""
+    """Return every log, without the metrics that depend on the clock."""
     return [{name: value for name, value in log.items() if name not in TIMES} for log in logs_of(run_dir)]
 
 
 def assert_same_run(ours: Path, straight: Path) -> None:
-    """Bit for bit: weights, logs, samples."""
+    """Compare weights, logs and samples bit for bit."""
     assert losses_of(ours) == losses_of(straight)
     assert_same_weights(ours, straight)
     if (straight / "samples.jsonl").exists():
@@ -157,13 +157,13 @@ def assert_same_run(ours: Path, straight: Path) -> None:
 
 
 def assert_same_weights(ours: Path, straight: Path) -> None:
-    """Bit for bit."""
+    """Compare weights bit for bit."""
     expected = weights_of(straight)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights_of(ours).items())
 
 
 def assert_close_logs(ours: list[dict], theirs: list[dict], **tolerance: float) -> None:
-    """Every metric of every log; within 1e-4 or 1e-5, unless told otherwise. Accuracies of ties are noise."""
+    """Compare every metric of every log, by default within 1e-4 relative or 1e-5 absolute. Accuracies are left out: ties are noise."""
     tolerance = tolerance or {"rel": 1e-4, "abs": 1e-5}
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.keys() == other.keys()
@@ -184,11 +184,11 @@ KEYS = (
 
 
 def recorded(name: str, folder: Path = MINI, model: Path = MINI / "model", data: Path = MINI / "data") -> tuple[dict, list[str]]:
-    """A recorded run, and its command line."""
+    """Return a recorded run, and the command line that repeats it."""
     golden = json.loads((folder / f"{name}.json").read_text())
     config, loss = golden["config"], dict(golden["config"]["loss"])
     loss_name = loss.pop("name")
-    if loss_name == "ipo":  # the published IPO takes beta alone
+    if loss_name == "ipo":  # the published IPO has only beta
         loss = {"beta": loss["beta"]}
     arguments = [f"{key}={config[key]}" for key in KEYS]
     arguments += ["model=blank_model", f"model.name_or_path={model}", "datasets=[hh]", f"datasets.hh.path={data}", "n_epochs=null"]
@@ -197,7 +197,7 @@ def recorded(name: str, folder: Path = MINI, model: Path = MINI / "model", data:
 
 
 def assert_recorded_logs(golden: dict, run_dir: Path) -> None:
-    """Every metric of every recorded log. Ours has one eval more, after the last step."""
+    """Compare every metric of every recorded log. Our run has one more eval, after the last step."""
     for split in ("train", "eval"):
         ours = logs_of(run_dir, split)
         assert len(ours) == len(golden[split]) + (split == "eval")
@@ -215,11 +215,14 @@ STANDALONE = [*TORCHRUN, "--standalone", "--nproc-per-node=2"]
 ENVIRONMENT = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", WORKERS))), "OMP_NUM_THREADS": "1"}
 
 
+MODEL_CODE = "transformers.models.gpt_neox.modeling_gpt_neox"  # of the small models; imported when a model is built, which takes seconds
+
+
 @functools.cache
 def forks():
-    """multiprocessing's way to fork from a process that has imported what commands import, because that takes longer than a small run."""
+    """Return a multiprocessing context that forks from a process with all imports done, because these take longer than a small run."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pool", "train", "sample", "helpers", "sharded_families"])
+    context.set_forkserver_preload(["pool", "train", "sample", "helpers", "sharded_families", MODEL_CODE])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", ENVIRONMENT["PYTHONPATH"])
         forkserver.ensure_running()
@@ -227,7 +230,7 @@ def forks():
 
 
 class Command:
-    """A script of the repository in a process of its own, which is forked (`forks`); to be watched and ended as a subprocess.Popen is."""
+    """A script of the repository in a forked process (see `forks`), with the interface of subprocess.Popen."""
 
     def __init__(self, script: str, *arguments: str, env: Optional[dict] = None, output: Optional[Path] = None, cwd: Path = ROOT):
         self.output = output or Path(tempfile.mkstemp(prefix="output-")[1])
@@ -246,7 +249,7 @@ class Command:
         os.kill(self.pid, signum)
 
     def communicate(self, timeout: Optional[float] = None) -> tuple[str, None]:
-        """Wait for the end; what it and its own processes have printed."""
+        """Wait for the end, and return what the script and its child processes have printed."""
         self.process.join(timeout)
         if self.returncode is None:
             raise subprocess.TimeoutExpired(self.process.name, timeout, self.output.read_text())
@@ -254,7 +257,7 @@ class Command:
 
 
 def start(arguments: list[str], program: Sequence[str] = (), env: Optional[dict] = None):
-    """Start train.py, under a program that starts it or by itself; its output is read by `communicate`."""
+    """Start train.py, directly or under another program such as torchrun; `communicate` returns its output."""
     if not program:
         return Command("train.py", *QUIET, *arguments, env=env)
     command = [*program, str(ROOT / "train.py"), *QUIET, *arguments]
@@ -262,14 +265,14 @@ def start(arguments: list[str], program: Sequence[str] = (), env: Optional[dict]
 
 
 def start_unsupervised(script: str, arguments: list[str], n: int = 2) -> list[Command]:
-    """Ranks that no launcher watches, as under srun: rank 0 has the store."""
+    """Start ranks that no launcher watches, as under srun; rank 0 holds the store."""
     world = {**os.environ, "WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     ranks = [{**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} if n > 1 else world for rank in range(n)]
     return [Command(script, *arguments, env=environment) for environment in ranks]
 
 
 def ranks_of(folder: Path) -> dict[int, int]:
-    """Process ids by rank of the processes that train into a folder."""
+    """Return the process ids, by rank, of the processes that train into a folder."""
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -277,7 +280,7 @@ def ranks_of(folder: Path) -> dict[int, int]:
                 environment = dict(entry.split(b"=", 1) for entry in (process / "environ").read_bytes().split(b"\0") if b"=" in entry)
                 if b"RANK" in environment:
                     found[int(environment[b"RANK"])] = int(process.name)
-        except OSError:  # it has ended
+        except OSError:  # the process has ended
             continue
     return found
 
@@ -285,7 +288,7 @@ def ranks_of(folder: Path) -> dict[int, int]:
 def wait_for(condition, seconds: float = 90.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "the condition did not hold in time"
         time.sleep(0.05)
 
 
@@ -300,7 +303,7 @@ def free_port() -> int:
 
 
 class Ranks:
-    """Processes that have met once for a whole test run; they do one job after another (workers/pool.py)."""
+    """Ranks that are started once for a whole test run and do one job after another (workers/pool.py)."""
 
     def __init__(self, n: int, folder: Path):
         self.store = _loopback_store(n, None)
@@ -318,7 +321,7 @@ class Ranks:
             process.join()
 
     def call(self, function: str, *arguments) -> list:
-        """What a function of workers/pool.py returns on each rank; the first rank's UserError or RunError is raised."""
+        """Call a function of workers/pool.py on all ranks, and return its results by rank; raise the first UserError or RunError."""
         for pipe in self.pipes:
             pipe.send((function, arguments))
         answers = []
@@ -333,5 +336,5 @@ class Ranks:
         return [value for value, _ in answers]
 
     def run(self, *overrides: str) -> Path:
-        """A run as `run` makes it, by all ranks."""
+        """Run train.py's `run` on all ranks, and return the run's folder."""
         return Path(self.call("train", *overrides)[0])

@@ -1,6 +1,8 @@
-"""Losses and scores in float64 Python loops, written from the papers, with the gradient by hand. Nothing here is shared with the code.
+"""Losses and scores as float64 Python loops, written from the papers, with hand-written gradients. They share nothing with the code.
 
-A response is (logits, reference_logits, labels): per position a list of V logits, and the label, or None where there is none.
+A response is a list of positions (logits, reference_logits, label): two lists of V numbers, and the token that is predicted, or None if
+the position predicts no response token. A loss returns its value, in nats, and per response (dL/d log pi(y), dL/dSeqKL). Papers are given
+by their arXiv number.
 """
 
 import math
@@ -13,7 +15,7 @@ def log_softmax(logits):
 
 
 def score(response):
-    """(log pi(y), log pi_ref(y), SeqKL, |y|) in nats: 2404.11999's sum over positions of KL(pi_ref || pi), over the whole vocabulary."""
+    """Return (log pi(y), log pi_ref(y), SeqKL, |y|), nats. SeqKL (2404.11999): sum over positions of KL(pi_ref || pi), all entries."""
     logps = reference_logps = kl = 0.0
     count = 0
     for logits, reference_logits, label in response:
@@ -37,7 +39,7 @@ def softplus(x):
 
 
 def sft(chosen, _, average_log_prob=False):
-    """Loss, and (dL/d log pi, dL/dKL) of chosen and of rejected."""
+    """Negative log-likelihood of chosen; rejected is ignored."""
     logps, _, _, count = score(chosen)
     scale = 1 / count if average_log_prob else 1.0
     return -logps * scale, (-scale, 0.0), (0.0, 0.0)
@@ -63,7 +65,7 @@ def ipo(chosen, rejected, beta, average_log_prob=False):
 
 
 def tdpo1(chosen, rejected, beta):
-    """2404.11999: -log sigmoid(beta [D - (K(l) - K(w))]); both K carry gradient."""
+    """2404.11999: -log sigmoid(beta [D - (K(l) - K(w))]); both K have gradient."""
     (w, w_ref, w_kl, _), (r, r_ref, r_kl, _) = score(chosen), score(rejected)
     z = beta * ((w - w_ref) - (r - r_ref) - (r_kl - w_kl))
     slope = -beta * sigmoid(-z)
@@ -71,7 +73,7 @@ def tdpo1(chosen, rejected, beta):
 
 
 def tdpo2(chosen, rejected, beta, alpha=0.5):
-    """2404.11999: -log sigmoid(beta [D - alpha (K(l) - sg K(w))]); K(w) carries none."""
+    """2404.11999: -log sigmoid(beta [D - alpha (K(l) - sg K(w))]); K(w) has no gradient."""
     (w, w_ref, w_kl, _), (r, r_ref, r_kl, _) = score(chosen), score(rejected)
     z = beta * ((w - w_ref) - (r - r_ref) - alpha * (r_kl - w_kl))
     slope = -beta * sigmoid(-z)
@@ -88,7 +90,7 @@ def rdpo(chosen, rejected, beta, label_smoothing=0.1):
 
 
 def dpop(chosen, rejected, beta, dpop_lambda=50.0):
-    """2402.13228 eq. 3: the penalty is within beta's bracket."""
+    """2402.13228 eq. 3: the penalty is inside beta's bracket."""
     (w, w_ref, _, _), (r, r_ref, _, _) = score(chosen), score(rejected)
     z = beta * ((w - w_ref) - (r - r_ref) - dpop_lambda * max(0.0, w_ref - w))
     slope = -beta * sigmoid(-z)
@@ -104,7 +106,7 @@ def simpo(chosen, rejected, beta=2.0, gamma=0.5):
 
 
 def odpo(chosen, rejected, beta, annotations, alpha=1.0, kl_weight=0.0):
-    """2402.10571: -log s(beta D - alpha log(s_w - s_l)); and, where a weight is given, that times the mean of both SeqKL."""
+    """2402.10571: -log s(beta D - alpha log(s_w - s_l)), plus kl_weight times the mean of both SeqKL."""
     (w, w_ref, w_kl, _), (r, r_ref, r_kl, _) = score(chosen), score(rejected)
     z = beta * ((w - w_ref) - (r - r_ref)) - alpha * math.log(annotations[0] - annotations[1])
     slope = -beta * sigmoid(-z)
@@ -131,7 +133,7 @@ sdpo_stepwise = sdpo_segment = dpo
 
 
 def logit_gradient(response, g, h):
-    """dL/dlogits of a response, given g = dL/d log pi(y) and h = dL/dSeqKL: g (1[v = y] - p_v) + h (p_v - q_v)."""
+    """Return dL/dlogits of a response, g (1[v = y] - p_v) + h (p_v - q_v), given g = dL/d log pi(y) and h = dL/dSeqKL."""
     rows = []
     for logits, reference_logits, label in response:
         if label is None:

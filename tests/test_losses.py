@@ -1,4 +1,4 @@
-"""Each objective against float64 loops written from its paper (oracle.py): value, and gradient down to the logits."""
+"""Each objective against float64 loops written from its paper (oracle.py): its value, and its gradient with respect to the logits."""
 
 import inspect
 import json
@@ -51,13 +51,13 @@ VOCABULARY = 7
 
 
 def random_response(rng: random.Random, n_prompt: int, n_tokens: int) -> list:
-    """Positions of prompt (no label), response and padding (no label)."""
+    """Return the positions of prompt (no label), response and padding (no label), see oracle.py."""
     labels = [None] * n_prompt + [rng.randrange(VOCABULARY) for _ in range(n_tokens)] + [None]
     return [([rng.gauss(0, 2) for _ in range(VOCABULARY)], [rng.gauss(0, 2) for _ in range(VOCABULARY)], label) for label in labels]
 
 
 def tensors(response: list):
-    """(logits, reference logits, labels) of one response as the code takes them: position t predicts label t + 1."""
+    """Return (logits, reference logits, labels) of one response as the code takes them: position t predicts label t + 1."""
     logits = torch.tensor([[*(p[0] for p in response), [0.0] * VOCABULARY]], dtype=torch.float64, requires_grad=True)
     reference = torch.tensor([[*(p[1] for p in response), [0.0] * VOCABULARY]], dtype=torch.float64)
     labels = torch.tensor([[-100, *(-100 if p[2] is None else p[2] for p in response)]])
@@ -73,7 +73,7 @@ def scores_of(logits, reference, labels) -> ResponseScores:
 
 
 def with_data(name: str, hyperparameters: dict, scores: dict, rng: random.Random) -> tuple[dict, dict]:
-    """What beside log-probabilities the loss is given: (scores, the oracle's arguments)."""
+    """Add what the loss needs besides log-probabilities. Returns (scores, the oracle's arguments)."""
     if name == "odpo":
         annotations = (rng.uniform(1, 2), rng.uniform(0, 1))
         given = {r: replace(s, annotation=torch.tensor([a], dtype=torch.float64)) for (r, s), a in zip(scores.items(), annotations)}
@@ -88,7 +88,7 @@ def with_data(name: str, hyperparameters: dict, scores: dict, rng: random.Random
 
 @pytest.mark.parametrize("name,hyperparameters", CASES)
 @pytest.mark.parametrize("seed", range(4))
-def test_value_and_gradient_are_the_papers(name, hyperparameters, seed):
+def test_value_and_gradient_match_the_paper(name, hyperparameters, seed):
     rng = random.Random(f"{name}{seed}")
     lengths = {"chosen": 1 + seed * 3, "rejected": 5 - seed, "target": 3, "completion": 4}
     objective = get_objective(name, **hyperparameters)
@@ -127,12 +127,12 @@ def test_alpha_0_is_dpo_and_alpha_1_is_tdpo1_with_another_gradient():
     assert torch.equal(get_objective("tdpo2", beta=0.2, alpha=0.0)(scores).losses, get_objective("dpo", beta=0.2)(scores).losses)
     two, one = get_objective("tdpo2", beta=0.2, alpha=1.0)(scores), get_objective("tdpo1", beta=0.2)(scores)
     torch.testing.assert_close(two.losses, one.losses, rtol=1e-12, atol=0)
-    assert torch.autograd.grad(one.losses.sum(), kl)[0].lt(0).all()  # TDPO1 rewards a larger SeqKL of chosen
+    assert torch.autograd.grad(one.losses.sum(), kl)[0].lt(0).all()  # TDPO1 increases SeqKL of chosen responses
     assert torch.autograd.grad(two.losses.sum(), kl, allow_unused=True)[0] is None  # TDPO2 does not
 
 
-def test_relatives_that_are_dpo():
-    """Hyperparameters with which a loss is DPO, value and gradient; what each adds otherwise, by hand."""
+def test_hyperparameters_that_give_dpo():
+    """With these hyperparameters a loss is DPO; ODPO's offset with others is checked by hand."""
     scores = random_scores(3)
     annotated = {role: replace(score, annotation=torch.full((6,), float(role == "chosen"))) for role, score in scores.items()}
     dpo = get_objective("dpo", beta=0.2)(scores)
@@ -141,20 +141,10 @@ def test_relatives_that_are_dpo():
         output = get_objective(name, beta=0.2, **hyperparameters)(annotated)
         torch.testing.assert_close(output.losses, dpo.losses, rtol=1e-12, atol=0)
         torch.testing.assert_close(output.rewards, dpo.rewards)
-    # Scores that differ by 1 offset nothing, by e^2 as much as a logit of 2 alpha.
+    # Ratings that differ by 1 give no offset; a difference of e^2 gives 2 alpha.
     apart = {role: replace(score, annotation=score.annotation * math.exp(2)) for role, score in annotated.items()}
     assert torch.equal(get_objective("odpo", beta=0.2)(annotated).logits, dpo.logits)
     torch.testing.assert_close(get_objective("odpo", beta=0.2, alpha=0.5)(apart).logits, dpo.logits - 1, check_dtype=False)
-
-
-def test_the_readmes_example_of_another_loss(monkeypatch):
-    (code,) = [block for block in (ROOT / "README.md").read_text().split("```python\n")[1:] if block.startswith("def hinge")]
-    monkeypatch.setattr(losses, "OBJECTIVES", dict(losses.OBJECTIVES))
-    exec(code.split("```")[0], vars(losses))
-    scores = random_scores(4)
-    margin = scores["chosen"].log_ratio - scores["rejected"].log_ratio
-    torch.testing.assert_close(get_objective("hinge", beta=0.1)(scores).losses, (1 - 0.1 * margin).clamp(min=0))
-    del losses.hinge
 
 
 def test_hyperparameters_have_ranges():
@@ -190,7 +180,7 @@ def test_rewards_are_the_published_ones_and_logits_are_what_is_trained():
     assert not any(x.requires_grad for x in (output.logits, *output.rewards.values(), dpo.logits, *dpo.rewards.values()))
 
 
-def test_tdpo_names_its_variant():
+def test_tdpo_resolves_to_its_variant():
     assert get_objective("tdpo", beta=0.1, alpha=0.5, if_tdpo2=True, reference_free=False).name == "tdpo2"
     assert get_objective("tdpo", beta=0.1, alpha=0.5, if_tdpo2=False).name == "tdpo1"
     assert get_objective("tdpo", beta=0.1, alpha=0.5, if_tdpo2=False).hyperparameters == {"beta": 0.1}
@@ -200,7 +190,7 @@ def test_tdpo_names_its_variant():
         get_objective("tdpo3")
 
 
-def test_published_functions_give_the_published_figures():
+def test_published_functions_give_the_published_values():
     """functions.json holds inputs and outputs of the published code in float64 (tests/golden/README.md)."""
     golden = json.loads((ROOT / "tests" / "golden" / "functions.json").read_text())
 
@@ -250,8 +240,8 @@ def test_published_signatures():
         assert list(inspect.signature(getattr(trainers, name)).parameters) == parameters.split()
 
 
-def test_losses_imports_torch_alone():
-    """The file can be taken elsewhere: it works where transformers, hydra and wandb are not installed."""
+def test_losses_imports_only_torch():
+    """The file can be copied elsewhere: it works without transformers, hydra and wandb."""
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['transformers', 'hydra', 'omegaconf', 'wandb', 'datasets', 'tqdm', 'pydantic']))\n"
         "import torch; from tdpo import losses; s = losses.ResponseScores(*(torch.ones(2),) * 4)\n"

@@ -1,7 +1,7 @@
-"""The losses that TRL has too, value by value on random inputs. Skipped where TRL is not installed (pip install trl; written for 1.16).
+"""The losses that TRL has too: values on random inputs. Skipped if TRL is not installed (pip install trl; written for 1.16).
 
-TRL's hinge is no SLiC-HF: its margin compares with the reference, and there is no SFT term. Its IPO is that of per-token means. DPOP and
-ODPO it has not.
+TRL's hinge is not SLiC-HF: its margin compares with the reference, and it has no SFT term. Its IPO uses per-token means. TRL has no DPOP
+and no ODPO.
 """
 
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ N, T = 6, 9  # examples, tokens of the padded rows
 
 @pytest.fixture
 def rows():
-    """Log-probabilities of tokens under policy and reference, (2N, T), 0 where there is none, chosen rows first; and a mask of tokens."""
+    """Token log-probabilities of policy and reference, 0 at padding, and the mask of tokens: (2N, T) each, chosen rows first."""
     generator = torch.Generator().manual_seed(0)
     mask = torch.arange(T) < torch.randint(1, T + 1, (2 * N, 1), generator=generator)
     policy, reference = (-3 * torch.rand(2 * N, T, generator=generator, dtype=torch.float64) * mask for _ in range(2))
@@ -36,7 +36,7 @@ def pairs_of(rows) -> dict[str, ResponseScores]:
 
 
 def stand_in(**values) -> MagicMock:
-    """For a trainer: its loss reads these of it, and logs into it."""
+    """Return a stand-in for a trainer, with the attributes that its loss reads; what the loss logs is ignored."""
     trainer = MagicMock()
     trainer.accelerator.gather_for_metrics = lambda x: x
     for name, value in values.items():
@@ -95,7 +95,7 @@ def test_simpo(rows):
 
 
 def test_kto(rows):
-    """With the same z0: TRL takes it over a device's batch, with the completion of the example before."""
+    """Both get the same z0. TRL itself computes it over a device's batch, with the previous example's completion."""
     from trl import KTOTrainer
 
     policy, reference, mask = rows

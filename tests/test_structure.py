@@ -1,4 +1,4 @@
-"""The shape of the project: which file may import which."""
+"""The structure of the project: which file may import which, its size, and code that it must not contain."""
 
 import ast
 
@@ -6,8 +6,8 @@ from helpers import ROOT
 
 from tdpo.losses import OBJECTIVES
 
-# From the bottom up: a room imports rooms of rows above its own only. A room is a folder of tdpo/, or a file of the root; losses and utils
-# are the ground floor.
+# Layers: a component imports only from components of earlier lines, or its own. A component ("room") is a folder of tdpo/, or a file of the
+# root; tdpo/losses.py and tdpo/utils.py are the first.
 ORDER = [
     {"tdpo"},
     {"tdpo.scoring", "tdpo.data", "tdpo.distributed", "utils"},
@@ -19,13 +19,13 @@ ORDER = [
 
 
 def room_of(module: str) -> str:
-    """'tdpo.data.rows' to 'tdpo.data', 'tdpo.losses' to 'tdpo', 'trainers' to itself."""
+    """Return a module's component: 'tdpo.data' for 'tdpo.data.rows', 'tdpo' for 'tdpo.losses', 'trainers' for 'trainers'."""
     parts = module.split(".")
     return ".".join(parts[:2]) if parts[0] == "tdpo" and len(parts) > 2 else parts[0]
 
 
 def imports_of(file) -> set[str]:
-    """Modules of this repository that a file imports."""
+    """Return the modules of this repository that a file imports."""
     names = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -41,7 +41,7 @@ MODULES = {name: file for name, file in MODULES.items() if not name.endswith("__
 
 
 def test_imports_go_one_way():
-    assert {room_of(name) for name in MODULES} == set().union(*ORDER), "a new room needs a place in ORDER"
+    assert {room_of(name) for name in MODULES} == set().union(*ORDER), "a new component needs a place in ORDER"
     for i, row in enumerate(ORDER):
         below = set().union(*ORDER[:i])
         for name, file in MODULES.items():
@@ -50,8 +50,8 @@ def test_imports_go_one_way():
                 assert own <= below, f"{name} imports {own - below}"
 
 
-def test_sizes_of_the_house():
-    """Few files at the root, and a loop to be read on two pages."""
+def test_the_project_stays_small():
+    """There are few files at the root, and the training loop stays short enough to be read in one sitting."""
     assert len(list(ROOT.glob("*.py"))) <= 10 and len(set().union(*ORDER)) <= 22 and len(ORDER) <= 7
     between = {(room_of(name), room_of(other)) for name, file in MODULES.items() for other in imports_of(file)}
     assert sum(a != b for a, b in between) <= 95
@@ -61,7 +61,7 @@ def test_sizes_of_the_house():
     assert lengths.pop("BasicTrainer") <= 330 and max(lengths.values()) <= 60, lengths
 
 
-def test_nothing_but_losses_asks_a_losss_name_or_a_hyperparameter():
+def test_only_losses_reads_loss_names_and_hyperparameters():
     for name, file in MODULES.items():
         if name == "tdpo.losses":
             continue
@@ -70,7 +70,7 @@ def test_nothing_but_losses_asks_a_losss_name_or_a_hyperparameter():
                 compared = [x.value for x in (node.left, *node.comparators) if isinstance(x, ast.Constant)]
                 assert not set(compared) & set(OBJECTIVES), f"{name}:{node.lineno} {compared}"
             if isinstance(node, ast.Attribute) and node.attr == "hyperparameters":
-                assert name == "train", f"{name}:{node.lineno}"  # which prints them all
+                assert name == "train", f"{name}:{node.lineno}"  # train.py prints them all
 
 
 def test_no_file_hides_a_package():
@@ -78,8 +78,8 @@ def test_no_file_hides_a_package():
     assert not names & {"datasets", "types", "tokenize", "logging", "profile", "evaluate", "tokenizers", "transformers", "wandb"}
 
 
-def test_what_is_loaded_is_never_run():
-    """torch.load reads tensors alone, Transformers runs no code of a repository, and nothing starts a shell."""
+def test_loaded_files_are_never_executed():
+    """torch.load reads only tensors, Transformers runs no code from a model repository, and no module starts a shell."""
     for file in MODULES.values():
         for node in ast.walk(ast.parse(file.read_text())):
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):

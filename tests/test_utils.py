@@ -1,4 +1,4 @@
-"""The published helpers, by name, signature and what they do; and where log lines go."""
+"""The helpers of the published code: names, signatures and behaviour; and where log lines go."""
 
 import inspect
 import io
@@ -55,7 +55,7 @@ def test_slice_and_move_batch_for_device():
     assert utils.slice_and_move_batch_for_device(batch, 2, 4, "cpu")["texts"] == ["c"]
 
 
-def test_temporarily_seeded_random_leaves_no_trace():
+def test_temporarily_seeded_random_restores_the_state():
     random.seed(1)
     np.random.seed(1)
     expected = random.random(), np.random.rand()
@@ -85,7 +85,7 @@ def test_texts_of_published_datasets():
 
 
 def test_log_lines_go_where_the_streams_are_now():
-    """To streams that were replaced after the logger was made; of another rank errors alone."""
+    """Log lines go to streams that were replaced after the logger was created. Other ranks log only errors."""
     log = get_logger("trainers")
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):

@@ -1,8 +1,8 @@
-"""What the demo shows at its end: held-out accuracy, gold reward of samples before and after, three of them.
+"""Print the results of the demo: accuracy on held-out pairs, gold reward of samples before and after training, and three samples.
 
     python experiments/demo/report.py RUN_FOLDER_OF_TDPO
 
-`reference` samples come from the SFT model, `policy` samples from the trained one, for the same held-out prompts.
+`reference` samples are from the SFT model, `policy` samples from the trained one; both continue the same held-out prompts.
 """
 
 import json
@@ -30,7 +30,7 @@ def main() -> None:
     print(f"\nreward accuracy on held-out pairs: {accuracy:.3f}; SeqKL of chosen {evals[-1]['kl_eval/chosen']:.2f} nats")
     for name, label in (("reference", "before (SFT)"), ("policy", "after (TDPO2)")):
         mean, error = statistics.mean(rewards[name]), statistics.stdev(rewards[name]) / len(last) ** 0.5
-        print(f"gold reward of {len(last)} samples {label}: {mean:.3f} +- {error:.3f} (mean and its standard error)")
+        print(f"gold reward of {len(last)} samples {label}: {mean:.3f} +- {error:.3f} (mean and standard error)")
     for row in last[:3]:
         print(f"\nprompt: {row['prompt']}")
         for name, label in (("reference", "before"), ("policy", "after ")):

@@ -1,8 +1,8 @@
-"""Reward, KL and SeqKL at every checkpoint of the runs in a folder, into measured.json of each run.
+"""Measure reward, KL and SeqKL at every checkpoint of the runs in a folder; write measured.json into each run.
 
     python experiments/frontier/measure.py RUNS
 
-What a run started from is its reference, whose test prompts are continued; its eval split has the pairs.
+The reference is the SFT model that a run started from. The prompts are the SFT run's test prompts, the pairs are the run's test split.
 """
 
 import argparse
@@ -30,10 +30,10 @@ from tdpo.utils import UserError, batched  # noqa: E402
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure every checkpoint of the runs in a folder.")
     parser.add_argument("runs", type=Path)
-    parser.add_argument("--n_prompts", type=int, default=128, help="test prompts, and pairs")
-    parser.add_argument("--n", type=int, default=4, help="continuations of a prompt")
-    parser.add_argument("--batch_size", type=int, default=64, help="prompts, or pairs, at a time")
-    parser.add_argument("--reward", default=None, help="as reward= of eval.py; without it the data's own")
+    parser.add_argument("--n_prompts", type=int, default=128, help="number of test prompts, and of pairs (default: %(default)s)")
+    parser.add_argument("--n", type=int, default=4, help="continuations per prompt (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=64, help="prompts or pairs at a time (default: %(default)s)")
+    parser.add_argument("--reward", default=None, help="as reward= of eval.py (default: the gold reward of the data)")
     arguments = parser.parse_args()
     runs = [path.parent for path in sorted(arguments.runs.glob("*/LATEST")) if (path / "hf").exists()]
     runs = [run for run in runs if not is_measured(run, sizes_of(arguments))]
@@ -46,24 +46,27 @@ def main() -> None:
 
 
 def started_from(run: Path) -> str:
+    """Return the path of the SFT weights that a run started from."""
     return find_trained(str(run)).config.model.archive
 
 
 def sizes_of(arguments: argparse.Namespace) -> dict:
-    """With which what was measured can be compared."""
+    """Return the arguments that results depend on; runs measured with other values are measured again."""
     return {"n_prompts": arguments.n_prompts, "n": arguments.n, "reward": arguments.reward}
 
 
 def is_measured(run: Path, sizes: dict) -> bool:
+    """Whether a run has been measured with the same arguments."""
     file = run / "measured.json"
     return file.exists() and json.loads(file.read_text())["sizes"] == sizes
 
 
 class Measures:
-    """What is the same for runs of the same start: the reference, the prompts and the pairs.
+    """Measures runs that started from the same SFT model, and so share the reference, the prompts and the pairs.
 
     Args:
-        config: of one of them.
+        arguments: of the command line.
+        config: the config of one of the runs.
     """
 
     def __init__(self, arguments: argparse.Namespace, config: DictConfig):
@@ -80,6 +83,7 @@ class Measures:
         self.prompts = load_prompts(data, "test", self.tokenizer, self.lengths[1], add_bos, cache_dir)[: arguments.n_prompts]
 
     def measure(self, runs: list[Path]) -> None:
+        """Measure all checkpoints of the runs and write measured.json into each."""
         start = {"examples": 0, **self.of(self.sft)}
         for run in runs:
             checkpoints = [(int(os.path.basename(folder).removeprefix("step-")), folder) for folder in reversed(list_checkpoints(str(run)))]
@@ -92,7 +96,7 @@ class Measures:
             print(run, *(f"{p['examples']}: {p['samples/reward']:.3f} at {p['samples/kl']:.2f}" for p in points), flush=True)
 
     def of(self, trained: Trained) -> dict[str, float]:
-        """Means over prompts and pairs; with the same random numbers for every model."""
+        """Return the mean of each measure over prompts or pairs. Every model is sampled with the same seed."""
         size, n = self.arguments.batch_size, self.arguments.n
         policy, _ = load_trained(trained, self.device, max_length=self.lengths[0])
         settings = own_distribution(self.tokenizer, self.lengths[0])

@@ -1,8 +1,8 @@
-"""Pairs of completions: of each prompt's the one of the greatest reward and the one of the least.
+"""Make preference pairs from sampled completions: for each prompt, the one with the highest reward against the one with the lowest.
 
     python experiments/frontier/pairs.py FOLDER --margin 0.1
 
-Reads completions-{train,test}.jsonl in the folder, which sample.py has written; writes pairs/{train,test}.jsonl for datasets=[jsonl], rows
+Reads completions-{train,test}.jsonl in the folder, written by sample.py. Writes pairs/{train,test}.jsonl for datasets=[jsonl], with rows
 {prompt, chosen, rejected, chosen_score, rejected_score}.
 """
 
@@ -22,16 +22,16 @@ from tdpo.utils import UserError, get_local_dir  # noqa: E402
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Pairs of completions by reward.")
+    parser = argparse.ArgumentParser(description="Make preference pairs from sampled completions.")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--margin", type=float, default=0.0, help="least difference of the two rewards (default: %(default)s)")
+    parser.add_argument("--margin", type=float, default=0.0, help="minimum difference between the two rewards (default: %(default)s)")
     parser.add_argument("--reward", default="gold:reviews", help="as reward= of eval.py, or gold:<dataset> (default: %(default)s)")
     arguments = parser.parse_args()
     device = World().device
     kind, _, name = arguments.reward.partition(":")
     missing = [file for split in ("train", "test") if not (file := arguments.folder / f"completions-{split}.jsonl").exists()]
     if missing:
-        sys.exit(f"error: {missing[0]} is not there")
+        sys.exit(f"error: '{missing[0]}' does not exist: write it with sample.py")
     try:
         reward = (
             gold_reward_of([name]) if kind == "gold" and name in GOLD else reward_model(arguments.reward, device, get_local_dir([".cache"]))
@@ -42,17 +42,23 @@ def main() -> None:
         with open(arguments.folder / f"completions-{split}.jsonl") as file:
             rows = [row for row in map(json.loads, file) if row["completion"].strip()]
         if not rows:
-            sys.exit(f"error: completions-{split}.jsonl holds no text")
+            sys.exit(f"error: completions-{split}.jsonl has no completion with text")
         scores = reward([row["prompt"] + row["completion"] for row in rows])
         pairs = list(best_and_worst(rows, scores, arguments.margin))
         target = arguments.folder / "pairs" / f"{split}.jsonl"
         target.parent.mkdir(exist_ok=True)
         target.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-        print(f"{split}: {len(pairs):,} pairs of {len(rows):,} completions, whose mean reward is {sum(scores) / len(rows):.3f}")
+        print(f"{split}: {len(pairs):,} pairs from {len(rows):,} completions with a mean reward of {sum(scores) / len(rows):.3f}")
 
 
 def best_and_worst(rows: list[dict], scores: list[float], margin: float) -> Iterator[dict]:
-    """One pair of each prompt, unless their rewards differ by less than the margin."""
+    """Yield one pair per prompt; prompts whose best and worst reward are equal or differ by less than the margin are skipped.
+
+    Args:
+        rows: rows of sample.py, those of one prompt next to each other.
+        scores: reward of each row.
+        margin: minimum difference between the two rewards.
+    """
     for _, some in groupby(zip(rows, scores), key=lambda pair: pair[0]["index"]):
         ranked = sorted(some, key=lambda pair: pair[1])
         (rejected, low), (chosen, high) = ranked[0], ranked[-1]

@@ -1,4 +1,4 @@
-"""Tables and panels of a frontier: results.json, frontier.png and table.md in its folder.
+"""Write the tables and figure of a frontier experiment: results.json, table.md and frontier.png in its folder.
 
 python experiments/frontier/report.py runs/frontier-reviews
 """
@@ -23,27 +23,29 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from run import slug  # noqa: E402
 
-LEVELS = (0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)  # of expected reward, at which KL is compared
+LEVELS = (0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)  # expected rewards at which KL is compared
 REWARD, KL = "samples/reward", "samples/kl"
 STEPS = (("seqkl/chosen", "SeqKL of chosen"), ("seqkl/rejected", "SeqKL of rejected"), ("seqkl/margin", "SeqKL margin, chosen - rejected"))
 
 
 class Run(NamedTuple):
+    """A run and its measurements."""
+
     method: str
     seed: int
     beta: float
     lr: float
-    points: list[dict]  # of its checkpoints, the SFT model first
+    points: list[dict]  # measures of the SFT model, then of each checkpoint in order
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw and tabulate a frontier.")
+    parser = argparse.ArgumentParser(description="Write the tables and figure of a frontier experiment.")
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args()
     task = OmegaConf.load(arguments.folder / "task.yaml")
     runs = read_runs(arguments.folder, list(task.methods))
     if not runs:
-        sys.exit(f"error: {arguments.folder} has no measured runs")
+        sys.exit(f"error: '{arguments.folder}' has no measured runs")
     methods = [method for method in task.methods if any(run.method == method for run in runs)]
     spent = {method: kl_at_levels([run for run in runs if run.method == method]) for method in methods}
     ratios = {method: ratio_to(spent["DPO"], spent[method]) for method in methods if "DPO" in methods and method != "DPO"}
@@ -56,6 +58,7 @@ def main() -> None:
 
 
 def read_runs(folder: Path, methods: list[str]) -> list[Run]:
+    """Read the measured runs of the methods."""
     runs = []
     for method in methods:
         for file in sorted(folder.glob(f"{slug(method)}/*/measured.json")):
@@ -65,7 +68,7 @@ def read_runs(folder: Path, methods: list[str]) -> list[Run]:
 
 
 def least_kl(runs: list[Run], level: float) -> Optional[float]:
-    """The least KL at which any of the runs has the reward, between two measurements by linear interpolation; None: none reaches it."""
+    """Return the lowest KL (nats) at which one of the runs reaches a reward, interpolated between its points; None if none does."""
     found = [run.points[0][KL] for run in runs if run.points[0][REWARD] >= level]
     for run in runs:
         for before, after in zip(run.points, run.points[1:]):
@@ -77,15 +80,19 @@ def least_kl(runs: list[Run], level: float) -> Optional[float]:
 
 
 def kl_at_levels(runs: list[Run]) -> dict[str, dict[int, Optional[float]]]:
-    """By level and seed: the least KL over a method's betas, learning rates and steps, its own best envelope."""
+    """Return level -> seed -> lowest KL over all betas, learning rates and steps of a method (its best envelope)."""
     seeds = sorted({run.seed for run in runs})
     return {str(level): {seed: least_kl([run for run in runs if run.seed == seed], level) for seed in seeds} for level in LEVELS}
 
 
 def ratio_to(base: dict, other: dict) -> dict[str, Optional[dict]]:
-    """KL of the other method over the base's at the same level and seed: mean over seeds, with Student's 95% interval.
+    """Return level -> ratio of the other method's KL to the base's: mean over seeds and Student's 95% interval.
 
-    A seed whose start has the reward already, at a KL of 0, is left out.
+    The ratio is taken seed by seed. Seeds that do not reach the reward, or whose SFT model already has it (the base's KL is 0), are left
+    out; None if fewer than two remain.
+
+    Args:
+        base, other: output of `kl_at_levels`.
     """
     result = {}
     for level, by_seed in other.items():
@@ -95,12 +102,14 @@ def ratio_to(base: dict, other: dict) -> dict[str, Optional[dict]]:
 
 
 def interval(values: list[float]) -> dict[str, float]:
+    """Return the mean with Student's 95% interval."""
     mean, error = float(np.mean(values)), float(scipy.stats.sem(values))
     half = error * scipy.stats.t.ppf(0.975, len(values) - 1)
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
 def best_rewards(runs: list[Run]) -> dict[str, dict[int, float]]:
+    """Return method -> seed -> highest reward measured."""
     best: dict[str, dict[int, float]] = defaultdict(dict)
     for run in runs:
         best[run.method][run.seed] = max(best[run.method].get(run.seed, 0.0), *(point[REWARD] for point in run.points))
@@ -108,11 +117,11 @@ def best_rewards(runs: list[Run]) -> dict[str, dict[int, float]]:
 
 
 def kl_table(spent: dict) -> str:
-    """Mean and standard deviation over seeds."""
+    """Format method -> output of `kl_at_levels` as a Markdown table: mean and standard deviation over seeds."""
     lines = [
-        "KL(pi \\|\\| pi_ref) of a response, nats, at which a method's best envelope reaches an expected reward: mean ± standard deviation"
+        "KL(pi \\|\\| pi_ref) per response, nats, at which a method's best envelope reaches an expected reward: mean ± standard deviation"
     ]
-    lines[0] += " over seeds (in brackets how many of them reach it, where not all do):"
+    lines[0] += " over seeds (in brackets the number of seeds that reach it, if not all):"
     lines += ["", f"| reward | {' | '.join(spent)} |", "|---|" + "---:|" * len(spent)]
     for level in map(str, LEVELS):
         cells = []
@@ -126,7 +135,8 @@ def kl_table(spent: dict) -> str:
 
 
 def ratio_table(ratios: dict) -> str:
-    lines = ["The same over DPO's, seed by seed: mean, and Student's 95% interval over the seeds:"]
+    """Format method -> output of `ratio_to` as a Markdown table."""
+    lines = ["The same KL divided by DPO's for the same seed: mean and Student's 95% interval over seeds:"]
     lines += ["", f"| reward | {' | '.join(ratios)} |", "|---|" + "---:|" * len(ratios)]
     for level in map(str, LEVELS):
         cells = (levels[level] for levels in ratios.values())
@@ -136,6 +146,7 @@ def ratio_table(ratios: dict) -> str:
 
 
 def final_table(runs: list[Run], task) -> str:
+    """Format the measures at the end of the runs with the task's `shown` setting as a Markdown table."""
     shown = task.shown
     lines = [f"At the end of the runs with beta {shown.beta} and learning rate {shown.lr}: mean ± standard deviation over seeds:"]
     names = {REWARD: "reward", KL: "KL", **{key: title for key, title in STEPS}, "accuracy/logratio": "accuracy, log-ratio"}
@@ -151,11 +162,12 @@ def final_table(runs: list[Run], task) -> str:
 
 
 def runs_shown(runs: list[Run], method: str, shown) -> list[Run]:
+    """Return a method's runs with the beta and learning rate of `shown`."""
     return [run for run in runs if run.method == method and run.beta == shown.beta and run.lr == shown.lr]
 
 
 def draw(runs: list[Run], methods: list[str], shown, file: Path) -> None:
-    """Four panels: reward against KL with each method's envelope; SeqKL on chosen, on rejected, and their margin over steps."""
+    """Draw four panels: reward against KL with each method's envelope; SeqKL of chosen, of rejected, and their margin during training."""
     figure, axes = plt.subplots(2, 2, figsize=(12, 8.5))
     for i, method in enumerate(methods):
         own = [run for run in runs if run.method == method]
@@ -167,13 +179,13 @@ def draw(runs: list[Run], methods: list[str], shown, file: Path) -> None:
         for axis, (key, _) in zip(axes.flat[1:], STEPS):
             own = runs_shown(runs, method, shown)
             if own:
-                # Of all seeds the same; a run that was interrupted has one checkpoint more.
+                # Only checkpoints that all seeds have: an interrupted run has an additional one.
                 examples = sorted(set.intersection(*({point["examples"] for point in run.points} for run in own)))
                 curves = [[point[key] for point in run.points if point["examples"] in examples] for run in own]
                 mean, spread = np.mean(curves, axis=0), np.std(curves, axis=0, ddof=min(1, len(own) - 1))
                 axis.plot(examples, mean, color=f"C{i}", label=method, marker="o", markersize=3)
                 axis.fill_between(examples, mean - spread, mean + spread, color=f"C{i}", alpha=0.15, linewidth=0)
-    axes[0, 0].set(xscale="symlog", xlabel="KL(pi || pi_ref), nats a response", ylabel="expected reward", title="reward and KL, all runs")
+    axes[0, 0].set(xscale="symlog", xlabel="KL(pi || pi_ref), nats per response", ylabel="expected reward", title="reward and KL, all runs")
     axes[0, 0].legend(fontsize=8)
     for axis, (_, title) in zip(axes.flat[1:], STEPS):
         axis.set(xlabel="train examples", ylabel="nats", title=f"{title} (beta {shown.beta}, lr {shown.lr})")

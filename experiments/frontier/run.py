@@ -1,11 +1,11 @@
-"""The paper's figure 3 again: expected reward against KL(pi || pi_ref), SeqKL on chosen and rejected responses, for DPO, TDPO1 and TDPO2.
+"""Reproduce the paper's figure 3: expected reward against KL(pi || pi_ref), and SeqKL of chosen and rejected, for DPO, TDPO1 and TDPO2.
 
     python experiments/frontier/run.py                                   embedded reviews, on CPU cores
     python experiments/frontier/run.py --task imdb --out runs/imdb       the paper's size, on GPUs
 
-For each seed SFT, and completions by the SFT model, which ranked by the reward are the pairs; every method over the same grid; every run
-measured along the way. The same command goes on where it was interrupted, or tries again what failed. A task is a file <task>.yaml beside
-this one.
+For each seed: SFT, then completions by the SFT model, which the reward ranks into pairs. Every method is trained over the same grid, and
+the checkpoints of every run are measured. The same command resumes after an interruption and retries what failed. A task is a file
+<task>.yaml in this folder.
 """
 
 import argparse
@@ -32,20 +32,20 @@ from tdpo.distributed.signals import forwarded  # noqa: E402
 def main() -> None:
     parser = argparse.ArgumentParser(description="Reward against KL for DPO, TDPO1 and TDPO2.")
     parser.add_argument("--task", default="reviews", choices=sorted(path.stem for path in HERE.glob("*.yaml")))
-    parser.add_argument("--out", default=None, help="folder of the runs and results (default: runs/frontier-<task>)")
-    parser.add_argument("--workers", type=int, default=None, help="runs at the same time (default: GPUs, or else CPU cores)")
+    parser.add_argument("--out", default=None, help="folder for the runs and results (default: runs/frontier-<task>)")
+    parser.add_argument("--workers", type=int, default=None, help="number of jobs at the same time (default: GPUs, otherwise CPU cores)")
     parser.add_argument(
-        "--methods", type=lambda names: names.split(","), help="some of the task's methods, as 'DPO,TDPO2 0.5' (default: all)"
+        "--methods", type=lambda names: names.split(","), help="some of the task's methods, for example 'DPO,TDPO2 0.5' (default: all)"
     )
-    parser.add_argument("overrides", nargs="*", help="keys of the task's file: seeds=[0,1,2,3]")
+    parser.add_argument("overrides", nargs="*", help="keys of the task's file, for example seeds=[0,1,2,3]")
     arguments = parser.parse_args()
     task = OmegaConf.load(HERE / f"{arguments.task}.yaml")
     given = OmegaConf.from_dotlist(arguments.overrides)
     if unknown := sorted(set(given) - set(task)):
-        sys.exit(f"error: unknown key {', '.join(unknown)}: {arguments.task}.yaml has {', '.join(task)}")
+        sys.exit(f"error: unknown key {', '.join(unknown)}: the keys of {arguments.task}.yaml are {', '.join(task)}")
     task = OmegaConf.merge(task, given)
     if unknown := sorted(set(arguments.methods or ()) - set(task.methods)):
-        sys.exit(f"error: --methods {', '.join(unknown)}: {arguments.task} has {', '.join(task.methods)}")
+        sys.exit(f"error: unknown --methods {', '.join(unknown)}: the methods of {arguments.task} are {', '.join(task.methods)}")
     task.methods = {name: command for name, command in task.methods.items() if name in (arguments.methods or task.methods)}
     out = Path(arguments.out or f"runs/frontier-{arguments.task}").resolve()
     workers = arguments.workers or torch.cuda.device_count() or len(os.sched_getaffinity(0))
@@ -56,27 +56,27 @@ def main() -> None:
     failed = run_jobs("SFT, completions, pairs", prepared, workers, out, ["seed*/pairs/test.jsonl"], len(task.seeds))
     if failed:
         log = (out / "logs" / f"{failed[0]}.log").read_text().splitlines()
-        sys.exit("\n".join([*log[-3:], f"error: {', '.join(failed)} failed, see {out}/logs"]))
+        sys.exit("\n".join([*log[-3:], f"error: {', '.join(failed)} failed, see '{out}/logs'"]))
     swept = [[train_step(task, out, name), measure_step(task, out, name)] for name in task.methods]
     runs = len(task.methods) * len(task.seeds) * len(task.betas) * len(task.lrs)
     failed = run_jobs("Training and measuring", swept, workers, out, ["*/*/LATEST/hf", "*/*/measured.json"], len(task.seeds) + 2 * runs)
     reported = run_script("experiments/frontier/report.py", str(out))
     if not reported:
-        print(f"{(time.monotonic() - began) / 60:.1f} minutes; results in {out}")
+        print(f"{(time.monotonic() - began) / 60:.1f} minutes; results in '{out}'")
     if failed:
-        tail = f"see {out}/logs: {', '.join(failed)}; the same command tries again"
-        sys.exit(f"error: {len(failed)} of the sweep's parts did not end well, {tail}")
+        tail = f"see '{out}/logs': {', '.join(failed)}; run the same command again to retry"
+        sys.exit(f"error: {len(failed)} steps failed, {tail}")
 
 
 class Step(NamedTuple):
-    """A process, and the name of its log."""
+    """One subprocess of the experiment."""
 
-    name: str
-    command: list[str]
+    name: str  # also the name of its log
+    command: list[str]  # script and arguments
 
 
 def preparation(task: DictConfig, out: Path, seed: int) -> list[Step]:
-    """A seed's SFT model, its completions of the train and test prompts, and pairs of them."""
+    """Return the steps that prepare a seed: SFT, completions of the train and test prompts, pairs."""
     folder = out / f"seed{seed}"
     run = f"local_run_dir={folder}/sft"
     steps = [Step(f"seed{seed}_sft", ["train.py", *task.common, *task.sft, "loss=sft", "exp_name=sft", f"seed={seed}", run, "resume=auto"])]
@@ -90,11 +90,12 @@ def preparation(task: DictConfig, out: Path, seed: int) -> list[Step]:
 
 
 def reward_of(task: DictConfig) -> list[str]:
+    """Return the --reward argument of pairs.py and measure.py; empty for the gold reward of the data."""
     return [] if task.reward is None else [f"--reward={task.reward}"]
 
 
 def train_step(task: DictConfig, out: Path, name: str) -> Step:
-    """A method's runs, a sweep of Hydra's (--multirun): where one fails, the others go on."""
+    """Return the step that trains all runs of a method as a Hydra sweep (--multirun): if one run fails, the others continue."""
     base = f"{out}/seed${{seed}}"
     data = ["datasets=[jsonl]", f"datasets.jsonl.path='{base}/pairs/train.jsonl'", f"datasets.jsonl.eval_path='{base}/pairs/test.jsonl'"]
     grid = [f"seed={','.join(map(str, task.seeds))}", f"loss.beta={','.join(map(str, task.betas))}", f"lr={','.join(map(str, task.lrs))}"]
@@ -107,23 +108,30 @@ def train_step(task: DictConfig, out: Path, name: str) -> Step:
 
 
 def measure_step(task: DictConfig, out: Path, name: str) -> Step:
+    """Return the step that measures all runs of a method."""
     sizes = [f"--n_prompts={task.n_prompts}", f"--n={task.n}", f"--batch_size={task.batch_size}"]
     command = ["experiments/frontier/measure.py", str(out / slug(name)), *sizes, *reward_of(task)]
     return Step(f"{slug(name)}_measure", command)
 
 
 def slug(name: str) -> str:
+    """Return a method's name as part of a path."""
     return name.lower().replace(" ", "_")
 
 
 def run_jobs(title: str, jobs: Sequence[Sequence[Step]], workers: int, out: Path, marks: Sequence[str], total: int) -> list[str]:
-    """Run every job's steps one after another, `workers` jobs at a time, on a share of the cores or a GPU each.
+    """Run the jobs, `workers` at a time, each with its share of the CPU cores or with one GPU.
 
     Args:
-        marks: patterns of the files in `out` by which progress is counted, to `total`.
+        title: label of the progress bar.
+        jobs: the steps of each job, run one after another; steps after a failed one are still run.
+        workers: number of jobs at the same time.
+        out: folder of the experiment.
+        marks: glob patterns in `out`; the number of matching files is the progress.
+        total: that number at the end.
 
     Returns:
-        names of the steps that failed; what comes after them is run all the same.
+        the names of the steps that failed.
     """
     waiting: queue.SimpleQueue = queue.SimpleQueue()
     for job in jobs:
@@ -147,12 +155,12 @@ def run_jobs(title: str, jobs: Sequence[Sequence[Step]], workers: int, out: Path
             time.sleep(0.5)
             progress.update(sum(len(list(out.glob(mark))) for mark in marks) - progress.n)
     if received:
-        sys.exit(128 + received[0])  # the same command goes on
+        sys.exit(128 + received[0])  # the same command resumes
     return failed
 
 
 def environment_of(worker: int, workers: int) -> dict[str, str]:
-    """A worker's share of the machine."""
+    """Return the environment of a worker: its number of CPU threads and, if there are GPUs, its GPU."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // workers))}
     if torch.cuda.is_available():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
@@ -161,7 +169,7 @@ def environment_of(worker: int, workers: int) -> dict[str, str]:
 
 
 def ended_badly(step: Step, out: Path, environment: dict[str, str]) -> bool:
-    """Run a script of the repository; its output goes to a log."""
+    """Run a step with its output in logs/<name>.log. Return whether it failed."""
     script, *arguments = step.command
     try:
         with open(out / "logs" / f"{step.name}.log", "w") as log:

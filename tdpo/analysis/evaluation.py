@@ -1,4 +1,4 @@
-"""Measures of a trained model, on pairs and on what it writes; each by example, and with the interval of its mean.
+"""Measures of a trained model on pairs and on its own samples: one value per example, then the mean with its confidence interval.
 
 log-ratio r = log pi(y|x) - log pi_ref(y|x); SeqKL = sum_t KL(pi_ref || pi); both in nats.
 """
@@ -20,10 +20,10 @@ from tdpo.losses import Objective, ResponseScores
 from tdpo.scoring.token_statistics import TokenStatistics, token_statistics
 from tdpo.utils import batched
 
-RESAMPLES = 1000
-LEVEL = 0.95
+RESAMPLES = 1000  # of the bootstrap
+LEVEL = 0.95  # of the confidence interval
 
-# What each measure is, in the order of the table.
+# Meaning of each measure, in the order of the table.
 MEASURES = {
     "accuracy/logratio": "pairs with r(chosen) > r(rejected)",
     "accuracy/reward": "pairs with r + SeqKL greater for chosen: rewards_*/accuracies of TDPO, as published",
@@ -36,24 +36,24 @@ MEASURES = {
     "samples/reward": "reward of the model's own texts",
     "samples/kl": "KL(pi || pi_ref) of whole responses, nats",
     "samples/entropy": "entropy of pi at a response token, nats, mean over a text's response tokens",
-    "samples/entropy_fdpo": "the same over all tokens of all texts together, prompts included, as f-DPO's code has it",
+    "samples/entropy_fdpo": "the same, averaged over all tokens of all texts together, prompts included, as in f-DPO's code",
     "samples/tokens": "response tokens of a text",
     "samples/distinct_1": "distinct words of a prompt's texts / all their words",
-    "samples/distinct_2": "the same of pairs of words",
+    "samples/distinct_2": "the same for pairs of consecutive words",
     "samples/self_bleu": "BLEU of a text against the prompt's other texts, 0 to 100; lower is more diverse",
 }
 
 
 class Estimate(NamedTuple):
-    """A mean over examples, and the interval in which it would lie with other examples."""
+    """A mean with its confidence interval."""
 
     mean: float
     low: float
     high: float
-    examples: int  # prompts
+    examples: int  # number of prompts
 
     def as_json(self) -> dict[str, Optional[float]]:
-        """JSON has no NaN."""
+        """Return the fields by name, with None for NaN, which JSON does not have."""
         return {name: None if math.isnan(value) else value for name, value in self._asdict().items()}
 
     def __str__(self) -> str:
@@ -62,19 +62,27 @@ class Estimate(NamedTuple):
 
 
 def by_prompt(values: np.ndarray, prompts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """(means, weights) of each prompt's pairs, which are no independent examples; their weighted mean is that over pairs."""
+    """Average the pairs of each prompt, since pairs of one prompt are not independent examples.
+
+    Args:
+        values: one per pair.
+        prompts: the prompt of each pair.
+
+    Returns:
+        (means, counts), one per prompt; the mean weighted by the counts equals the mean over pairs.
+    """
     _, owner = np.unique(prompts, return_inverse=True)
     counts = np.bincount(owner)
     return np.bincount(owner, np.asarray(values, dtype=np.float64)) / counts, counts
 
 
 def estimate(values: np.ndarray, weights: Optional[np.ndarray] = None, seed: int = 0) -> Estimate:
-    """The mean, with its percentile bootstrap interval over examples.
+    """Return the mean with its percentile bootstrap interval; the interval of a single value is NaN.
 
     Args:
-        values: one an example.
-        weights: of the examples in a weighted mean.
-        seed: of the bootstrap.
+        values: one per prompt.
+        weights: weight of each value in the mean; None: all equal.
+        seed: seed of the bootstrap.
     """
     values = np.asarray(values, dtype=np.float64)
     weights = np.ones_like(values) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -92,7 +100,15 @@ def estimate(values: np.ndarray, weights: Optional[np.ndarray] = None, seed: int
 
 
 def of_responses(statistics: TokenStatistics, counts: Sequence[int]) -> dict[str, np.ndarray]:
-    """Sums over the tokens of each response, in float64; `counts` are their tokens."""
+    """Sum the statistics over the tokens of each response, in float64.
+
+    Args:
+        statistics: of N tokens, each (N,), nats.
+        counts: number of tokens of each response; their sum is N.
+
+    Returns:
+        statistic -> (number of responses,).
+    """
     owner = np.repeat(np.arange(len(counts)), counts)
     return {
         name: np.bincount(owner, values.double().cpu().numpy(), minlength=len(counts))
@@ -110,12 +126,18 @@ def measure_pairs(
     fast: bool,
     batch_size: int,
 ) -> dict[str, np.ndarray]:
-    """Measures of pairs, a value each.
+    """Compute accuracies and divergences on pairs.
 
     Args:
-        objective: with which the policy was trained; None where it was trained with none of pairs, or that is not known.
-        fast: see scoring.token_statistics.
+        policy, reference: models on the same device.
+        objective: the loss that the policy was trained with; None if unknown or not a loss on pairs: accuracy/logit is then left out.
+        split: the tokenized data.
+        examples: pairs of it.
+        fast: score the responses of a prompt in one packed row, see `token_statistics`.
         batch_size: pairs at a time.
+
+    Returns:
+        measure -> one value per pair.
     """
     found: list[dict[str, np.ndarray]] = []
     for _, some in tqdm.tqdm(batched(examples, batch_size), "Scoring pairs", leave=False, disable=None):
@@ -145,13 +167,18 @@ def measure_pairs(
 def measure_samples(
     policy: nn.Module, reference: Optional[nn.Module], rows: Sequence[Mapping], reward: Optional[Reward], fast: bool, batch_size: int
 ) -> dict[str, tuple[np.ndarray, Optional[np.ndarray]]]:
-    """Measures of what the policy wrote: of each prompt the mean over its texts, and weights, where the mean over prompts has some.
+    """Compute entropy, length, KL and reward of the policy's samples, averaged over the texts of each prompt.
 
     Args:
-        rows: of sampling.sample_batch, drawn from the policy's own distribution; of each prompt equally many.
-        reward: None where there is none.
-        fast: see scoring.token_statistics.
+        policy: the model that wrote the texts.
+        reference: None: samples/kl is left out.
+        rows: output of sampling.sample_batch, drawn from the policy's own distribution, equally many per prompt.
+        reward: None: samples/reward is left out.
+        fast: score the texts of a prompt in one packed row, see `token_statistics`.
         batch_size: prompts at a time.
+
+    Returns:
+        measure -> (one value per prompt, weights of the prompts or None for equal weights).
     """
     n = texts_of_a_prompt(rows)
     prompts = [texts for _, texts in batched(rows, n)]
@@ -177,11 +204,18 @@ def measure_samples(
 def measure_whole_texts(
     policy: nn.Module, rows: Sequence[Mapping], fast: bool, batch_size: int
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Entropy as f-DPO's code averages it (its metrics/imdb): over all tokens of all texts together, prompts too. Arguments as above."""
+    """Compute the entropy as f-DPO's code (its metrics/imdb) averages it: over all tokens of all texts together, prompts included.
+
+    Args:
+        policy, rows, fast, batch_size: as for `measure_samples`.
+
+    Returns:
+        measure -> (one value per prompt, number of its tokens as weight).
+    """
     totals, counts = [], []
     for _, some in batched(rows, batch_size * texts_of_a_prompt(rows)):
         texts = [row["prompt_ids"] + row["completion_ids"] for row in some]
-        whole = [(ids[:1], [ids[1:]]) for ids in texts]  # nothing predicts a text's first token
+        whole = [(ids[:1], [ids[1:]]) for ids in texts]  # the first token of a text is not predicted
         counts += [len(ids) - 1 for ids in texts]
         totals.append(of_responses(token_statistics(policy, None, whole, fast), counts[-len(some) :])["entropy"])
     by_prompt = (np.concatenate(totals), np.array(counts))
@@ -190,7 +224,14 @@ def measure_whole_texts(
 
 
 def measure_diversity(rows: Sequence[Mapping]) -> dict[str, tuple[np.ndarray, None]]:
-    """Of the same rows, of each prompt: how much its texts differ."""
+    """Compute how much the texts of each prompt differ: distinct-1, distinct-2 and, for two or more texts, self-BLEU.
+
+    Args:
+        rows: as for `measure_samples`.
+
+    Returns:
+        measure -> (one value per prompt, None).
+    """
     n = texts_of_a_prompt(rows)
     prompts = [[row["completion"] for row in some] for _, some in batched(rows, n)]
     words = [[text.split() for text in texts] for texts in prompts]
@@ -201,23 +242,28 @@ def measure_diversity(rows: Sequence[Mapping]) -> dict[str, tuple[np.ndarray, No
 
 
 def texts_of_a_prompt(rows: Sequence[Mapping]) -> int:
+    """Return the number of texts per prompt."""
     return sum(row["index"] == rows[0]["index"] for row in rows)
 
 
 def distinct(texts: Sequence[Sequence[str]], k: int) -> float:
-    """Distinct runs of k words in the texts / all of them (Li et al. 2016, distinct-k); 1 where there are none."""
+    """Return distinct-k (Li et al. 2016): distinct k-grams of words / all k-grams of the texts; 1 if there are none."""
     grams = [gram for words in texts for gram in zip(*(words[i:] for i in range(k)))]
     return len(set(grams)) / len(grams) if grams else 1.0
 
 
 def self_bleu(texts: Sequence[str]) -> float:
-    """The mean over texts of sentence BLEU against the others (Zhu et al. 2018), 0 to 100."""
+    """Return self-BLEU (Zhu et al. 2018): the mean sentence BLEU of each text against the others, 0 to 100."""
     bleu = sacrebleu.BLEU(effective_order=True)
     return float(np.mean([bleu.sentence_score(text, [*texts[:i], *texts[i + 1 :]]).score for i, text in enumerate(texts)]))
 
 
 def table_of(results: Mapping[str, Mapping[str, Estimate]]) -> str:
-    """A Markdown table, a column a model, in the order of MEASURES; and below what each row is."""
+    """Format results as a Markdown table with one column per model, followed by the meaning of each row.
+
+    Args:
+        results: model name -> measure -> estimate.
+    """
     rows = [name for name in MEASURES if any(name in measures for measures in results.values())]
     lines = [f"| | {' | '.join(results)} |", "|---|" + "---:|" * len(results)]
     lines += [f"| {row} | {' | '.join(str(measures.get(row, '-')) for measures in results.values())} |" for row in rows]

@@ -1,4 +1,4 @@
-"""What a run's own numbers say to the questions that are asked most of preference training, in words."""
+"""Findings about a run, in words: answers from its logs to the questions most often asked about preference training."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,38 +6,40 @@ from typing import NamedTuple, Optional
 
 from tdpo.training.metrics import start_difference
 
-# Where a finding begins; the sentences state them.
-SANE = 1e-3  # nats, at the first step
-FALL = 1.0  # nats that the log-probability of chosen falls
-PART = 0.05  # accuracy lost since its best, while the margin grew
-RUNAWAY = 1.5  # SeqKL at the end over that at three quarters of the run
-HIGH_KL = 10.0  # nats a response, below which growth is no concern
+# Thresholds. Each finding states those that it uses.
+SANE = 1e-3  # largest |reward| or SeqKL (nats) at the start
+FALL = 1.0  # nats by which the log-probability of chosen responses may fall
+PART = 0.05  # accuracy that may be lost since the best eval while the margin grows
+RUNAWAY = 1.5  # SeqKL at the end / SeqKL after three quarters of the run
+HIGH_KL = 10.0  # nats per response; SeqKL below it is no concern, however fast it grows
 
 
 class Finding(NamedTuple):
-    """One answer."""
+    """One statement about a run."""
 
-    concern: bool  # whether to look at it; else all is as it should be
+    concern: bool  # whether it needs attention; False: all is as expected
     text: str
 
 
 class Curve(NamedTuple):
-    """Of one metric."""
+    """The values of one metric over the evals of a run."""
 
     examples: list[int]
     values: list[float]
 
     def at(self, examples: float) -> float:
-        """The last value logged by then; the first one before."""
+        """Return the last value logged at or before `examples`; the first value if there is none."""
         return next((value for x, value in zip(reversed(self.examples), reversed(self.values)) if x <= examples), self.values[0])
 
 
 def findings(logs: Sequence[Mapping], implicit_rewards: bool = True) -> list[Finding]:
-    """Answers for a run, of its evals: train steps are each of other pairs, and say more about these than about the policy.
+    """Return the findings about a run.
+
+    Trends are taken from the evals, which all use the same pairs. Each train step has other pairs, so its values vary with them.
 
     Args:
-        logs: of metrics.jsonl.
-        implicit_rewards: whether the loss's rewards compare with the reference.
+        logs: lines of metrics.jsonl.
+        implicit_rewards: whether the rewards of the loss compare with the reference, and so are 0 at the start.
     """
     evals = [log for log in logs if log["split"] == "eval"]
     answers = [_finite(logs), _start(logs) if implicit_rewards else None]
@@ -52,16 +54,16 @@ def _curve(evals: Sequence[Mapping], name: str) -> Optional[Curve]:
 
 
 def _finite(logs: Sequence[Mapping]) -> Optional[Finding]:
-    """JSON has null for what is not finite."""
+    """Count the values that are not finite, which the JSON logs hold as null."""
     places = [(name, log["counters/examples"]) for log in logs for name, value in log.items() if value is None]
     if not places:
         return None
     name, examples = places[0]
-    return Finding(True, f"{len(places)} logged values are not finite, the first is {name} after {examples:,} examples.")
+    return Finding(True, f"{len(places)} logged values are NaN or infinite, first {name} after {examples:,} examples; curves omit them.")
 
 
 def _start(logs: Sequence[Mapping]) -> Optional[Finding]:
-    """At the first step policy and reference are the same."""
+    """Check that policy and reference are the same model at the start: first train step, else an eval before it."""
     first = next((log for log in logs if "rewards_train/chosen" in log and log.get("counters/updates") == 1), None)
     if first is None:
         first = next((log for log in logs if "rewards_eval/chosen" in log and log["counters/examples"] == 0), None)
@@ -69,11 +71,13 @@ def _start(logs: Sequence[Mapping]) -> Optional[Finding]:
         return None
     worst = start_difference(first, first["split"])
     if worst == math.inf:
-        return Finding(True, "At the start rewards or SeqKL are not finite.")
+        return Finding(True, "At the start, rewards or SeqKL are NaN or infinite: check weights and dtype of policy and reference.")
     if worst > SANE:
-        cause = "policy and reference differ in dtype or weights"
-        return Finding(True, f"At the start rewards or SeqKL are {worst:.3g}, not 0 (to {SANE:g}): {cause}.")
-    return Finding(False, f"The start is sane: rewards and SeqKL are 0 (to {SANE:g}), so policy and reference are the same model.")
+        cause = "policy and reference differ in weights or dtype"
+        return Finding(True, f"At the start, rewards or SeqKL reach {worst:.3g} instead of 0 (tolerance {SANE:g}): {cause}.")
+    return Finding(
+        False, f"At the start, rewards and SeqKL are 0 (tolerance {SANE:g}), as they should be: policy and reference are the same model."
+    )
 
 
 def _chosen(evals: Sequence[Mapping]) -> Optional[Finding]:
@@ -81,12 +85,14 @@ def _chosen(evals: Sequence[Mapping]) -> Optional[Finding]:
     if chosen is None or rejected is None:
         return None
     change, other = (x.values[-1] - x.values[0] for x in (chosen, rejected))
-    both = f"log-probability of chosen {change:+.1f} nats, of rejected {other:+.1f}; the limit is {-FALL:+g}"
+    both = f"log-probability from first to last eval: chosen {change:+.1f} nats, rejected {other:+.1f}; threshold for chosen {-FALL:+g}"
     if change >= -FALL:
-        return Finding(False, f"Chosen responses do not get less likely ({both}).")
+        return Finding(False, f"Chosen responses did not become less likely ({both}).")
     if other < change:
-        return Finding(False, f"Chosen responses get less likely ({both}): usual for these losses, which train the difference alone.")
-    return Finding(True, f"Chosen responses get less likely, and rejected ones do not fall further ({both}).")
+        return Finding(
+            False, f"Chosen responses became less likely, but rejected ones fell further ({both}): common, as the loss trains the margin."
+        )
+    return Finding(True, f"Chosen responses became less likely, and rejected ones did not fall further ({both}): the margin did not grow.")
 
 
 def _overoptimization(evals: Sequence[Mapping]) -> Optional[Finding]:
@@ -95,11 +101,13 @@ def _overoptimization(evals: Sequence[Mapping]) -> Optional[Finding]:
         return None
     best = max(range(len(accuracy.values)), key=accuracy.values.__getitem__)
     lost, grown = accuracy.values[best] - accuracy.values[-1], margin.values[-1] - margin.at(accuracy.examples[best])
-    numbers = f"accuracy {accuracy.values[best]:.3f} at its best, after {accuracy.examples[best]:,} examples, "
-    numbers += f"{accuracy.values[-1]:.3f} at the end; the limit is a loss of {PART:g}"
+    numbers = f"{accuracy.values[best]:.3f} at its best, after {accuracy.examples[best]:,} examples, "
+    numbers += f"{accuracy.values[-1]:.3f} at the last eval; threshold: a fall of {PART:g}"
     if lost > PART and grown > 0:
-        return Finding(True, f"Reward and accuracy part ({numbers}), while the margin grew by {grown:.2f}: over-optimized.")
-    return Finding(False, f"Reward and accuracy do not part ({numbers}).")
+        return Finding(True, f"Sign of over-optimization: reward accuracy fell ({numbers}), while the reward margin grew by {grown:.2f}.")
+    return Finding(
+        False, f"No sign of over-optimization: reward accuracy did not fall beyond the threshold while the margin grew ({numbers})."
+    )
 
 
 def _runaway(evals: Sequence[Mapping]) -> Optional[Finding]:
@@ -108,8 +116,11 @@ def _runaway(evals: Sequence[Mapping]) -> Optional[Finding]:
         return None
     role, worst = max(curves.items(), key=lambda item: item[1].values[-1])
     end, before = worst.values[-1], worst.at(0.75 * worst.examples[-1])
-    numbers = f"SeqKL of {role} {before:.1f} nats at three quarters of the run, {end:.1f} at its end; "
-    numbers += f"the limits are {HIGH_KL:g} nats and {RUNAWAY:g} times"
+    numbers = f"{role} responses: {before:.1f} nats after three quarters of the run, {end:.1f} at its end; "
+    numbers += f"thresholds: {HIGH_KL:g} nats and a factor of {RUNAWAY:g}"
     if end > HIGH_KL and end > RUNAWAY * before:
-        return Finding(True, f"KL runs away ({numbers}): a larger alpha or beta, or a smaller lr.")
-    return Finding(False, f"KL does not run away ({numbers}).")
+        return Finding(
+            True,
+            f"SeqKL rose sharply ({numbers}): the policy drifts from the reference. Try a larger beta (TDPO2: or alpha), or a smaller lr.",
+        )
+    return Finding(False, f"SeqKL did not rise sharply ({numbers}).")

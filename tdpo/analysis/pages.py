@@ -1,4 +1,4 @@
-"""Pages of one file, without a network: templates/<name>.html, filled."""
+"""Self-contained HTML pages: each is one file that needs no network."""
 
 import os
 
@@ -8,7 +8,13 @@ TEMPLATES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "templates"
 
 
 def write_page(name: str, out: str, **values: object) -> None:
-    """Write a page; `values` are what its template names."""
+    """Render a template to a file.
+
+    Args:
+        name: templates/<name>.html.
+        out: path of the page.
+        values: the variables of the template.
+    """
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True)
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)

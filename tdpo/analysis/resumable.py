@@ -1,4 +1,4 @@
-"""A file of JSON lines that is written batch by batch, and gone on with where it was interrupted."""
+"""A file of JSON lines that is written in batches and can be resumed after an interruption."""
 
 import json
 import os
@@ -11,12 +11,12 @@ from tdpo.utils import RunError, UserError, try_lock
 
 
 class ResumableJsonl:
-    """Rows in a file; beside it, in <out>.settings.json, what they depend on. No other process writes it while it is entered.
+    """A context manager for the file. <out>.settings.json records what the rows depend on; a lock on it keeps other processes out.
 
     Args:
-        out: the file, new, or one that this class has begun.
-        identity: what the rows depend on, as JSON.
-        rows_of_batch: how many rows each batch has.
+        out: the file: a new one, or one that this class has started.
+        identity: everything that determines the rows, JSON-serializable.
+        rows_of_batch: number of rows of each batch.
     """
 
     def __init__(self, out: str, identity: Mapping[str, Any], rows_of_batch: Sequence[int]):
@@ -24,15 +24,15 @@ class ResumableJsonl:
         self.beside = f"{out}.settings.json"
 
     def __enter__(self) -> "ResumableJsonl":
-        """Cut the file back to whole batches; `done` is their number.
+        """Open the file and drop an incomplete last batch; `done` is the number of complete batches.
 
         Raises:
-            UserError: the file is of other settings, or of none; another process writes it; or it cannot be written.
+            UserError: the file has other or no settings, another process is writing it, or it cannot be written.
         """
         check_writable(self.beside)
         if os.path.exists(self.out) and os.path.getsize(self.out) and not os.path.getsize(self.beside):
             os.remove(self.beside)
-            raise UserError(f"out={self.out} exists, and is none that sample.py has begun: choose another file")
+            raise UserError(f"out={self.out} exists but was not written by sample.py: give out=<another file>")
         self.settings = open(self.beside, "r+")  # noqa: SIM115 (closed by __exit__)
         try:
             self.done = self._go_on()
@@ -45,20 +45,23 @@ class ResumableJsonl:
         self.settings.close()
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write rows behind those that are there.
+        """Append rows to the file.
+
+        Args:
+            rows: the rows of one or more batches.
 
         Raises:
-            RunError: they cannot be written.
+            RunError: the file cannot be written.
         """
         try:
             with open(self.out, "a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
         except OSError as error:
-            raise RunError(f"out={self.out} cannot be written: {error}; the same command goes on from here") from None
+            raise RunError(f"out={self.out} cannot be written: {error}; run the same command again to resume") from None
 
     def _go_on(self) -> int:
         if not try_lock(self.settings.fileno()):
-            raise UserError(f"out={self.out}: another process writes it: wait for it, or choose another file")
+            raise UserError(f"out={self.out} is being written by another process: wait for it to end, or give out=<another file>")
         check_writable(self.out)
         if not os.path.getsize(self.out):
             self.settings.truncate(0)
@@ -69,13 +72,14 @@ class ResumableJsonl:
         with suppress(ValueError):
             before = json.load(self.settings)
         if not isinstance(before, dict):
-            raise UserError(f"{self.beside} cannot be read, so what {self.out} depends on is not known: choose another file")
+            raise UserError(f"'{self.beside}' cannot be read, so the settings of '{self.out}' are unknown: give out=<another file>")
         if differing := sorted(key for key in {*before, *self.identity} if before.get(key) != self.identity.get(key)):
-            raise UserError(f"out={self.out} was begun with another {', '.join(differing)}: choose another file")
+            raise UserError(f"out={self.out} was started with different settings ({', '.join(differing)}): give out=<another file>")
         with open(self.out, "rb+") as file:
             return self._cut_to_whole_batches(file)
 
     def _cut_to_whole_batches(self, file: BinaryIO) -> int:
+        """Truncate the file to its complete batches and return their number."""
         ends = [end for end, whole in _lines(file) if whole]
         done = rows = 0
         while done < len(self.rows_of_batch) and rows + self.rows_of_batch[done] <= len(ends):
@@ -85,7 +89,7 @@ class ResumableJsonl:
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, bool]]:
-    """Where each line ends, in bytes, and whether it does."""
+    """Yield for each line the byte offset of its end, and whether it ends with a newline (an interrupted write leaves none)."""
     end = 0
     for line in file:
         end += len(line)

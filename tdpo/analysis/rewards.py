@@ -1,4 +1,4 @@
-"""What a text is worth: the gold reward of a dataset, or a classifier's probability."""
+"""Rewards of texts: the gold reward of a dataset, or the probability that a classifier gives."""
 
 from collections.abc import Callable, Sequence
 from typing import Optional
@@ -10,28 +10,30 @@ from tdpo.data import reviews
 from tdpo.data.rows import read_rows
 from tdpo.utils import UserError
 
-Reward = Callable[[Sequence[str]], list[float]]  # of whole texts, prompt included
+Reward = Callable[[Sequence[str]], list[float]]  # texts (prompt and response) -> one reward per text
 
-GOLD = {"reviews": reviews.gold_reward}  # by dataset
-BATCH = 64  # texts at a time
+GOLD = {"reviews": reviews.gold_reward}  # dataset name -> reward of one text
+BATCH = 64  # texts per forward pass of the classifier
 
 
 def gold_reward_of(datasets: Sequence[str]) -> Optional[Reward]:
-    """Of these datasets together; None where there is none, or they have different ones."""
+    """Return the gold reward that the datasets share; None if one has no gold reward, or they have different ones."""
     functions = {GOLD.get(name) for name in datasets}
     function = functions.pop() if len(functions) == 1 else None
     return None if function is None else lambda texts: [function(text) for text in texts]
 
 
 def reward_model(name: str, device: torch.device, cache_dir: Optional[str]) -> Reward:
-    """P(positive) by a classifier.
+    """Return a reward that is a classifier's P(positive).
 
     Args:
-        name: a sequence classifier of two labels on the Hugging Face hub or in a folder; or logistic:<data>, a logistic regression of
-            words and pairs of words that is fitted to the train rows {text, label} of a file, a folder or a dataset on the hub.
+        name: a sequence classifier with two labels on the Hugging Face hub or in a folder; or logistic:<data>, a logistic regression on
+            words and word pairs, fitted to the train rows {text, label} of a file, a folder or a dataset on the hub.
+        device: where the classifier runs.
+        cache_dir: where downloads are kept.
 
     Raises:
-        UserError: it cannot be loaded, or not be fitted.
+        UserError: the classifier cannot be loaded or fitted.
     """
     if name.startswith("logistic:"):
         return _logistic(name.removeprefix("logistic:"), cache_dir)
@@ -42,8 +44,8 @@ def reward_model(name: str, device: torch.device, cache_dir: Optional[str]) -> R
         raise UserError(f"reward={name} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
     labels = classify.model.config.id2label
     if len(labels) != 2:
-        raise UserError(f"reward={name} has {len(labels)} labels; a reward needs two, negative and positive")
-    positive = next((label for label in labels.values() if "POS" in label.upper()), labels[1])  # else the second, as is usual
+        raise UserError(f"reward={name} has {len(labels)} labels: give a classifier with two, negative and positive")
+    positive = next((label for label in labels.values() if "POS" in label.upper()), labels[1])  # by convention label 1, if no name tells
 
     def rewards(texts: Sequence[str]) -> list[float]:
         scored = classify(list(texts), batch_size=BATCH)
@@ -60,7 +62,7 @@ def _logistic(path: str, cache_dir: Optional[str]) -> Reward:
     rows = [row.fields or {} for row in read_rows(path, "train", None, cache_dir)]
     examples = [(row["text"], row["label"]) for row in rows if isinstance(row.get("text"), str) and row.get("label") in (0, 1)]
     if len({label for _, label in examples}) < 2:
-        raise UserError(f"reward=logistic:{path}: rows {{text, label}} with labels 0 and 1 are needed")
+        raise UserError(f"reward=logistic:{path} lacks examples of both labels: it needs rows {{text, label}} with labels 0 and 1")
     model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True), LogisticRegression(C=10.0, max_iter=1000))
     try:
         model.fit(*zip(*examples))

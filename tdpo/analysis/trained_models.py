@@ -1,4 +1,4 @@
-"""A trained model to look at: of a run's folder, of one of its checkpoints, or of a Hugging Face folder."""
+"""Load a trained model for evaluation: from a run folder, one of its checkpoints, or a Hugging Face folder."""
 
 import os
 from collections.abc import Sequence
@@ -20,23 +20,28 @@ log = get_logger(__name__)
 
 
 class Trained(NamedTuple):
-    """Where a model lies, and what is known of how it was trained."""
+    """Where a model's weights are, and what is known about its training."""
 
     name: str  # for tables: the path as it was given
-    model: DictConfig  # the config's node, with model.archive the trained weights
+    model: DictConfig  # the config's `model`, in which `archive` is the trained weights
     config: Optional[DictConfig]  # of the run; None for a Hugging Face folder
-    reference: Optional[DictConfig]  # the node of the weights that training started from; None: not known, or random ones
-    reference_identity: str = ""  # a fingerprint of them; "" where the run has noted none
+    reference: Optional[DictConfig]  # `model` with the weights that training started from; None: unknown or random
+    reference_identity: str = ""  # fingerprint of those weights; "" if the run has recorded none
 
     def length(self, key: str, given: Optional[int]) -> int:
-        """max_length or max_prompt_length: what is given, else the run's, else config/config.yaml's default."""
+        """Return `given`, else the run's value, else the default of config/config.yaml.
+
+        Args:
+            key: max_length or max_prompt_length.
+            given: tokens, or None.
+        """
         return given or (OmegaConf.load(os.path.join(CONFIG_DIR, "config.yaml")) if self.config is None else self.config)[key]
 
     def lengths(self, max_length: Optional[int], max_prompt_length: Optional[int]) -> tuple[int, int]:
-        """Both.
+        """Return max_length and max_prompt_length in tokens; None takes the value as `length` does.
 
         Raises:
-            UserError: they leave no room for a response.
+            UserError: max_prompt_length leaves no room for a response.
         """
         most, prompt = self.length("max_length", max_length), self.length("max_prompt_length", max_prompt_length)
         if prompt >= most:
@@ -44,30 +49,32 @@ class Trained(NamedTuple):
         return most, prompt
 
     def datasets(self, given: Optional[DictConfig]) -> dict:
-        """Options of datasets by name: those given, else the run's.
+        """Return dataset name -> options: `given`, else the run's datasets.
 
         Raises:
-            UserError: neither is there.
+            UserError: nothing is given, and the model is not that of a run.
         """
         if given is None and self.config is None:
-            raise UserError(f"run={self.name} is no run's folder, which would name its data: give datasets=[...]")
+            raise UserError(f"run={self.name} is not a run folder, so its datasets are unknown: give datasets=[...]")
         return OmegaConf.to_container(self.config.datasets if given is None else given)
 
     def objective(self) -> Optional[Objective]:
-        """Of pairs alone, with which the model was trained; None where it needs more of the data, or is not known."""
+        """Return the objective that the model was trained with, if it can be evaluated on plain pairs; None otherwise or if unknown."""
         objective = None if self.config is None else _objective_of(self.config)
         return objective if objective is not None and objective.roles == PAIRS.roles and not objective.needs_ratings else None
 
     def moved_its_reference(self) -> bool:
+        """Whether training replaced or updated the reference (sDPO, TR-DPO)."""
         return self.config is not None and (
             _objective_of(self.config).stages > 1 or OmegaConf.select(self.config, "reference.update_every") is not None
         )
 
     def cache_dir(self) -> str:
+        """Return the folder for downloads and tokenized data."""
         return get_local_dir(self.config.local_dirs if self.config is not None else [".cache"])
 
     def on_hub(self) -> list[Optional[str]]:
-        """What may have to come from there."""
+        """Return the names that may have to be downloaded from the Hugging Face hub."""
         return [self.model.name_or_path, self.model.tokenizer_name_or_path]
 
 
@@ -76,10 +83,13 @@ def _objective_of(config: DictConfig) -> Objective:
 
 
 def find_trained(path: str) -> Trained:
-    """The model of a run's folder (its newest checkpoint), of one of its checkpoints (step-N), or of a Hugging Face folder.
+    """Find the model of a run folder (its newest checkpoint), of one checkpoint (step-N), or of a Hugging Face folder.
+
+    Args:
+        path: the folder.
 
     Raises:
-        UserError: it is none of these.
+        UserError: the path is none of these.
     """
     folder = path.rstrip("/")
     if not os.path.isdir(folder):
@@ -92,33 +102,37 @@ def find_trained(path: str) -> Trained:
     policy, file = os.path.join(checkpoint, "policy.pt"), os.path.join(os.path.dirname(checkpoint), "config.yaml")
     missing = [name for name in (file, policy) if not os.path.exists(name)]
     if missing:
-        raise UserError(f"run={path}: neither a run's folder, nor one of its checkpoints, nor a Hugging Face folder: no {missing[0]}")
+        raise UserError(f"run={path} is not a run folder, a checkpoint or a Hugging Face folder: '{missing[0]}' does not exist")
     config = OmegaConf.load(file)
     model = OmegaConf.merge(config.model, {"archive": policy})
     archive, identity = config.model.archive, ""
-    if os.path.exists(os.path.join(checkpoint, PROGRESS)):  # an absolute path, whatever the folder in which the run was started
+    if os.path.exists(os.path.join(checkpoint, PROGRESS)):  # it records an absolute path; config.yaml may hold a relative one
         noted = read_progress(checkpoint).reference
         archive, identity = noted["archive"], noted["fingerprint"]
-    # What a loss without reference has started from will do as well.
+    # For a loss without reference, the weights that training started from serve as the reference.
     known = _objective_of(config).roles != SFT.roles and (archive is not None or config.model.from_config is None)
     return Trained(folder, model, config, OmegaConf.merge(config.model, {"archive": archive}) if known else None, identity)
 
 
 def find_all(paths: Union[str, Sequence[str]]) -> list[Trained]:
-    """Of a config's `run`, which is one or several."""
+    """Find the models of a config's `run`, which is one path or a list."""
     return [find_trained(path) for path in ([paths] if isinstance(paths, str) else paths)]
 
 
 class Inputs(NamedTuple):
-    """What eval.py and token_report.py are given."""
+    """The models that eval.py or token_report.py compares, and the data and lengths that they share."""
 
     models: list[Trained]
-    data: dict  # options of datasets by name
+    data: dict  # dataset name -> options
     lengths: tuple[int, int]  # max_length, max_prompt_length
 
 
 def find_inputs(config: DictConfig, others_on_hub: Sequence[Optional[str]] = ()) -> Inputs:
-    """Of a config with run, datasets, reference, max_length and max_prompt_length; the first run decides what is not given.
+    """Find the models, data and lengths that a config names.
+
+    Args:
+        config: with run, datasets, max_length, max_prompt_length and out; the first run's data and lengths are used if not given.
+        others_on_hub: further names that may have to be downloaded from the Hugging Face hub.
 
     Raises:
         UserError: see `find_trained`, `Trained`; or `out` cannot be written.
@@ -132,10 +146,13 @@ def find_inputs(config: DictConfig, others_on_hub: Sequence[Optional[str]] = ())
 
 
 def check_writable(out: Optional[str]) -> None:
-    """Before the work whose result it is for.
+    """Check that a file can be written, before the work starts whose result it will hold. Creates it if needed.
+
+    Args:
+        out: path of the file; None: nothing is checked.
 
     Raises:
-        UserError: this is no place for a file.
+        UserError: the file cannot be written.
     """
     if out is None:
         return
@@ -148,30 +165,36 @@ def check_writable(out: Optional[str]) -> None:
 
 
 class Loaded(NamedTuple):
-    """A trained model on the device, and what it started from."""
+    """A trained model and its reference, on the device."""
 
     policy: torch.nn.Module
     reference: Optional[torch.nn.Module]
     tokenizer: Any
-    fast: bool  # whether rows of several responses can be scored, see scoring.token_statistics
+    fast: bool  # whether several responses can be scored in one packed row, see `token_statistics`
 
 
 def load_compared(trained: Trained, archive: Optional[str], device: torch.device, max_length: int) -> Loaded:
-    """The model and its reference: weights of `archive`, else the run's own.
+    """Load the model and its reference.
+
+    Args:
+        trained: the model.
+        archive: weights of the reference; None: those that the run started from.
+        device: where both models run.
+        max_length: tokens of prompt and response that the models must accept.
 
     Raises:
-        UserError: weights or tokenizer are not there, do not fit, or are not those that the run started from.
+        UserError: weights or tokenizer are missing or do not fit, or the reference's weights have changed since the run started.
     """
     policy, tokenizer = load_trained(trained, device, max_length)
     node = trained.reference if archive is None else OmegaConf.merge(trained.model, {"archive": archive})
     reference = None
     if node is not None:
         if archive is None and trained.moved_its_reference():
-            log.info(f"{trained.name}: its reference has moved while it was trained; it is compared with the one that it started from")
+            log.info(f"{trained.name}: its reference was updated during training; it is compared with the initial one")
         reference = _built(node, trained.cache_dir(), tokenizer, reference_dtype(trained.model), max_length)
         if archive is None and trained.reference_identity not in ("", fingerprint(reference)):
             raise UserError(
-                f"run={trained.name}: {node.archive or node.name_or_path} no longer holds the weights that this run started from: "
+                f"run={trained.name}: '{node.archive or node.name_or_path}' no longer holds the weights that this run started from: "
                 "give reference=<weights>"
             )
         reference.to(device)
@@ -179,13 +202,15 @@ def load_compared(trained: Trained, archive: Optional[str], device: torch.device
 
 
 def load_trained(trained: Trained, device: torch.device, max_length: int = 1) -> tuple[torch.nn.Module, Any]:
-    """(model, tokenizer): the model on the device, in the dtype in which it computed, for evaluation.
+    """Return (model, tokenizer): the model on the device, without gradients, in the dtype in which it computed during training.
 
     Args:
-        max_length: tokens that the model must take.
+        trained: the model.
+        device: where it runs.
+        max_length: tokens of prompt and response that it must accept.
 
     Raises:
-        UserError: weights or tokenizer are not there, or do not fit.
+        UserError: weights or tokenizer are missing or do not fit.
     """
     tokenizer = load_tokenizer(trained.model, trained.cache_dir())
     return _built(trained.model, trained.cache_dir(), tokenizer, compute_dtype(trained.model), max_length).to(device), tokenizer

@@ -1,10 +1,10 @@
-"""Checkpoints on disk: written whole or not at all, read without running what they hold.
+"""Checkpoints on disk: written completely or not at all, and read without executing anything in them.
 
 <run_dir>/step-<examples>/policy.pt      {'step_idx', 'state', 'metrics'}, as published
-<run_dir>/step-<examples>/state/         what resuming needs: torch.distributed.checkpoint's shards, and progress.json
-<run_dir>/step-<examples>/hf/            in the last one, a folder for AutoModelForCausalLM.from_pretrained
-<run_dir>/step-<examples>/manifest.json  sizes and SHA-256 of the others
-<run_dir>/LATEST -> step-<examples>      a relative link to the newest whole checkpoint
+<run_dir>/step-<examples>/state/         what resuming needs: shards of torch.distributed.checkpoint, and progress.json
+<run_dir>/step-<examples>/hf/            only in a run's last one: a folder for AutoModelForCausalLM.from_pretrained
+<run_dir>/step-<examples>/manifest.json  size and SHA-256 of the other files, except those of hf/
+<run_dir>/LATEST -> step-<examples>      a relative link to the newest complete checkpoint
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from tdpo.utils import PeerError, RunError, get_logger, some_of
 log = get_logger(__name__)
 
 PROGRESS = os.path.join("state", "progress.json")
-NOT_HASHED = ("manifest.json", "hf")  # the latter may be added later
+NOT_HASHED = ("manifest.json", "hf")  # hf/ may be added later
 
 
 def save_checkpoint(
@@ -39,20 +39,21 @@ def save_checkpoint(
     progress: Mapping[str, Any],
     export: Optional[Callable[[str], None]] = None,
 ) -> str:
-    """Write step-<examples>/ under a temporary name, rename it, and point LATEST to it. Called by all ranks.
+    """Write step-<examples>/ under a temporary name, rename it, and point LATEST to it. Called on all ranks.
 
     Args:
+        world: the run's ranks.
         run_dir: the run's folder.
-        policy: the policy's whole state dict; of interest on rank 0 alone.
-        tensors: nested dicts of tensors, whole or sharded: what resuming needs.
-        progress: the rest of it, as JSON has it; its `examples` and `eval_metrics` (plain floats) go into policy.pt too.
-        export: writes a Hugging Face model into the folder it is given; called on rank 0.
+        policy: the policy's whole state dict; used on rank 0 only.
+        tensors: what resuming needs: nested dicts of tensors, whole or sharded.
+        progress: Progress as a JSON-serializable dict; its `examples` and `eval_metrics` (plain floats) go into policy.pt too.
+        export: writes a Hugging Face model into the folder that it is given; called on rank 0. None: no hf/.
 
     Returns:
-        the checkpoint's folder.
+        the path of the checkpoint's folder.
 
     Raises:
-        RunError: it could not be written. What was there before is untouched.
+        RunError: the checkpoint could not be written; earlier ones are untouched.
     """
     examples = progress["examples"]
     target = os.path.join(run_dir, f"step-{examples}")
@@ -63,7 +64,7 @@ def save_checkpoint(
             _make_room(run_dir, target, temporary, needed)
     with _removed_on_failure(world, target, temporary):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that there is one process; that internal types will change
+            warnings.simplefilter("ignore")  # about saving by one process, and about internal types that will change
             dcp.save(dict(tensors), checkpoint_id=os.path.join(temporary, "state"), **_group(world))
         with world.agreed():
             if world.is_first:
@@ -88,28 +89,29 @@ def save_checkpoint(
 
 
 def _group(world: World) -> dict[str, Any]:
-    """How torch.distributed.checkpoint finds the other ranks."""
+    """Return the arguments by which torch.distributed.checkpoint finds the other ranks."""
     return {"no_dist": True} if world.size == 1 else {"process_group": world.long_timeout_group}
 
 
 def _bytes(tensors: Mapping[str, Any]) -> int:
-    """Of the whole tensors, also where this rank has but a shard of them."""
+    """Return the bytes of the whole tensors, even if this rank holds only shards of them."""
     values = (_bytes(value) if isinstance(value, Mapping) else value.numel() * value.element_size() for value in tensors.values())
     return sum(values)
 
 
 def _make_room(run_dir: str, target: str, temporary: str, needed: int) -> None:
+    """Check that the checkpoint can be written, move away what has its name, and create its temporary folder. `needed` is in bytes."""
     if os.path.exists(os.path.join(target, "manifest.json")):
         raise RunError(f"{target} exists already; a checkpoint is never overwritten")
     latest = os.path.join(run_dir, "LATEST")
     if os.path.exists(latest) and not os.path.islink(latest):
-        raise RunError(f"{latest} is a folder, of a run of the published code: move it away, or use another local_run_dir")
+        raise RunError(f"{latest} is a folder, written by the published code: move it away, or use another local_run_dir")
     free = shutil.disk_usage(run_dir).free
     if free < needed:
         raise RunError(f"{target} needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free: make room; the last checkpoint is untouched")
     try:
-        set_aside(target)  # what is no whole checkpoint
-        if os.path.exists(temporary):  # of a run that died while it wrote
+        set_aside(target)  # an incomplete checkpoint
+        if os.path.exists(temporary):  # of a run that was killed while writing
             shutil.rmtree(temporary)
         os.makedirs(os.path.join(temporary, "state"))
     except OSError as error:
@@ -118,6 +120,7 @@ def _make_room(run_dir: str, target: str, temporary: str, needed: int) -> None:
 
 @contextmanager
 def _removed_on_failure(world: World, target: str, temporary: str) -> Iterator[None]:
+    """Remove the temporary folder if the block fails, and turn errors of writing into RunError."""
     try:
         yield
     except (OSError, RuntimeError, CheckpointException) as error:  # torch reports a full disk as a RuntimeError
@@ -125,7 +128,7 @@ def _removed_on_failure(world: World, target: str, temporary: str) -> Iterator[N
             raise
         if world.is_first:
             shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, CheckpointException) and not world.is_first:  # it is raised in all ranks: one says so
+        if isinstance(error, CheckpointException) and not world.is_first:  # raised on all ranks; one reports it
             raise PeerError("the checkpoint could not be written") from error
         reason = " ".join(str(error).split())[:300]
         raise RunError(f"{target} could not be written ({reason}); the last checkpoint is untouched") from error
@@ -136,7 +139,7 @@ def _removed_on_failure(world: World, target: str, temporary: str) -> Iterator[N
 
 
 def _files(folder: str) -> Iterator[str]:
-    """Relative paths of the files that the manifest lists."""
+    """Yield the relative paths of the files that the manifest lists."""
     for place, folders, files in os.walk(folder):
         if place == folder:
             folders[:] = [name for name in folders if name not in NOT_HASHED]
@@ -144,7 +147,7 @@ def _files(folder: str) -> Iterator[str]:
 
 
 def _entry(folder: str, file: str) -> dict[str, Any]:
-    """Of the manifest: size and SHA-256 of a file."""
+    """Return a file's entry in the manifest: size in bytes, and SHA-256."""
     path = os.path.join(folder, file)
     with open(path, "rb") as handle:
         return {"size": os.path.getsize(path), "sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
@@ -167,7 +170,13 @@ def _write_json(path: str, value: Any) -> None:
 
 
 def add_export(world: World, folder: str, export: Callable[[str], None]) -> None:
-    """hf/ in a checkpoint that was written without it."""
+    """Add hf/ to a checkpoint that was written without it. Called on all ranks.
+
+    Args:
+        world: the run's ranks.
+        folder: the checkpoint's folder.
+        export: see save_checkpoint.
+    """
     final, temporary = os.path.join(folder, "hf"), os.path.join(folder, "hf.tmp")
     with world.agreed():
         if world.is_first and not os.path.exists(final):
@@ -179,14 +188,14 @@ def add_export(world: World, folder: str, export: Callable[[str], None]) -> None
 
 
 def remove_old(run_dir: str, keep: int, never: Iterable[str]) -> None:
-    """Remove all but the newest `keep` whole checkpoints, never LATEST's nor those named. A failure is a warning."""
+    """Remove all but the newest `keep` complete checkpoints; keep LATEST's and the folders in `never`. A failure only logs a warning."""
     latest = os.path.realpath(os.path.join(run_dir, "LATEST"))
     kept = {latest, *(os.path.realpath(folder) for folder in never)}
     for folder in list_checkpoints(run_dir)[keep:]:
         if os.path.realpath(folder) in kept:
             continue
         try:
-            # Renamed first: a folder that is half removed must not look like a checkpoint.
+            # Renamed first, because a folder that is half removed must not look like a checkpoint.
             os.rename(folder, folder + ".tmp")
             shutil.rmtree(folder + ".tmp")
         except OSError as error:
@@ -194,14 +203,14 @@ def remove_old(run_dir: str, keep: int, never: Iterable[str]) -> None:
 
 
 def set_aside(path: str) -> None:
-    """Give what lies in the way of a new file or folder another name, <path>.old, .old.1 and so on; nothing where nothing is."""
+    """Rename a file or folder to <path>.old, .old.1 and so on, to make way for a new one; do nothing if it does not exist."""
     names = [f"{path}.old", *(f"{path}.old.{i}" for i in range(1, 10_000))]
     if os.path.lexists(path):
         os.rename(path, next(name for name in names if not os.path.lexists(name)))
 
 
 def list_checkpoints(run_dir: str) -> list[str]:
-    """Folders of whole checkpoints that a run can resume from, newest first. Whether they are sound, damaged_files says."""
+    """Return the folders of the complete checkpoints in a run's folder, newest first. Their files may be damaged, see damaged_files."""
     found = []
     for name in os.listdir(run_dir) if os.path.isdir(run_dir) else []:
         number = name.removeprefix("step-")
@@ -210,12 +219,12 @@ def list_checkpoints(run_dir: str) -> list[str]:
             if os.path.exists(os.path.join(folder, "manifest.json")):
                 found.append((int(number), folder))
             else:
-                log.warning(f"{folder} is not a whole checkpoint of this program (no manifest.json): ignored")
+                log.warning(f"{folder} is not a complete checkpoint of this program (no manifest.json): ignored")
     return [folder for _, folder in sorted(found, reverse=True)]
 
 
 def damaged_files(world: World, folder: str) -> list[str]:
-    """Files of a checkpoint that are missing, or not what the manifest says; read by all ranks together."""
+    """Return the files of a checkpoint that are missing or differ from the manifest. Called on all ranks, which share the reading."""
     expected = world.from_first(lambda: _read_manifest(folder))
     if expected is None:
         return ["manifest.json"]
@@ -224,7 +233,7 @@ def damaged_files(world: World, folder: str) -> list[str]:
 
 
 def _read_manifest(folder: str) -> Optional[dict[str, dict]]:
-    """Sizes and hashes by file; None where it is none."""
+    """Return sizes and hashes by file; None if there is no valid manifest."""
     try:
         with open(os.path.join(folder, "manifest.json")) as handle:
             files = json.load(handle)["files"]
@@ -234,15 +243,20 @@ def _read_manifest(folder: str) -> Optional[dict[str, dict]]:
 
 
 def saved_tensors(folder: str) -> dict[str, TensorStorageMetadata]:
-    """Shape and dtype of what a checkpoint's state/ holds, by dotted name."""
+    """Return the metadata (shape, dtype) of the tensors in a checkpoint's state/, by dotted name."""
     return dict(_Reader(os.path.join(folder, "state")).read_metadata().state_dict_metadata)
 
 
 def load_tensors(world: World, folder: str, tensors: Mapping[str, Any]) -> None:
-    """Fill tensors, whole or sharded, from a checkpoint of any number of ranks. Called by all ranks.
+    """Fill tensors from a checkpoint that any number of ranks may have written. Called on all ranks.
+
+    Args:
+        world: the run's ranks.
+        folder: the checkpoint's folder.
+        tensors: nested dicts of tensors, whole or sharded, as save_checkpoint takes them; filled in place.
 
     Raises:
-        RunError: it holds others, or of other shapes or dtypes (torch would cast in silence).
+        RunError: names, shapes or dtypes of the tensors differ (torch would cast silently), or the checkpoint cannot be read.
     """
     with world.agreed():
         saved, own = saved_tensors(folder), dict(_flat(tensors))
@@ -252,13 +266,13 @@ def load_tensors(world: World, folder: str, tensors: Mapping[str, Any]) -> None:
             if entry is None or entry.size != tensor.size() or entry.properties.dtype != tensor.dtype:
                 wrong.append(name)
         if wrong:
-            raise RunError(f"{folder} does not fit this run: {some_of(sorted(wrong), 4)}")
+            raise RunError(f"{folder} does not fit this run: {some_of(sorted(wrong), 4)} (missing, unknown, or of another shape or dtype)")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         reader = _Reader(os.path.join(folder, "state"))
         try:
             dcp.load(dict(tensors), storage_reader=reader, planner=_TensorsAlone(), **_group(world))
-        except CheckpointException as error:  # which is no Exception, and is raised in all ranks
+        except CheckpointException as error:  # not an Exception, and raised on all ranks
             reason = " ".join(str(error).split())[:300]
             raise (RunError if world.is_first else PeerError)(f"{folder} could not be read ({reason})") from error
 
@@ -272,14 +286,14 @@ def _flat(tensors: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, t
 
 
 class _TensorsAlone(dcp.DefaultLoadPlanner):
-    """Everything that is no tensor is in progress.json: nothing else is unpickled."""
+    """A load planner that refuses all but tensors, so that nothing is unpickled. What is not a tensor is in progress.json."""
 
     def load_bytes(self, *_: Any) -> None:
-        raise RunError("a checkpoint's state holds what this program never writes: not loaded")
+        raise RunError("a checkpoint's state holds an object other than a tensor, which this program never writes: not loaded")
 
 
 class _Reader(dcp.FileSystemReader):
-    """Reads a checkpoint's index, which is a pickle, without running what it might hold."""
+    """A reader that unpickles a checkpoint's index without executing anything in it."""
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
         with open(os.path.join(self.path, ".metadata"), "rb") as handle:
@@ -289,7 +303,7 @@ class _Reader(dcp.FileSystemReader):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows the types of a checkpoint's index alone."""
+    """An unpickler that accepts only the types of a checkpoint's index."""
 
     KNOWN = {
         "torch.distributed.checkpoint.metadata": {
@@ -316,7 +330,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _try_export(export: Callable[[str], None], folder: str) -> None:
-    """Transformers refuses to write some models, for the generation settings they came with: the weights in policy.pt matter more."""
+    """Export; a failure only logs a warning. Transformers refuses to save some models because of their generation settings."""
     try:
         export(folder)
     except Exception as error:
@@ -325,7 +339,7 @@ def _try_export(export: Callable[[str], None], folder: str) -> None:
 
 
 def _sync(folder: str) -> None:
-    """Force the folder's files to the disk before it gets its final name."""
+    """Force a folder's files to disk, so that they are there before the folder gets its final name."""
     for place, _, files in os.walk(folder):
         for file in files:
             with open(os.path.join(place, file), "rb") as handle:
@@ -334,7 +348,7 @@ def _sync(folder: str) -> None:
 
 
 def _sync_folder(folder: str) -> None:
-    """Force a folder's list of names to the disk."""
+    """Force a folder's list of entries to disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -343,7 +357,7 @@ def _sync_folder(folder: str) -> None:
 
 
 def point_latest(run_dir: str, name: str) -> None:
-    """LATEST always names a whole checkpoint: a new link replaces the old one in one step."""
+    """Point LATEST to the checkpoint `name`. A new link replaces the old one atomically."""
     temporary = os.path.join(run_dir, "LATEST.tmp")
     if os.path.lexists(temporary):
         os.remove(temporary)

@@ -1,4 +1,4 @@
-"""Resume a run where it stopped: in which folder, from which checkpoint, whether it is the same run, and its logs cut back to there."""
+"""Resuming a run: choose its folder and checkpoint, check that it is the same run, and cut its logs back to the checkpoint."""
 
 import json
 import os
@@ -20,53 +20,53 @@ log = get_logger(__name__)
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
 
-# Keys that may differ from the run that is resumed: where and how it computes, how long, how often it saves. What stands for a file's
-# content (model.archive, datasets.*.path) is compared by that content.
+# Keys that may differ from those of the resumed run: where and how it computes, for how long, how often it saves. Paths (model.archive,
+# datasets.*.path) may differ too, because the files' contents are compared.
 MAY_CHANGE = (
     "exp_name debug fsdp_port wandb local_dirs local_run_dir resume keep_checkpoints trainer nproc_per_node parallel "
     "gradient_accumulation_steps tokens_per_microbatch scoring compile reference_cache eval_batch_size activation_checkpointing "
     "deterministic n_epochs n_examples save_every max_skipped_steps minimum_log_interval_secs "
     "model.archive model.block_name model.attn_implementation"
 ).split()
-# These change what comes, not what was: a warning, not an error.
+# Keys that change the rest of the run: a difference is a warning, not an error.
 MAY_CHANGE_WITH_WARNING = (
     "lr warmup_steps max_grad_norm eval_every n_eval_examples n_eval_model_samples sample_during_eval do_first_eval"
 ).split()
 
 
-LOCK_PATIENCE = 30.0  # seconds
+LOCK_PATIENCE = 30.0  # seconds to wait for another run to leave the folder
 
 
 class Resumed(NamedTuple):
-    """A sound checkpoint of the run that is resumed."""
+    """An undamaged checkpoint, from which a run is resumed."""
 
     folder: str
     progress: Progress
 
 
 def choose_run_dir(config: DictConfig) -> str:
-    """The run's folder, which may not exist yet.
+    """Return the path of the run's folder, which may not exist yet.
 
     Raises:
-        UserError: it holds a run, and `resume` does not say to go on; or it should hold one, and does not.
+        UserError: the folder holds a run but `resume` is null, it lacks a checkpoint that `resume` needs, or keys contradict each other.
     """
     resume, run_dir = config.resume, config.local_run_dir
     if resume in ("auto", "must"):
         if run_dir is None:
-            raise UserError(f"resume={resume} needs local_run_dir, so that the same command finds the same folder again")
+            raise UserError(f"resume={resume} needs local_run_dir: with it the same command finds the same folder again")
     elif resume is not None:
         if run_dir is not None and os.path.realpath(run_dir) != os.path.realpath(resume):
-            raise UserError(f"resume={resume} goes on in that folder; leave local_run_dir={run_dir} out")
+            raise UserError(f"resume={resume} names the run's folder, local_run_dir={run_dir} another one: leave local_run_dir out")
         run_dir = resume
     elif run_dir is None:
         return get_local_run_dir(config.exp_name, config.local_dirs)
     elif holds_a_run(run_dir):
         raise UserError(
-            f"local_run_dir={run_dir} already holds a run; choose another folder, or resume={run_dir} to go on; nothing was changed"
+            f"local_run_dir={run_dir} already holds a run; choose another folder, or resume={run_dir} to continue it; nothing was changed"
         )
     latest = os.path.join(run_dir, "LATEST")
     if os.path.isdir(latest) and not os.path.islink(latest):
-        raise UserError(f"{latest} is a folder, of a run of the published code, which cannot be resumed; choose another local_run_dir")
+        raise UserError(f"{latest} is a folder, written by the published code, whose runs cannot be resumed: use another local_run_dir")
     if resume not in (None, "auto") and not list_checkpoints(run_dir):
         parent, name = os.path.split(os.path.normpath(run_dir))
         hint = f" (did you mean resume={parent}?)" if name == "LATEST" or name.startswith("step-") else ""
@@ -76,48 +76,49 @@ def choose_run_dir(config: DictConfig) -> str:
 
 
 def find_checkpoint(world: World, config: DictConfig, objective: Objective) -> Optional[Resumed]:
-    """Return the newest sound checkpoint of the run's folder; None where the run starts. Called by all ranks; changes nothing.
+    """Return the newest undamaged checkpoint in the run's folder; None for a new run. Called on all ranks; changes nothing on disk.
 
     Raises:
-        UserError: none is sound and `resume` asks for one, or it is another run's.
+        UserError: all checkpoints are damaged and `resume` is not auto, or the checkpoint is from a run with another config.
     """
     if config.resume is None:
         return None
     run_dir, folders = world.from_first(lambda: (found := choose_run_dir(config), list_checkpoints(found)))
     for folder in folders:
         if damaged := damaged_files(world, folder):
-            log.warning(f"{folder} is damaged ({some_of(damaged, 4)}): it is passed over")
+            log.warning(f"{folder} is damaged ({some_of(damaged, 4)}): skipped")
             continue
         return world.from_first(lambda folder=folder: _same_run(Resumed(folder, read_progress(folder)), config, objective))
     return world.from_first(lambda: _nothing_sound(config.resume, run_dir))
 
 
 def _nothing_sound(resume: str, run_dir: str) -> None:
+    """Warn that the run starts from scratch; raise UserError unless resume=auto."""
     if resume != "auto":
-        raise UserError(f"resume={resume}: no checkpoint in {run_dir} is sound")
+        raise UserError(f"resume={resume}: all checkpoints in {run_dir} are damaged; start a new run in another local_run_dir")
     if holds_a_run(run_dir):
-        log.warning(f"no sound checkpoint in {run_dir}: the run starts anew, what was there gets the ending .old")
+        log.warning(f"no undamaged checkpoint in {run_dir}: the run starts from scratch, old logs and checkpoints get the ending .old")
 
 
 def _same_run(resumed: Resumed, config: DictConfig, objective: Objective) -> Resumed:
-    """Return the checkpoint, or raise UserError if its run has another config."""
+    """Return the checkpoint; raise UserError if its run has another config."""
     different = differing_keys(resumed.progress.config, OmegaConf.to_container(config), objective)
     refused = {key: values for key, values in different.items() if key not in MAY_CHANGE_WITH_WARNING}
     if refused:
         told = some_of([f"{key}={now} (was {was})" for key, (was, now) in refused.items()], 8)
         raise UserError(
-            f"{os.path.dirname(resumed.folder)} is a run of another config: {told}\n"
-            "nothing was changed; repeat the options of its command, or choose another folder"
+            f"{os.path.dirname(resumed.folder)} is a run with another config: {told}\n"
+            "nothing was changed; repeat the options of that run, or choose another folder"
         )
     for key, (was, now) in different.items():
-        log.warning(f"{key}={now}, until now {was}")
+        log.warning(f"{key} changed from {was} to {now}")
     return resumed
 
 
 def differing_keys(saved: Mapping, current: Mapping, objective: Objective) -> dict[str, tuple[Any, Any]]:
-    """Return the keys that make this another run, or another continuation: (saved, current) values, None for a missing one."""
+    """Return the keys that make this another run or change its continuation: {key: (saved, current)}, with None for a missing value."""
     keys = dict.fromkeys([*flat_keys(saved), *flat_keys(current)])
-    # How often each stage's part of the data is given decides what comes after it.
+    # With stages, n_epochs determines when each stage begins.
     free = set(MAY_CHANGE) - ({"n_epochs"} if objective.stages > 1 else set())
     different = {}
     for key in keys:
@@ -137,26 +138,34 @@ def _value(values: Any, parts: list[str]) -> Any:
 
 
 def check_same_data(resumed: Resumed, data: Mapping[str, str], reference: str) -> None:
-    """Compare fingerprints of the data and of the reference's weights with the saved run's.
+    """Compare the data and the reference's weights with those of the saved run. Other eval data only log a warning.
+
+    Args:
+        resumed: the checkpoint.
+        data: fingerprint of each split (train, eval).
+        reference: fingerprint of the reference's weights; '' without a reference.
 
     Raises:
-        UserError: train data or reference are others. Other eval data are said.
+        UserError: the train data or the reference differ.
     """
     saved = resumed.progress
     if saved.data["train"] != data["train"]:
-        raise UserError(f"the train data, or their tokens, are not those of {os.path.dirname(resumed.folder)}: it cannot go on with them")
+        raise UserError(f"the train data, or their tokens, are not those of {os.path.dirname(resumed.folder)}: use the same data")
     if saved.data["eval"] != data["eval"]:
-        log.warning("the eval data are not those that the run had until now")
+        log.warning("the eval data are not those that the run used before")
     if saved.reference["fingerprint"] != reference:
         raise UserError(
             f"the reference's weights are not those of {os.path.dirname(resumed.folder)}: "
-            f"give the archive that it started with (then {saved.reference['archive']})"
+            f"set model.archive to the weights that the run started from (then in {saved.reference['archive']})"
         )
 
 
 def archive_of(resumed: Optional[Resumed], given: Optional[str]) -> Optional[str]:
-    """Resolve model.archive. When a run is resumed with the same value, the path recorded at its start is used: LATEST may point elsewhere
-    by now. Another value means what it says; check_same_data compares the weights."""
+    """Resolve model.archive.
+
+    If a run is resumed with the same value, the path that was recorded at its start is used if it still exists, because LATEST may point
+    elsewhere by now. Another value is used as it is; check_same_data compares the weights.
+    """
     if resumed is not None and given == resumed.progress.config["model"]["archive"]:
         saved = resumed.progress.reference["archive"]
         return saved if saved is not None and os.path.exists(saved) else given
@@ -164,29 +173,29 @@ def archive_of(resumed: Optional[Resumed], given: Optional[str]) -> Optional[str
 
 
 def check_seen_by_all(world: World, run_dir: str) -> None:
-    """Raises UserError where a rank does not see what rank 0 has written into the run's folder."""
+    """Raise UserError if a rank does not see what rank 0 has written into the run's folder. Called on all ranks; waits up to 30 s."""
     path, end = os.path.join(run_dir, "config.yaml"), time.monotonic() + 30
     with world.agreed():
         while not os.path.exists(path):  # a network disk may take its time
             if time.monotonic() > end:
-                raise UserError(f"{run_dir} is not the same folder for all ranks (not for rank {world.rank}): it must be on a common disk")
+                raise UserError(f"{run_dir} is not the same folder for all ranks (not for rank {world.rank}): use a disk that they share")
             time.sleep(0.5)
 
 
 class RunFolder:
-    """A run's folder while this run writes into it: made, or what a run left in it made ready to continue, and other runs kept out.
+    """A context manager for a run's folder, entered on all ranks: creates the folder or prepares it for resuming, and locks out other runs.
 
-    A context manager; called by all ranks. If a UserError leaves it before anything was logged or saved, its config.yaml goes again, since
-    the corrected command starts anew.
+    If the block raises a UserError before anything was logged or saved, config.yaml is removed, so that the corrected command can start a
+    new run in the folder.
 
     Args:
-        world: the run's processes.
-        run_dir: path.
-        config: to be kept there.
-        resumed: the checkpoint to continue from; None where the run starts.
+        world: the run's ranks.
+        run_dir: path of the folder.
+        config: is written into the folder.
+        resumed: the checkpoint to resume from; None for a new run.
 
     Raises:
-        UserError: it cannot be written, another run is in it, or a rank does not see it.
+        UserError: the folder cannot be written, another run writes into it, or a rank does not see it.
     """
 
     def __init__(self, world: World, run_dir: str, config: DictConfig, resumed: Optional[Resumed]):
@@ -216,10 +225,12 @@ class RunFolder:
 
 
 class FolderLock:
-    """Keeps other runs out of a folder until it is released, or this process ends: a job that is requeued may overlap with the one before.
+    """A lock that keeps other runs out of a folder until it is released or this process ends.
+
+    It is waited for, because a requeued job may overlap with its predecessor.
 
     Raises:
-        UserError: another run is in it, and does not end within LOCK_PATIENCE.
+        UserError: another run still has the lock after LOCK_PATIENCE seconds.
     """
 
     def __init__(self, run_dir: str):
@@ -227,7 +238,7 @@ class FolderLock:
         while not try_lock(self.handle):
             if time.monotonic() > end:
                 self.release()
-                raise UserError(f"another run trains into {run_dir}: wait for it, or choose another folder")
+                raise UserError(f"another run writes into {run_dir}: wait until it has ended, or choose another folder")
             time.sleep(0.5)
 
     def release(self) -> None:
@@ -235,7 +246,11 @@ class FolderLock:
 
 
 def prepare_run_dir(run_dir: str, resumed: Optional[Resumed]) -> None:
-    """Make the folder fit to go on in: logs end where the checkpoint does, and what a dying run left half done is out of the way."""
+    """Prepare a run's folder for writing.
+
+    Unfinished checkpoints are removed. For a new run, old logs and checkpoints are renamed to <name>.old. For a resumed one, logs are cut
+    back to its checkpoint, newer checkpoints (which are damaged) are renamed, and LATEST points to its checkpoint.
+    """
     for name in os.listdir(run_dir):
         if name.startswith("step-") and name.endswith(".tmp"):
             shutil.rmtree(os.path.join(run_dir, name), ignore_errors=True)
@@ -248,14 +263,14 @@ def prepare_run_dir(run_dir: str, resumed: Optional[Resumed]) -> None:
     for folder in list_checkpoints(run_dir):
         if os.path.basename(folder) == os.path.basename(resumed.folder):
             break
-        set_aside(folder)  # newer, and damaged
+        set_aside(folder)  # newer, but damaged
     point_latest(run_dir, os.path.basename(resumed.folder))
     for name in LOGS:
         _cut_back(os.path.join(run_dir, name), resumed.progress)
 
 
 def _cut_back(path: str, progress: Progress) -> None:
-    """Leave out the log lines of steps and evals that will be done again, and one that a dying run left unfinished."""
+    """Remove the log lines of steps and evals that will be repeated, and a line that was not written to its end."""
     if not os.path.exists(path):
         return
     evaluated = progress.evaluated_at == progress.examples

@@ -1,4 +1,4 @@
-"""What decides a run's future: tensors (weights, optimizer state, random numbers) and Progress; and how it is put back."""
+"""The state of a run that resuming needs, saved and restored: tensors (weights, optimizer state, random states) and Progress."""
 
 import json
 import os
@@ -21,14 +21,14 @@ from tdpo.utils import UserError
 class Progress:
     """The non-tensor part of a checkpoint, progress.json: counters needed to resume, and what identifies the run."""
 
-    examples: int = 0  # trained on
-    previous_examples: int = -1  # `examples` before the last step
-    updates: int = 0  # optimizer steps
-    skipped_steps: int = 0
+    examples: int = 0  # train examples so far
+    previous_examples: int = -1  # `examples` before the last step; -1 before the first
+    updates: int = 0  # optimizer steps taken
+    skipped_steps: int = 0  # because loss or gradient was not finite
     batches: int = 0  # position in the train data
-    evaluated_at: int = -1  # `examples` at the last eval
-    eval_metrics: dict[str, float] = field(default_factory=dict)  # of the present weights; {} if they were not evaluated
-    hooks: dict[str, dict] = field(default_factory=dict)  # state of each hook by its class's name
+    evaluated_at: int = -1  # `examples` at the last eval; -1 before the first
+    eval_metrics: dict[str, float] = field(default_factory=dict)  # of the current weights; {} if they were not evaluated
+    hooks: dict[str, dict] = field(default_factory=dict)  # state of each hook, by class name
     ranks: str = ""  # number of processes and kind of device
     wandb_id: Optional[str] = None
     data: dict[str, str] = field(default_factory=dict)  # fingerprint of each split
@@ -36,19 +36,28 @@ class Progress:
     config: dict[str, Any] = field(default_factory=dict)
 
     def advance(self, examples: int, took_step: bool) -> None:
-        """Count a train step on so many examples; `took_step`: false for a skipped one."""
+        """Count a train step.
+
+        Args:
+            examples: size of the step's global batch.
+            took_step: false if the step was skipped.
+        """
         self.previous_examples, self.examples = self.examples, self.examples + examples
         self.batches += 1
         self.updates += took_step
         self.skipped_steps += not took_step
-        self.eval_metrics = {}  # they were the weights' before this step
+        self.eval_metrics = {}  # they belong to the weights before this step
 
     @classmethod
     def of(cls, values: Mapping[str, Any], folder: str) -> "Progress":
-        """Read what progress.json of a checkpoint's folder holds, also one from before hooks had a state of their own.
+        """Build a Progress from the content of progress.json, also if it was written before hooks had a state of their own.
+
+        Args:
+            values: the content of progress.json.
+            folder: the checkpoint's folder, for the error message.
 
         Raises:
-            UserError: it was written by a version of this program that is too different.
+            UserError: an incompatible version of this program wrote it.
         """
         values = dict(values)
         if "hooks" not in values:
@@ -57,15 +66,15 @@ class Progress:
         unknown = sorted(set(values) - {entry.name for entry in fields(cls)})
         if missing or unknown:
             what = f"it lacks {', '.join(missing)}" if missing else f"it has {', '.join(unknown)}"
-            raise UserError(f"{folder} was written by another version of this program ({what}): resume it with that version, or start anew")
+            raise UserError(f"{folder} was written by another version of this program ({what}): resume it with that version or start again")
         return cls(**values)
 
 
 def read_progress(folder: str) -> Progress:
-    """Read what save_checkpoint was given as `progress`. Of a sound checkpoint, see damaged_files.
+    """Read the Progress of a checkpoint, which must be undamaged (see damaged_files).
 
     Raises:
-        UserError: another version of this program wrote it.
+        UserError: an incompatible version of this program wrote it.
     """
     with open(os.path.join(folder, PROGRESS)) as handle:
         return Progress.of(json.load(handle), folder)
@@ -74,8 +83,14 @@ def read_progress(folder: str) -> Progress:
 def training_tensors(
     world: World, policy: nn.Module, optimizer: torch.optim.Optimizer, moving_reference: Optional[nn.Module]
 ) -> dict[str, dict]:
-    """{"policy": by name, "optimizer": by parameter and kind, "random": of this rank}, sharded where the policy is; where the reference
-    moves, also "reference"."""
+    """Return the tensors of a checkpoint, sharded if the policy is.
+
+    Args:
+        moving_reference: the reference if its weights change, else None.
+
+    Returns:
+        {"policy": by name, "optimizer": by parameter and kind, "random": of this rank}; with a moving reference also "reference".
+    """
     names = {parameter: name for name, parameter in policy.named_parameters()}
     state = {
         names[parameter]: {key: value for key, value in values.items() if torch.is_tensor(value)}
@@ -88,13 +103,18 @@ def training_tensors(
 def restore_tensors(
     world: World, folder: str, policy: nn.Module, optimizer: torch.optim.Optimizer, moving_reference: Optional[nn.Module], with_random: bool
 ) -> None:
-    """The inverse of saving training_tensors in a checkpoint, on any number of ranks; random numbers where `with_random`.
+    """Load the training_tensors of a checkpoint, which any number of ranks may have written, into policy, optimizer and reference.
+
+    Args:
+        folder: the checkpoint's folder.
+        policy, optimizer, moving_reference: changed in place, see training_tensors.
+        with_random: also restore this rank's random state, which needs the same number of ranks and kind of device.
 
     Raises:
         RunError: the checkpoint holds other tensors.
     """
     if any(name.startswith("optimizer.") for name in saved_tensors(folder)):
-        get_optimizer_state_dict(policy, optimizer)  # makes the optimizer's state, which it otherwise does in its first step
+        get_optimizer_state_dict(policy, optimizer)  # creates the optimizer's state, which is otherwise created in the first step
     tensors = training_tensors(world, policy, optimizer, moving_reference)
     if not with_random:
         del tensors["random"]
@@ -104,7 +124,7 @@ def restore_tensors(
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """Of every generator that a step might use, as tensors."""
+    """Return the state of every random number generator that a step might use, as tensors on the CPU."""
     _, numbers, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state()
     state = {
@@ -118,7 +138,12 @@ def random_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def set_random_state(state: Mapping[str, torch.Tensor], device: torch.device) -> None:
-    """The inverse of random_state."""
+    """Set the random number generators.
+
+    Args:
+        state: one-dimensional or scalar tensors by generator, as random_state returns them.
+        device: the device of this rank.
+    """
     torch.set_rng_state(state["torch"])
     gauss = state["python_gauss"].item()
     random.setstate((3, tuple(state["python"].tolist()), None if gauss != gauss else gauss))

@@ -1,4 +1,4 @@
-"""A config that was checked as a whole: every key by itself (schema.py), and which values go together."""
+"""Check a run's config as a whole: every key on its own (schema.py), and which values go together."""
 
 import re
 from collections.abc import Iterable
@@ -12,23 +12,25 @@ from tdpo.utils import UserError
 
 
 class Checked(NamedTuple):
-    """What is to be run."""
+    """A checked config, and what follows from it."""
 
     config: DictConfig
     objective: Objective
-    notes: list[str]  # lines to print: what was adjusted, what will have no effect
+    notes: list[str]  # lines to print: values that were adjusted or have no effect
 
 
 def check_config(config: DictConfig, overrides: Iterable[str] = ()) -> Checked:
-    """Check a config. In place it is resolved, its values get their types (4.0 becomes 4), and eval_every and save_every are rounded
-    down to multiples of batch_size.
+    """Check a run's config, and adjust it in place.
+
+    References are resolved, values get their types (4.0 becomes 4), and eval_every and save_every are rounded down to multiples of
+    batch_size.
 
     Args:
         config: as Hydra composed it.
-        overrides: the command line's, to tell a value that was given from a default.
+        overrides: the command line's, to tell given values from defaults.
 
     Raises:
-        UserError: something is wrong; it names everything that is.
+        UserError: names all problems found.
     """
     values = resolved(config)
     problems = schema_problems(values, config, Config) + loss_problems(values.get("loss"), config)
@@ -43,17 +45,17 @@ def check_config(config: DictConfig, overrides: Iterable[str] = ()) -> Checked:
 
 
 def _joint_problems(config: DictConfig) -> list[str]:
-    """Values that are right one by one, but cannot go together."""
+    """Return a line for each combination of values that are valid separately but not together."""
     problems = []
     if config.trainer == "BasicTrainer" and (config.nproc_per_node or 1) > 1:
-        problems.append(f"nproc_per_node={config.nproc_per_node}: trainer=BasicTrainer is one process; several are trainer=FSDPTrainer")
+        problems.append(f"nproc_per_node={config.nproc_per_node}: trainer=BasicTrainer runs in one process; use trainer=FSDPTrainer")
     if config.trainer != "FSDPTrainer" and config.parallel.replicas > 1:
         problems.append(f"parallel.replicas={config.parallel.replicas} needs trainer=FSDPTrainer")
     if config.exp_name.strip(".") == "" or ".." in config.exp_name:
-        problems.append(f"exp_name={config.exp_name!r}: '..' is no part of a name")
+        problems.append(f"exp_name={config.exp_name!r}: must not contain '..' or consist of dots, because it names a folder")
     if config.tokens_per_microbatch is None and config.batch_size % config.gradient_accumulation_steps:
         problems.append(
-            f"batch_size={config.batch_size} does not divide by gradient_accumulation_steps={config.gradient_accumulation_steps}"
+            f"batch_size={config.batch_size} is not divisible by gradient_accumulation_steps={config.gradient_accumulation_steps}"
         )
     if config.max_prompt_length >= config.max_length:
         problems.append(
@@ -62,45 +64,49 @@ def _joint_problems(config: DictConfig) -> list[str]:
     if config.n_epochs is None and config.n_examples is None:
         problems.append("n_epochs and n_examples are both null: give one of them")
     if config.model.name_or_path is None and config.model.from_config is None:
-        problems.append("model.name_or_path is null: name a model on the hub or a local folder")
+        problems.append("model.name_or_path is null: give a model on the Hugging Face hub or a local folder")
     if config.model.name_or_path is not None and config.model.from_config is not None:
         problems.append(
             f"model.name_or_path={config.model.name_or_path} and model.from_config exclude each other: "
-            "a model of the hub or a folder is model=blank_model model.name_or_path=..."
+            "for a model from the hub or a folder use model=blank_model model.name_or_path=..."
         )
     if config.model.from_config is not None and not config.model.tokenizer_name_or_path:
-        problems.append("model.from_config needs model.tokenizer_name_or_path")
+        problems.append("model.from_config needs a tokenizer: set model.tokenizer_name_or_path")
     return problems
 
 
 def _objective_problems(config: DictConfig, objective: Objective) -> list[str]:
-    """What the loss asks of the config, and of the reference."""
+    """Return a line for each conflict between the config and what the loss needs."""
     problems = []
     if config.reference_cache and config.scoring == "plain":
-        problems.append("reference_cache=true needs fast scoring: scoring=auto, or reference_cache=false")
+        problems.append("reference_cache=true needs fast scoring; use scoring=auto, or reference_cache=false")
     loss = f"loss={objective.name}"
     if config.reference_cache and objective.needs_kl_baseline:
-        problems.append(f"reference_cache=true: {loss} asks the reference for other responses too; loss.z0=0, or reference_cache=false")
+        problems.append(
+            f"reference_cache=true: {loss} needs the reference for mismatched responses too; use reference_cache=false, or loss.z0=0"
+        )
     if objective.needs_kl_baseline and config.batch_size < 2:
-        problems.append(f"batch_size=1: {loss} takes z0 over the batch's other examples; batch_size of 2 at least, or loss.z0=0")
+        problems.append(f"batch_size=1: {loss} computes z0 from the batch's other examples; use batch_size=2 or more, or loss.z0=0")
     moves = config.reference.update_every is not None
     if moves and not objective.needs_reference:
-        problems.append(f"reference.update_every={config.reference.update_every}: {loss} has no reference")
+        problems.append(f"reference.update_every={config.reference.update_every}: {loss} has no reference; use reference.update_every=null")
     if config.reference_cache and (moves or objective.stages > 1):
-        problems.append("reference_cache=true is for a reference that stays as it is: set reference_cache=false")
+        problems.append("reference_cache=true needs a fixed reference, but this run updates it: use reference_cache=false")
     if objective.stages > 1 and (moves or config.n_epochs is None):
-        problems.append(f"{loss} replaces the reference after n_epochs of each part: set n_epochs, and reference.update_every=null")
+        problems.append(f"{loss} replaces the reference after n_epochs of each stage: set n_epochs, and reference.update_every=null")
     return problems
 
 
 def _round_down(config: DictConfig, problems: list[str]) -> list[str]:
+    """Round eval_every and save_every down to multiples of batch_size in place; return notes, and add values that are too small to
+    `problems`."""
     notes = []
     for key in ("eval_every", "save_every"):
         value = config[key]
         if value is None or value % config.batch_size == 0:
             continue
         if value < config.batch_size:
-            problems.append(f"{key}={value} is less than batch_size={config.batch_size}")
+            problems.append(f"{key}={value} is less than batch_size={config.batch_size}; use a multiple of it")
             continue
         config[key] = value - value % config.batch_size
         notes.append(f"{key}={value} rounded down to {config[key]}, a multiple of batch_size={config.batch_size}")
@@ -108,7 +114,7 @@ def _round_down(config: DictConfig, problems: list[str]) -> list[str]:
 
 
 def _notes(config: DictConfig, objective: Objective, overrides: list[str]) -> list[str]:
-    """Lines about what has no effect, or another one than one might think."""
+    """Return lines about values that have no effect, or an unexpected one."""
     notes, name = [], objective.name
     for key in objective.ignored:
         if any(re.match(rf"\+*loss\.{key}=", override) for override in overrides):
@@ -119,5 +125,5 @@ def _notes(config: DictConfig, objective: Objective, overrides: list[str]) -> li
         notes.append(f"warning: {name} has no reference; reference_cache is ignored")
     notes += objective.notes
     if objective.needs_reference and config.model.archive is None:
-        notes.append(f"warning: {name} without model.archive: policy and reference start from the model as it is, without SFT")
+        notes.append(f"warning: {name} without model.archive: policy and reference start from the base model, without SFT")
     return notes

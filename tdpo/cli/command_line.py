@@ -1,4 +1,4 @@
-"""What every entry point does: composing the config that a command line names, and answering a mistake in a line or two."""
+"""What every command shares: compose the config that the command line asks for, and report errors in one or two lines."""
 
 import os
 import re
@@ -24,10 +24,11 @@ GROUPS = ("model", "datasets", "loss")
 
 
 def run_command(config_name: str, job: Callable[[DictConfig, Sequence[str]], Any]) -> None:
-    """Compose config/<config_name>.yaml with the command line's overrides, and do the job; errors end the process.
+    """Compose config/<config_name>.yaml with the command line's overrides, and run the job. Errors end the process.
 
     Args:
-        job: is given the config, not checked yet, and the overrides; of a sweep (--multirun) once for each of its jobs.
+        config_name: a file of config/, without its ending.
+        job: called with the unchecked config and the overrides; in a sweep (--multirun), once for each of its jobs.
     """
 
     failed, began = [], []
@@ -36,30 +37,31 @@ def run_command(config_name: str, job: Callable[[DictConfig, Sequence[str]], Any
         began.append(True)
         overrides = list(HydraConfig.get().overrides.task)
         several = HydraConfig.get().mode == RunMode.MULTIRUN
-        with reported_errors(config_name):  # within the job too: Hydra would add lines of its own to an error that it sees
+        with reported_errors(config_name):  # here too, because Hydra would add lines to an error that reaches it
             try:
                 job(config, overrides)
             except (UserError, RunError, torch.OutOfMemoryError) as error:
                 if not several:
                     raise
-                failed.append(overrides)  # the other jobs of a sweep go on
+                failed.append(overrides)  # the other jobs of a sweep continue
                 print(f"error: {' '.join(overrides)}: {error}", file=sys.stderr, flush=True)
 
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its errors itself and exits with 1
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints its errors itself and exits with code 1
     with reported_errors(config_name):
         try:
             hydra.main(version_base=None, config_path=CONFIG_DIR, config_name=config_name)(in_hydra)()
-        except ValueError as error:  # what Hydra raises for loss=null; one of the job's own is no user's mistake
+        except ValueError as error:  # Hydra raises it for loss=null; raised by the job, it is a bug and not invalid input
             if began:
                 raise
             raise UserError(str(error)) from None
         if failed:
-            raise RunError(f"{plural(len(failed), 'job')} of the sweep failed; with resume=auto the same command tries them again")
+            raise RunError(f"{plural(len(failed), 'job')} of the sweep failed; the same command with resume=auto retries them")
 
 
 @contextmanager
 def reported_errors(config_name: str) -> Iterator[None]:
-    """A mistake is answered in a line or two with exit code 2, a run that cannot go on with 1, without a traceback."""
+    """Report an error in one or two lines without a traceback, and exit: code 2 for invalid input, 1 for a failed run, 128 + signal for a
+    stopped one (0 under torchrun or start_ranks)."""
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
@@ -75,7 +77,7 @@ def reported_errors(config_name: str) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         exit_with_error(f"out of memory: {str(error).splitlines()[0]}", 1)
     except KeyboardInterrupt:
-        exit_with_error("interrupted; what was saved is kept", 130)
+        exit_with_error("interrupted; what was saved so far is kept", 130)
 
 
 def exit_quietly(code: int) -> NoReturn:
@@ -85,7 +87,7 @@ def exit_quietly(code: int) -> NoReturn:
 
 
 def known_keys(config_name: str) -> list[str]:
-    """The keys of the config that the command line's groups make, or of the default one where they make none."""
+    """Return the keys of the config with the command line's groups, or with the default groups if those do not compose."""
     groups = [argument for argument in sys.argv[1:] if re.match(rf"({'|'.join(GROUPS)})=", argument)]
     for overrides in (groups, []):
         try:
@@ -98,32 +100,39 @@ def known_keys(config_name: str) -> list[str]:
 
 
 def exit_with_error(message: str, code: int) -> NoReturn:
+    """Print a message on standard error and exit."""
     sys.stdout.flush()
     if not torch.distributed.is_initialized() and own_rank() > 0:
-        exit_quietly(code)  # before the ranks meet, all make the same mistake
+        exit_quietly(code)  # before the ranks have met, all fail alike, and rank 0 reports it
     print("\n".join(line if line.startswith(" ") else f"error: {line}" for line in message.splitlines()), file=sys.stderr, flush=True)
     exit_rank(code)
 
 
 def exit_rank(code: int) -> NoReturn:
-    """One of several ranks must not wait for the others at the interpreter's end, which PyTorch's communication may do."""
+    """Exit without waiting for other ranks, which PyTorch's communication may do when the interpreter shuts down."""
     if is_supervised() and torch.distributed.is_initialized():
         os._exit(code)
     sys.exit(code)
 
 
 def explain_composition_error(error: Exception, config_dir: str, known_keys: list[str]) -> str:
-    """A command line that Hydra cannot compose, as one line with a remedy."""
+    """Return one line that says why Hydra cannot compose a command line, and what to type instead.
+
+    Args:
+        error: raised by Hydra or OmegaConf.
+        config_dir: path of config/.
+        known_keys: dotted keys to suggest in place of an unknown one.
+    """
     text = " ".join(str(error).split())
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.removesuffix(".yaml").partition("/")
         folder = os.path.join(config_dir, group)
         options = sorted(file.removesuffix(".yaml") for file in os.listdir(folder)) if os.path.isdir(folder) else []
-        return f"{group}={name}: there is no config/{group}/{name}.yaml{nearest(name, options)}; there are {', '.join(options)}"
+        return f"{group}={name}: there is no config/{group}/{name}.yaml{nearest(name, options)}; available: {', '.join(options)}"
     if found := re.search(r"Could not override '([^'@]+)", text):
         return f"unknown key {found.group(1)}{nearest(found.group(1), known_keys)}"
     if found := re.search(r"Could not append to config\. An item is already at '([^']+)'", text):
-        return f"{found.group(1)} exists already: leave the + out"
+        return f"{found.group(1)} already exists: leave out the +"
     if found := re.search(r"Missing mandatory value: (\S+)", text):
         return f"missing: {found.group(1)}=..."
     if isinstance(error, OverrideParseException):

@@ -1,4 +1,4 @@
-"""What a config must be: types, ranges and closed sets of every key. Which values go together: check_config.py."""
+"""Schemas of the configs: type, range and allowed values of every key. check_config.py checks which values go together."""
 
 import inspect
 from collections.abc import Mapping
@@ -13,10 +13,11 @@ from tdpo import losses
 from tdpo.utils import DTYPES, UserError, flat_keys, nearest
 
 Dtype = Literal[tuple(DTYPES)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]  # NumPy takes no larger one
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # NumPy accepts no larger seed
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
 TRAINERS = ("BasicTrainer", "FSDPTrainer", "TensorParallelTrainer")
-# torch.optim optimizers that need more than the gradient of any parameter: a closure, sparse gradients, matrices alone
+# Classes of torch.optim that cannot train a model from dense gradients: the base class, and those that need a closure, sparse gradients
+# or only matrices.
 UNSUITABLE_OPTIMIZERS = ("Optimizer", "LBFGS", "SparseAdam", "Muon")
 OPTIMIZERS = sorted(
     name
@@ -24,7 +25,7 @@ OPTIMIZERS = sorted(
     if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and name not in UNSUITABLE_OPTIMIZERS
 )
 
-# Ranges of the losses' hyperparameters, whichever loss has them.
+# Types and ranges of hyperparameters, the same for every loss that has them.
 HYPERPARAMETERS = {
     "beta": (PositiveFloat, ...),
     "alpha": (NonNegativeFloat, ...),
@@ -79,7 +80,7 @@ class ReferenceConfig(Node):
 
 
 class Corpus(Node):
-    """Keys of every dataset."""
+    """Keys that every dataset has."""
 
     invalid_rows: Literal["error", "skip", "keep"]
     truncation_mode: Literal["keep_start", "keep_end"]
@@ -93,7 +94,7 @@ class Published(Corpus):
 
 
 class Columns(Node):
-    """Of rows=labelled and scored."""
+    """Names of the fields of data rows, for rows=labelled and rows=scored."""
 
     prompt: str
     completion: str
@@ -186,7 +187,7 @@ Runs = Union[str, Annotated[list[str], Field(min_length=1)]]
 
 
 class Sample(Node):
-    """config/sample.yaml"""
+    """Keys of config/sample.yaml."""
 
     run: str
     out: str
@@ -207,7 +208,7 @@ class Sample(Node):
 
 
 class TokenReport(Node):
-    """config/token_report.yaml"""
+    """Keys of config/token_report.yaml."""
 
     run: Runs
     reference: Optional[str]
@@ -222,7 +223,7 @@ class TokenReport(Node):
 
 
 class Evaluation(Node):
-    """config/eval.yaml"""
+    """Keys of config/eval.yaml."""
 
     run: Runs
     reference: Optional[str]
@@ -240,19 +241,28 @@ class Evaluation(Node):
 
 
 def check_tool_config(config: DictConfig, schema: type[Node]) -> None:
-    """Check the config of a tool against its schema. In place it is resolved, and its values get their types.
+    """Check a tool's config against its schema. In place, references are resolved and values get their types.
+
+    Args:
+        config: as Hydra composed it.
+        schema: Sample, TokenReport or Evaluation.
 
     Raises:
-        UserError: something is wrong; it names everything that is.
+        UserError: names all problems found.
     """
     problems = schema_problems(resolved(config), config, schema)
     if not problems and 1 < config.get("num_beams", 1) < config.n:
-        problems = [f"n={config.n} is more than num_beams={config.num_beams}, which has no more texts"]
+        problems = [f"n={config.n} is more than num_beams={config.num_beams}, the number of texts of a beam search; use a larger num_beams"]
     if problems:
         raise UserError("\n".join(problems))
 
 
 def resolved(config: DictConfig) -> dict:
+    """Resolve a config's references in place, and return it as a dict.
+
+    Raises:
+        UserError: a value is missing.
+    """
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise UserError(f"missing: {', '.join(f'{key}=...' for key in missing)}")
@@ -261,6 +271,7 @@ def resolved(config: DictConfig) -> dict:
 
 
 def schema_problems(values: Mapping, config: DictConfig, schema: type[Node]) -> list[str]:
+    """Return a line for each value that breaks the schema; if there is none, give the config's values their types in place."""
     try:
         config.merge_with(schema.model_validate(values).model_dump(exclude={"loss"}, exclude_unset=True))
     except pydantic.ValidationError as error:
@@ -269,9 +280,9 @@ def schema_problems(values: Mapping, config: DictConfig, schema: type[Node]) -> 
 
 
 def _line(problem: Mapping, values: Mapping) -> str:
-    """One line for one problem that pydantic found."""
+    """Return one line for one problem that pydantic found."""
     place = [str(part) for part in problem["loc"]]
-    if len(place) > 2 and place[0] == "datasets":  # the discriminator's value is no part of the key
+    if len(place) > 2 and place[0] == "datasets":  # the discriminator's value is not part of the key
         place.pop(2)
     key = ".".join(place)
     if problem["type"] == "missing":
@@ -279,16 +290,21 @@ def _line(problem: Mapping, values: Mapping) -> str:
     if problem["type"] == "extra_forbidden":
         return f"unknown key {key}{nearest(key, set(flat_keys(values)) - {key})}"
     if key == "exp_name":
-        return f"exp_name={problem['input']!r}: letters, digits, '.', '_' and '-' alone, because it names a folder"
+        return f"exp_name={problem['input']!r}: must have only letters, digits, '.', '_' and '-', because it names a folder"
     if key == "optimizer":
         hint = nearest(str(problem["input"]), OPTIMIZERS)
-        return f"optimizer={problem['input']}: not in torch.optim{hint}; it has {', '.join(OPTIMIZERS)}"
+        return f"optimizer={problem['input']}: not a supported optimizer of torch.optim{hint}; use one of {', '.join(OPTIMIZERS)}"
     message = problem["msg"].removeprefix("Input should be ")
     return f"{key}={problem['input']}: must be {message}"
 
 
 def loss_problems(loss: Optional[Mapping], config: DictConfig) -> list[str]:
-    """The loss's name, and its hyperparameters by the signature of its function."""
+    """Return a line for each problem with the loss's name or hyperparameters; if there is none, give the values their types in place.
+
+    Args:
+        loss: the config's `loss`, as a dict; which hyperparameters it has follows from the signature of the loss function.
+        config: the config, whose `loss` is adjusted.
+    """
     if not isinstance(loss, Mapping) or "name" not in loss:
         return [f"missing: loss=... ({', '.join(losses.OBJECTIVES)})"]
     values = dict(loss)

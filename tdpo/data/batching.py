@@ -1,4 +1,4 @@
-"""From a split's examples to global batches, and from these to microbatches of about equal tokens."""
+"""Global batches of a split's examples, and how a batch is cut into microbatches of about equal cost."""
 
 import bisect
 import functools
@@ -18,18 +18,18 @@ Item, Prepared = TypeVar("Item"), TypeVar("Prepared")
 
 
 class BatchStream:
-    """Global batches of examples, for n_epochs or until n_examples were given out, whichever comes first.
+    """Global batches of examples, for n_epochs or until n_examples have been given out, whichever comes first.
 
     Args:
         split: where the examples come from.
-        batch_size: examples a batch.
-        seed: of the order.
-        n_epochs, n_examples: either may be None, not both; the last batch is whole, also where n_examples is no multiple of batch_size.
-        drop_last: leave out the examples at the end of an epoch that do not fill a batch.
-        shuffle: else the order of the data.
+        batch_size: examples per batch.
+        seed: of the examples' order.
+        n_epochs, n_examples: either may be None, but not both. The last batch is whole even if n_examples is not a multiple of batch_size.
+        drop_last: drop the examples at the end of an epoch that do not fill a batch.
+        shuffle: shuffle every epoch; False keeps the order of the data.
 
     Raises:
-        UserError: no whole batch in the split, or neither n_epochs nor n_examples is given.
+        UserError: the split has no batch, or n_epochs and n_examples are both None.
     """
 
     def __init__(
@@ -56,15 +56,15 @@ class BatchStream:
             )
 
     def _sizes(self) -> Iterator[int]:
-        """Examples of each epoch."""
+        """Return the number of examples of each epoch."""
         return itertools.repeat(len(self.split)) if self.n_epochs is None else itertools.repeat(len(self.split), self.n_epochs)
 
     def _orders(self) -> Iterator[Sequence[Example]]:
-        """The examples of each epoch, in order."""
+        """Return the examples of each epoch, in order."""
         return self.split.epochs(self.seed, self.shuffle)
 
     def _bounds(self, n_examples: Optional[int]) -> Iterator[tuple[int, int, int]]:
-        """(epoch, start, stop) of each batch, until so many examples were given out."""
+        """Yield (epoch, start, stop) of each batch, until n_examples have been given out."""
         given = 0
         for epoch, size in enumerate(self._sizes()):
             end = size - size % self.batch_size if self.drop_last else size
@@ -82,30 +82,30 @@ class BatchStream:
         return self.after(0)
 
     def after(self, n_batches: int) -> Iterator[list[Example]]:
-        """Yield the batches without the first n_batches, which were given out before."""
+        """Yield the batches after the first n_batches, to resume a run."""
         epochs = self._orders()
         current, order = -1, []
         for epoch, start, stop in itertools.islice(self._bounds(self.n_examples), n_batches, None):
-            while current < epoch:  # one epoch's order follows from that before
+            while current < epoch:  # an epoch's order depends on the one before
                 current, order = current + 1, next(epochs)
             yield order[start:stop]
 
     @property
     def dropped(self) -> int:
-        """Examples left out at the end of each epoch that is trained to its end."""
+        """The number of examples dropped at the end of each epoch; 0 if the stream ends before the first epoch does."""
         per_epoch = len(self.split) // self.batch_size
         return len(self.split) % self.batch_size if self.drop_last and len(self) >= per_epoch else 0
 
 
 class StagedBatchStream(BatchStream):
-    """Batches of consecutive stages of the split: a stage's examples are given out for n_epochs before the next stage begins.
+    """Batches of consecutive stages of the split: a stage's examples are given out for n_epochs, then the next stage begins.
 
     Args:
         stages: number of stages, of about equal size.
         others: as for BatchStream; n_epochs is required.
 
     Raises:
-        UserError: a stage has no whole batch.
+        UserError: a stage has no batch.
     """
 
     def __init__(self, stages: int, split: TokenizedSplit, batch_size: int, seed: int, n_epochs: int, *others, **more):
@@ -115,7 +115,11 @@ class StagedBatchStream(BatchStream):
         self._check_size("a stage", min(map(len, self.stages)))
 
     def reorder(self, indices: Sequence[int]) -> None:
-        """Fill the stages from the split's examples in this order, given by their indices."""
+        """Fill the stages with the split's examples in another order.
+
+        Args:
+            indices: of all examples (`TokenizedSplit.index`), in the new order.
+        """
         examples = next(self.split.epochs(self.seed, shuffle=False))
         ordered = iter([examples[i] for i in indices])
         self.stages = [list(itertools.islice(ordered, len(stage))) for stage in self.stages]
@@ -128,12 +132,12 @@ class StagedBatchStream(BatchStream):
         return (order for stage in self.stages for order in itertools.islice(reshuffled(stage, seeds, self.shuffle), self.n_epochs))
 
     def ends_stage(self, n_batches: int) -> bool:
-        """Whether a stage, other than the last one, ends with the n-th batch."""
+        """Whether a stage ends with the n_batches-th batch and another stage follows."""
         return n_batches in self._stage_ends
 
     @functools.cached_property
     def _stage_ends(self) -> set[int]:
-        # The stage of each batch, without regard to n_examples: a run that ends with a stage may be extended.
+        # n_examples is ignored: a run that ends together with a stage may be extended later.
         stage_of = [epoch // self.n_epochs for epoch, *_ in self._bounds(None)]
         return {i for i, (stage, following) in enumerate(itertools.pairwise(stage_of), 1) if stage != following}
 
@@ -143,16 +147,19 @@ class StagedBatchStream(BatchStream):
 
 
 def cut_into_microbatches(lengths: Sequence[int], ranks: int, microbatches: int, budget: Optional[int] = None) -> list[list[list[int]]]:
-    """Cut a batch into rounds of microbatches, one for each rank, which are lists of indices into `lengths`.
+    """Cut a batch into rounds of microbatches, with one microbatch per rank in every round.
 
-    Examples of like length go together, and microbatches are of about equal cost: their number of examples times the longest. How a batch
-    is cut changes no gradient: that is the sum over its examples, divided by their number.
+    Examples of similar length go together. Microbatches have about equal cost: number of examples times tokens of the longest one. The cut
+    does not change the gradient, which is the sum over the batch's examples divided by their number.
 
     Args:
         lengths: tokens of each example.
-        ranks: processes that take a microbatch each in every round.
-        microbatches: rounds, where `budget` is None; fewer where there are not as many examples.
-        budget: the largest cost of a microbatch, in tokens; one of a single longer example may exceed it.
+        ranks: number of ranks.
+        microbatches: number of rounds if `budget` is None; fewer if there are too few examples.
+        budget: largest cost of a microbatch, in tokens; a single longer example may exceed it.
+
+    Returns:
+        A list of rounds. A round has one microbatch per rank, a list of indices into `lengths`, which may be empty.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
 
@@ -169,7 +176,7 @@ def cut_into_microbatches(lengths: Sequence[int], ranks: int, microbatches: int,
 
     wanted = ranks * (microbatches if budget is None else -(-len(cut(budget)) // ranks))
     limits = range(1, (budget or len(lengths) * lengths[order[0]]) + 1)
-    # The smallest limit that needs no more microbatches than wanted: all of them are then about as large as it.
+    # The smallest limit that needs no more microbatches than wanted makes the largest one as small as possible.
     cuts = cut(limits[bisect.bisect_left(limits, -wanted, key=lambda limit: -len(cut(limit)))])
     while len(cuts) < min(wanted, len(lengths)):
         largest = max((part for part in cuts if len(part) > 1), key=cost)
@@ -181,7 +188,7 @@ def cut_into_microbatches(lengths: Sequence[int], ranks: int, microbatches: int,
 
 
 def prefetched(prepare: Callable[[Item], Prepared], items: Iterable[Item]) -> Iterator[tuple[Item, Prepared]]:
-    """(item, prepare(item)) of each item; the next one is prepared by a thread while the caller works with this one."""
+    """Yield (item, prepare(item)) of each item; a thread prepares the next item while the caller uses this one."""
     with ThreadPoolExecutor(1, thread_name_prefix="ahead") as pool:
         waiting = None
         for item in items:
@@ -193,7 +200,15 @@ def prefetched(prepare: Callable[[Item], Prepared], items: Iterable[Item]) -> It
 
 
 def get_collate_fn(tokenizer) -> Callable[[list[dict]], dict[str, Union[list, torch.Tensor]]]:
-    """A function from batch elements to a batch: token lists padded to the longest, prompts on the left; other values as lists."""
+    """Return a function that collates batch elements (tokenization.batch_element).
+
+    Args:
+        tokenizer: provides the padding token.
+
+    Returns:
+        A function from B elements to a batch. Token lists become int64 tensors (B, longest), with padding on the left for prompts and on
+        the right otherwise; other values become lists.
+    """
 
     def collate_fn(elements: list[dict]) -> dict[str, Union[list, torch.Tensor]]:
         batch = {}

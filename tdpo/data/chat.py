@@ -1,4 +1,4 @@
-"""Preference rows with chat messages, rendered to prompt and response text by the tokenizer's chat template."""
+"""Data rows with chat messages: the tokenizer's chat template renders them to the texts of prompt and responses."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Optional
@@ -13,28 +13,33 @@ Messages = list[Mapping[str, str]]
 
 
 def has_messages(row: Row, names: Sequence[str]) -> bool:
-    """Whether any of the row's texts of those names is given as chat messages."""
+    """Whether any of the row's fields of these names holds chat messages."""
     return any(isinstance(row.fields.get(name), (list, tuple)) for name in names)
 
 
 class Rendered(NamedTuple):
-    """A prompt and its responses as the template renders them, and the words of their messages alone, by which emptiness and equality are
-    judged."""
+    """A prompt and its responses, as rendered by the template and as plain words."""
 
-    texts: tuple[str, ...]  # prompt, responses: what is tokenized
-    contents: tuple[str, ...]
-    spans: tuple[list[tuple[int, int]], ...] = ()  # of each response: the turns of its segment, characters
-    cut: bool = False  # whether a segment was cut, so that both have the same number of turns
+    texts: tuple[str, ...]  # prompt and responses, to be tokenized
+    contents: tuple[str, ...]  # the same without what the template adds, to find empty and equal texts
+    spans: tuple[list[tuple[int, int]], ...] = ()  # of each response: (start, stop) of its segment's turns, in characters
+    cut: bool = False  # whether turns were cut off one segment, because the other one has fewer
 
 
 def render(row: Row, report: RowReport, tokenizer, prompt_name: str, *names: str) -> Optional[Rendered]:
-    """The row's prompt and responses in the tokenizer's chat template; None where the row has none, noted in the report.
+    """Render a row's prompt and responses with the tokenizer's chat template.
 
-    The forms in use: a prompt (text or messages) with responses as text or as messages after the prompt; or whole conversations as
-    responses, whose shared beginning is the prompt, with or without a prompt's field, which is then not read.
+    A row holds either a prompt (text or messages) and responses (text, or messages that follow the prompt), or whole conversations as
+    responses, whose shared beginning is the prompt; a prompt field is then not read.
 
     Args:
-        prompt_name, names: fields of the prompt, and of one response or of chosen and rejected.
+        row, report: the row, and where its defects are noted.
+        tokenizer: with a chat template.
+        prompt_name: field of the prompt.
+        names: field of the only response, or fields of chosen and rejected.
+
+    Returns:
+        The texts; None if the row has a defect.
 
     Raises:
         UserError: the tokenizer has no chat template.
@@ -45,10 +50,10 @@ def render(row: Row, report: RowReport, tokenizer, prompt_name: str, *names: str
         return None
     shared = _shared_beginning(conversations[0], conversations[-1])
     if shared == 0:
-        report.refuse(row, "rejected has another prompt than chosen" if len(names) > 1 else f"no prompt before {names[0]!r}")
+        report.refuse(row, "chosen and rejected have different prompts" if len(names) > 1 else f"no prompt before {names[0]!r}")
         return None
     if any(message["role"] == "user" for messages in conversations for message in messages[shared:]):
-        report.refuse(row, "a user's turn within the response: the conversations part before the last reply")
+        report.refuse(row, "user turn within a response: conversations may differ only after their last user turn")
         return None
     found = _tried(row, report, lambda: [_render(messages, shared, tokenizer) for messages in conversations])
     if found is None:
@@ -58,12 +63,19 @@ def render(row: Row, report: RowReport, tokenizer, prompt_name: str, *names: str
 
 
 def render_segments(row: Row, report: RowReport, tokenizer, cut: bool) -> Optional[Rendered]:
-    """The same for conversations in chosen and rejected with turns marked {"segment": true}, which alone are scored: https://arxiv.org/abs/2501.01821.
+    """Render the conversations in chosen and rejected, of which only turns marked {"segment": true} are in the loss.
 
-    What comes after a segment's last turn is left out: nothing that is scored depends on it.
+    As in SDPO, https://arxiv.org/abs/2501.01821. What follows a segment's last turn is dropped, because nothing in the loss depends on it.
 
     Args:
-        cut: of segments of unequal length keep as many turns, from the first, as the shorter one has; else they are refused.
+        row, report, tokenizer: as for `render`.
+        cut: if one segment has more turns than the other, cut off its last ones; otherwise the row is refused.
+
+    Returns:
+        The texts, with spans; None if the row has a defect.
+
+    Raises:
+        UserError: as `render`.
     """
     _check_template(row, tokenizer)
     conversations = [_conversation(row, report, "prompt", name) for name in ("chosen", "rejected")]
@@ -71,7 +83,7 @@ def render_segments(row: Row, report: RowReport, tokenizer, cut: bool) -> Option
         return None
     turns = [[i for i, message in enumerate(messages) if message.get("segment")] for messages in conversations]
     if not all(turns) or any(messages[i]["role"] != "assistant" for messages, some in zip(conversations, turns) for i in some):
-        report.refuse(row, 'chosen and rejected need turns of the assistant marked {"segment": true}, and no others')
+        report.refuse(row, 'chosen and rejected need assistant turns marked {"segment": true}, and no other turns may be marked')
         return None
     n = min(map(len, turns))
     if not cut and n < max(map(len, turns)):
@@ -80,7 +92,7 @@ def render_segments(row: Row, report: RowReport, tokenizer, cut: bool) -> Option
     conversations = [messages[: some[n - 1] + 1] for messages, some in zip(conversations, turns)]
     shared = min(_shared_beginning(*conversations), turns[0][0], turns[1][0])
     if shared == 0:
-        report.refuse(row, "rejected has another prompt than chosen")
+        report.refuse(row, "chosen and rejected have different prompts")
         return None
     found = _tried(row, report, lambda: [_render_turns(m, shared, some[:n], tokenizer) for m, some in zip(conversations, turns)])
     if found is None:
@@ -88,13 +100,13 @@ def render_segments(row: Row, report: RowReport, tokenizer, cut: bool) -> Option
     contents = (_words(conversations[0][:shared]), *(_words([m[i] for i in some[:n]]) for m, some in zip(conversations, turns)))
     prompts, responses, spans = zip(*found)
     if prompts[0] != prompts[1]:
-        report.refuse(row, "the conversations part where one goes on with the user and the other with the assistant")
+        report.refuse(row, "after the shared turns only one of the conversations continues with the assistant")
         return None
     return Rendered((prompts[0], *responses), contents, spans, n < max(map(len, turns)))
 
 
 def render_prompt(row: Row, report: RowReport, tokenizer, name: str) -> Optional[str]:
-    """The messages of a field, up to where a reply begins; None where they are none, noted. Errors as `render`."""
+    """Render the messages of a field up to where a reply begins; None if they have a defect, which is noted. Raises as `render`."""
     _check_template(row, tokenizer)
     messages = _as_messages(row.fields[name], "user")
     if not _are_messages(row, report, name, messages):
@@ -107,12 +119,12 @@ def _check_template(row: Row, tokenizer) -> None:
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         raise UserError(
             f"{row.source} row {row.number} holds chat messages, but the tokenizer has no chat template: "
-            "use an instruct model's tokenizer (model.tokenizer_name_or_path) or plain text"
+            "set model.tokenizer_name_or_path to an instruct model's tokenizer, or give plain text"
         )
 
 
 def _tried(row: Row, report: RowReport, render: Callable[[], list[tuple]]) -> Optional[list[tuple]]:
-    """What rendering gives; None, noted, where the template refuses or a response is None."""
+    """Return what `render` returns; None if the template raises an error or a response is None, which is noted."""
     try:
         found = render()
     except jinja2.TemplateError as error:
@@ -125,7 +137,7 @@ def _tried(row: Row, report: RowReport, render: Callable[[], list[tuple]]) -> Op
 
 
 def _conversation(row: Row, report: RowReport, prompt_name: str, name: str) -> Optional[Messages]:
-    """Prompt and response of that name as one list of messages; None where the row does not have them, noted."""
+    """Return prompt and response as one list of messages; None if the row lacks them, which is noted."""
     if name not in row.fields:
         report.refuse(row, f"no field {name!r}")
         return None
@@ -139,7 +151,7 @@ def _conversation(row: Row, report: RowReport, prompt_name: str, name: str) -> O
 
 
 def _shared_beginning(chosen: Messages, rejected: Messages) -> int:
-    """How many messages the two begin with in common; the last message of each is always a response."""
+    """Return the number of messages that both conversations begin with; the last message of each always counts as response."""
     shared = 0
     for a, b in zip(chosen[:-1], rejected[:-1]):
         if (a["role"], a["content"]) != (b["role"], b["content"]):
@@ -153,7 +165,7 @@ def _words(messages: Messages) -> str:
 
 
 def _as_messages(value: Any, role: str) -> Optional[Messages]:
-    """Text as one message of that role, a list as it is; None for anything else, and for null entries."""
+    """Return a text as one message of that role, a list of messages as it is; None for anything else, also for lists with null entries."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     return list(value) if isinstance(value, (list, tuple)) and all(isinstance(x, Mapping) for x in value) else None
@@ -161,7 +173,7 @@ def _as_messages(value: Any, role: str) -> Optional[Messages]:
 
 def _are_messages(row: Row, report: RowReport, name: str, messages: Optional[Messages]) -> bool:
     if not messages:
-        report.refuse(row, f"{name!r} is no list of messages")
+        report.refuse(row, f"{name!r} is not a list of messages")
         return False
     for message in messages:
         if not isinstance(message.get("role"), str):
@@ -173,7 +185,10 @@ def _are_messages(row: Row, report: RowReport, name: str, messages: Optional[Mes
 
 
 def _render(messages: Messages, shared: int, tokenizer) -> tuple[str, Optional[str]]:
-    """Prompt and response text. Some templates render a reply without the generation prompt; then that belongs to the response."""
+    """Return prompt and response text. The prompt ends with the generation prompt, unless the template renders replies without it.
+
+    The response is None if the rendered conversation does not begin with the rendered prompt.
+    """
     full = tokenizer.apply_chat_template(messages, tokenize=False)
     for add_generation_prompt in (True, False):
         prompt = tokenizer.apply_chat_template(messages[:shared], tokenize=False, add_generation_prompt=add_generation_prompt)
@@ -185,11 +200,14 @@ def _render(messages: Messages, shared: int, tokenizer) -> tuple[str, Optional[s
 def _render_turns(
     messages: Messages, shared: int, turns: Sequence[int], tokenizer
 ) -> tuple[str, Optional[str], Optional[list[tuple[int, int]]]]:
-    """Prompt, response text, and where the turns lie in that."""
+    """Return prompt text, response text, and (start, stop) of each turn in the response text.
+
+    The last two are None if the rendered conversation does not begin with the text of its first turns.
+    """
     full = tokenizer.apply_chat_template(messages, tokenize=False)
 
     def until(i: int) -> str:
-        """Up to message i; where that is a reply, up to its first token."""
+        """Render the messages before i, with the generation prompt if message i is a reply."""
         return tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=messages[i]["role"] == "assistant")
 
     prompt = until(shared)

@@ -2,9 +2,10 @@
 
 A loader returns a dict from prompt to
     responses: list of texts; pairs: list of (index of chosen, index of rejected); sft_target: the text that SFT trains on
-and may add `scores`, one a response; `spans`, the parts of each response that are scored, in characters ([]: all of it); and, instead of
-pairs, `labels`, one a response, true for a desirable one. Prompt and response are concatenated as they are: a response brings its own
-leading space.
+and optionally
+    scores: the rating of each response; labels: for each response, whether it is desirable (then without pairs);
+    spans: (start, stop) of what is in the loss, for each response, in characters ([]: all of it).
+Prompt and response are concatenated as they are, so a response must bring its own leading space.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,11 +18,11 @@ Contract = dict[str, dict]  # see above
 
 
 class Form(NamedTuple):
-    """What an example is made of."""
+    """What an example consists of."""
 
-    roles: tuple[str, ...]  # of its responses
+    roles: tuple[str, ...]  # names of its responses
     rated: bool = False  # whether the data must rate each response of a pair
-    segments: bool = False  # whether the data must say which turns of a response are scored
+    segments: bool = False  # whether the data must mark the turns that are in the loss
 
 
 SFT, PAIRS, PAIRS_AND_TARGET, COMPLETIONS = (
@@ -39,17 +40,21 @@ class Source(NamedTuple):
     options: Mapping  # config/datasets/<name>.yaml
     report: RowReport
     cache_dir: Optional[str]
-    tokenizer: object  # for chat templates; None where a caller has none
-    form: Form  # of the examples that are wanted
+    tokenizer: object  # for chat templates; None if the caller has none
+    form: Form  # of the examples to make
 
     def rows(self, split: Optional[str] = None, path: Optional[str] = None) -> Iterator[Row]:
-        """Yield the readable rows of a split; the others are noted in the report."""
+        """Yield the readable rows; the others are noted in the report.
+
+        Args:
+            split, path: None takes this source's own.
+        """
         rows = read_rows(path or self.options["path"], split or self.split, self.options.get("subset"), self.cache_dir)
         return self.report.rows(rows)
 
 
 def add_pair(entry: dict, chosen: str, rejected: str) -> None:
-    """Add a pair to a prompt's entry; its chosen response becomes the SFT target."""
+    """Add a pair to a prompt's entry, in place; its chosen response becomes the SFT target."""
     first = len(entry["responses"])
     entry["pairs"].append((first, first + 1))
     entry["responses"] += [chosen, rejected]
@@ -60,22 +65,22 @@ class Examples(NamedTuple):
     """The examples of one prompt."""
 
     texts: list[str]
-    spans: list[list[tuple[int, int]]]  # of each text: where it is scored, characters; [] for all of it
-    indices: list[tuple[int, ...]]  # of each example's texts, one a role
-    annotations: list[list[float]]  # of each example, one a role or none
+    spans: list[list[tuple[int, int]]]  # of each text: (start, stop) of what is in the loss, in characters; [] for all of it
+    indices: list[tuple[int, ...]]  # of each example: the index of its text for each role
+    annotations: list[list[float]]  # of each example: a rating or label for each role, or []
 
 
 def examples_in_form(name: str, data: Contract, form: Form, unpair: bool = False) -> tuple[dict[str, Examples], list[str]]:
-    """Return the prompts that have examples of that form, and lines that say what was made of the data.
+    """Return the examples of each prompt, and lines to log about how they were made.
 
     Args:
         name: of the dataset.
         data: what its loader returned.
-        form: of the wanted examples.
-        unpair: make two single responses of each pair, where these are wanted.
+        form: of the examples.
+        unpair: make two single responses of each pair, if the form is single responses.
 
     Raises:
-        UserError: the dataset has none.
+        UserError: the dataset has no examples of this form.
     """
     if form.roles == SFT.roles:
         return _targets(name, data)
@@ -85,12 +90,12 @@ def examples_in_form(name: str, data: Contract, form: Form, unpair: bool = False
     _check_paired(name, data, labelled)
     if form.roles == COMPLETIONS.roles:
         return _unpaired(name, data, unpair)
-    notes = [f"{name}: unpair=true is for loss=kto; here its pairs are taken as they are"] if unpair else []
+    notes = [f"{name}: unpair=true has no effect with this loss; it is for loss=kto"] if unpair else []
     return _pairs(name, data, form), notes
 
 
 def _targets(name: str, data: Contract) -> tuple[dict[str, Examples], list[str]]:
-    """One example a prompt, its SFT target."""
+    """Return one example per prompt: its SFT target."""
     found = {}
     for prompt, entry in data.items():
         if "sft_target" in entry:
@@ -99,11 +104,11 @@ def _targets(name: str, data: Contract) -> tuple[dict[str, Examples], list[str]]
     if not found:
         raise UserError(f"{name} has no SFT target: none of its responses is labelled desirable")
     left_out = len(data) - len(found)
-    return found, [f"{name}: {plural(left_out, 'prompt')} without a desirable response left out"] if left_out else []
+    return found, [f"{name}: {plural(left_out, 'prompt')} without a desirable response dropped"] if left_out else []
 
 
 def _completions(data: Contract) -> dict[str, Examples]:
-    """One example a response, annotated with its label."""
+    """Return one example per response, annotated with its label."""
     return {
         prompt: Examples(*_texts_of(entry), [(i,) for i in range(len(entry["responses"]))], [[float(label)] for label in entry["labels"]])
         for prompt, entry in data.items()
@@ -112,18 +117,18 @@ def _completions(data: Contract) -> dict[str, Examples]:
 
 def _check_paired(name: str, data: Contract, labelled: bool) -> None:
     if labelled:
-        raise UserError(f"{name} has single responses with labels, which are for loss=kto; pairs are needed here")
+        raise UserError(f"{name} has single responses with labels, but this loss needs pairs: use loss=kto, or a dataset of pairs")
     if any(entry["pairs"] for entry in data.values()):
         return
     if any("scores" in entry for entry in data.values()):
         raise UserError(f"{name} has no pairs: no scores differ by more than datasets.{name}.min_margin")
-    raise UserError(f"{name} has no pairs: it is for loss=sft, and its prompts are for sample.py (see experiments/frontier)")
+    raise UserError(f"{name} has no pairs: use it with loss=sft, or complete its prompts with sample.py (see experiments/frontier)")
 
 
 def _unpaired(name: str, data: Contract, unpair: bool) -> tuple[dict[str, Examples], list[str]]:
-    """Two examples a pair: its chosen response, desirable, and its rejected one, undesirable."""
+    """Return two examples per pair: its chosen response, desirable, and its rejected one, undesirable."""
     if not unpair:
-        raise UserError(f"{name} has pairs, this loss takes single responses: datasets.{name}.unpair=true makes two of each pair")
+        raise UserError(f"{name} has pairs, but this loss takes single responses: datasets.{name}.unpair=true makes two of each pair")
     single = {}
     for prompt, entry in data.items():
         if entry["pairs"]:
@@ -132,16 +137,16 @@ def _unpaired(name: str, data: Contract, unpair: bool) -> tuple[dict[str, Exampl
             labels = [True, False] * len(entry["pairs"])
             single[prompt] = {"responses": [texts[i] for i in indices], "spans": [spans[i] for i in indices], "labels": labels}
     count = sum(len(entry["pairs"]) for entry in data.values())
-    note = f"{name}: {plural(count, 'pair')} taken as {2 * count:,} single responses, the chosen ones desirable (unpair)"
+    note = f"{name}: {plural(count, 'pair')} split into {2 * count:,} single responses, the chosen ones desirable (unpair=true)"
     return _completions(single), [note]
 
 
 def _pairs(name: str, data: Contract, form: Form) -> dict[str, Examples]:
-    """One example a pair, with the SFT target and the scores where the form has them."""
+    """Return one example per pair, with the SFT target and the ratings if the form has them."""
     if form.rated and not all("scores" in entry for entry in data.values()):
-        raise UserError(f"{name} has no scores, which this loss needs: datasets=[shp], [se], [reviews], or [jsonl] with scores")
+        raise UserError(f"{name} has no scores, which this loss needs: use datasets=[shp], [se], [reviews], or [jsonl] with scores")
     if form.segments and not all("spans" in entry for entry in data.values()):
-        raise UserError(f"{name} has no segments, which this loss needs: datasets=[jsonl] datasets.jsonl.rows=segments")
+        raise UserError(f"{name} has no segments, which this loss needs: use datasets=[jsonl] datasets.jsonl.rows=segments")
     found = {}
     for prompt, entry in data.items():
         texts, spans = _texts_of(entry)
@@ -156,6 +161,6 @@ def _pairs(name: str, data: Contract, form: Form) -> dict[str, Examples]:
 
 
 def _texts_of(entry: Mapping) -> tuple[list[str], list]:
-    """The responses of an entry and their spans."""
+    """Return the responses of an entry and their spans."""
     texts = list(entry["responses"])
     return texts, list(entry.get("spans") or [[]] * len(texts))

@@ -1,4 +1,4 @@
-"""The jsonl dataset: rows of one of several forms, text or chat messages, from files or the hub."""
+"""The jsonl dataset: data rows in one of several forms, text or chat messages, from files or the hub."""
 
 import hashlib
 import itertools
@@ -16,39 +16,39 @@ from tdpo.utils import UserError, plural
 
 
 def load_jsonl(source: Source) -> Contract:
-    """Rows of one of the forms in JSONL_ROWS, text or chat messages (chat.py), from files or the hub.
+    """Load rows in one of the forms of JSONL_ROWS, text or chat messages (chat.py), from files or the hub.
 
-    Without an eval split or eval_path, `eval_fraction` of the prompts are the test split: those whose hash is below it, so that a prompt is
-    always on the same side, whatever the seed of the run, the rows beside it, or a date that the chat template writes.
+    Without an eval split or eval_path, prompts whose hash, a number in [0, 1), is at most `eval_fraction` are the test split. A prompt is
+    thus always in the same split, whatever the run's seed, the other rows, or a date that the chat template writes.
     """
     options = source.options
     eval_split = options["eval_split"] or "test"
     read = JSONL_ROWS[options["rows"]]
     if source.split == "test" and options["eval_path"]:
         return read(source, source.rows(eval_split, options["eval_path"]))[0]
-    apart = options["eval_path"] or options["eval_split"]  # a split that was asked for must be there
+    apart = options["eval_path"] or options["eval_split"]  # a requested split must exist
     if apart or has_split(options["path"], eval_split, options["subset"], source.cache_dir):
         return read(source, source.rows(options["train_split"] if source.split == "train" else eval_split))[0]
     return _held_out(source, *read(source, source.rows(options["train_split"])))
 
 
 def _held_out(source: Source, data: Contract, words: Mapping[str, str]) -> Contract:
-    """The prompts of the split: those whose words' hash is below eval_fraction are the test split, one prompt at least."""
+    """Return the split's prompts: the test split has those whose hash is at most eval_fraction, and at least one prompt."""
     fraction = source.options["eval_fraction"]
     hashes = {prompt: int.from_bytes(hashlib.sha256(words[prompt].encode()).digest()[:8]) / 2**64 for prompt in data}
     bound = max(fraction, min(hashes.values(), default=0))
     split = {prompt: entry for prompt, entry in data.items() if (hashes[prompt] <= bound) == (source.split == "test")}
     if data and not split:
-        raise UserError(f"{plural(len(data), 'prompt')} cannot be parted into train and eval: give eval_path or eval_split, or more data")
-    source.report.notes.append(f"no eval split: {plural(len(split), 'prompt')} of {len(data):,} (eval_fraction={fraction})")
+        raise UserError(f"{plural(len(data), 'prompt')} cannot be split into train and eval: give eval_path, eval_split or more data")
+    source.report.notes.append(f"no eval split: takes {plural(len(split), 'prompt')} of {len(data):,} (eval_fraction={fraction})")
     return split
 
 
-Words = dict[str, str]  # of each prompt, without what a chat template adds
+Words = dict[str, str]  # prompt -> its text without what a chat template adds
 
 
 def _jsonl_pairs(source: Source, rows: Iterable[Row]) -> tuple[Contract, Words]:
-    """{prompt, chosen, rejected}, and {chosen_score, rejected_score} where there are any; the SFT target is the last chosen one."""
+    """Read {prompt, chosen, rejected}, optionally with {chosen_score, rejected_score}; the SFT target is the last chosen response."""
     data: Contract = defaultdict(lambda: {"responses": [], "pairs": [], "scores": []})
     words: Words = {}
     for row in rows:
@@ -80,7 +80,7 @@ def _is_number(value) -> bool:
 
 
 def _jsonl_labelled(source: Source, rows: Iterable[Row]) -> tuple[Contract, Words]:
-    """{prompt, completion, label}, unpaired; the SFT target is the last desirable one."""
+    """Read {prompt, completion, label}: single responses; the SFT target is the last desirable one."""
     columns = source.options["columns"]
     data: Contract = defaultdict(lambda: {"responses": [], "pairs": [], "labels": []})
     words: Words = {}
@@ -101,7 +101,7 @@ def _jsonl_labelled(source: Source, rows: Iterable[Row]) -> tuple[Contract, Word
 
 
 def _jsonl_scored(source: Source, rows: Iterable[Row]) -> tuple[Contract, Words]:
-    """{prompt, completion, score}: a prompt's completions become pairs by score; its best one is the SFT target."""
+    """Read {prompt, completion, score}: a prompt's completions become pairs by score; the best one is the SFT target."""
     options = source.options
     column = options["columns"]["score"]
     data: Contract = defaultdict(lambda: {"responses": [], "pairs": [], "scores": []})
@@ -129,14 +129,14 @@ def _jsonl_scored(source: Source, rows: Iterable[Row]) -> tuple[Contract, Words]
 
 
 def _pairs_by_score(responses: Sequence[str], scores: Sequence[float], pairs_by: str, min_margin: float) -> list[tuple[int, int]]:
-    """(index of the better, index of the worse): of every two, or of the best and the worst; none of equal texts."""
+    """Return (index of the better, index of the worse) of every two responses, or of the best and the worst; equal texts make no pair."""
     order = sorted(range(len(scores)), key=lambda i: -scores[i])
     candidates = itertools.combinations(order, 2) if pairs_by == "all" else [(order[0], order[-1])]
     return [(i, j) for i, j in candidates if scores[i] - scores[j] > min_margin and responses[i] != responses[j]]
 
 
 def _jsonl_segments(source: Source, rows: Iterable[Row]) -> tuple[Contract, Words]:
-    """{chosen, rejected}, conversations with a shared beginning, whose turns to be scored are marked {"segment": true}."""
+    """Read {chosen, rejected}: conversations with a shared beginning; turns marked {"segment": true} are in the loss."""
     data: Contract = defaultdict(lambda: {"responses": [], "pairs": [], "spans": []})
     words: Words = {}
     cut = 0
@@ -149,7 +149,7 @@ def _jsonl_segments(source: Source, rows: Iterable[Row]) -> tuple[Contract, Word
             data[prompt]["spans"] += found.spans
             words[prompt] = found.contents[0]
             cut += found.cut
-    source.report.notes += [f"{plural(cut, 'pair')} whose segments were cut to equal length"] if cut else []
+    source.report.notes += [f"{plural(cut, 'pair')} whose segments were cut to the same number of turns"] if cut else []
     return dict(data), words
 
 
@@ -162,7 +162,7 @@ JSONL_ROWS: dict[str, Callable[[Source, Iterable[Row]], tuple[Contract, Words]]]
 
 
 def _texts_of(source: Source, row: Row, *names: str) -> Optional[chat.Rendered]:
-    """A prompt and responses, of fields of those names, plain or through the chat template; None where they are not usable, noted."""
+    """Return prompt and responses, plain or rendered by the chat template; None if they have a defect, which is noted."""
     if not chat.has_messages(row, names):
         texts = source.report.texts(row, *names)
         return None if texts is None else chat.Rendered(tuple(texts), tuple(texts))
@@ -172,11 +172,11 @@ def _texts_of(source: Source, row: Row, *names: str) -> Optional[chat.Rendered]:
 
 def _check_escaping(source: Source) -> None:
     if source.options["escape_special_tokens"]:
-        raise UserError("escape_special_tokens=true would escape the chat template's own tokens too: it is for plain text alone")
+        raise UserError("escape_special_tokens=true would escape the chat template's own tokens too: set it to false for chat messages")
 
 
 def _has_columns(source: Source, row: Row, *columns: str) -> bool:
-    """Whether the row has the fields that `columns` names; noted where not, with those that it has."""
+    """Whether the row has the fields that `columns` names; if not, the missing ones and those it has are noted."""
     missing = [f"columns.{name}={field}" for name in columns if (field := source.options["columns"][name]) not in row.fields]
     if missing:
         source.report.refuse(row, f"no such field: {', '.join(missing)} (of datasets.{source.report.name}); it has {', '.join(row.fields)}")
@@ -184,7 +184,7 @@ def _has_columns(source: Source, row: Row, *columns: str) -> bool:
 
 
 def _completion_of(source: Source, row: Row) -> Optional[chat.Rendered]:
-    """A prompt and one response, with the separator in front, where it is plain text."""
+    """Return prompt and one response; plain text gets the separator in front of the response."""
     columns, separator = source.options["columns"], source.options["separator"]
     if not {columns["prompt"], columns["completion"]} <= set(row.fields):
         return None

@@ -1,8 +1,8 @@
-"""The embedded task: short film reviews from a small grammar, with a known reward. No network, no download.
+"""The embedded task: short film reviews from a small grammar, with a known reward. It needs no network.
 
 It stands in for the controlled-sentiment experiment of the DPO and TDPO papers (IMDb reviews and a sentiment classifier). A review
-begins with a prompt, which is neutral, and goes on with a few clauses that praise or blame. Its gold reward is P(positive), a
-logistic function of the sentiment words in it, so that every text, also one that a model sampled, has an exact reward.
+begins with a neutral prompt and continues with a few clauses that praise or blame. Its gold reward is P(positive), a logistic function
+of its sentiment words, so every text has an exact reward, also one sampled from a model.
 """
 
 import math
@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-# Words and their weights, in units of the logit of P(positive).
+# Sentiment words and their weights, in units of the logit of P(positive).
 POSITIVE = {
     "decent": 0.4, "solid": 0.5, "pleasant": 0.5, "good": 0.6, "warm": 0.6, "fresh": 0.6, "clever": 0.7, "charming": 0.8, "moving": 0.8,
     "great": 0.9, "gripping": 0.9, "lovely": 0.9, "wonderful": 1.1, "superb": 1.2, "brilliant": 1.3, "masterful": 1.4,
@@ -23,8 +23,8 @@ NEGATIVE = {
     "disliked": -0.6, "regretted": -0.8, "endured": -0.8, "hated": -1.2, "avoid": -1.0, "yawned": -0.5, "sighed": -0.5,
 }  # fmt: skip
 LEXICON = {**POSITIVE, **NEGATIVE}
-NEGATIONS = ("not", "never", "hardly")  # turn the sign of a sentiment word that follows within two words
-INTENSIFIERS = {"very": 1.5, "truly": 1.5, "rather": 0.7}  # scale the sentiment word that follows directly
+NEGATIONS = ("not", "never", "hardly")  # flip the sign of a sentiment word within the next two words
+INTENSIFIERS = {"very": 1.5, "truly": 1.5, "rather": 0.7}  # scale the sentiment word right after them
 
 GENRES = "drama comedy thriller western musical romance mystery documentary".split()
 SETTINGS = "sea city farm school prison island theatre desert hospital village kitchen circus".split()
@@ -51,20 +51,20 @@ PUNCTUATION = (".", ",", "and", "but")
 
 
 class ReviewPair(NamedTuple):
-    """Two reviews with the same beginning. Rewards are P(positive) of prompt + response."""
+    """Two reviews with the same prompt. Rewards are P(positive) of prompt + response, the chosen one's first."""
 
     prompt: str
     chosen: str
     rejected: str
-    sft_target: str  # the one of the two that was written first, so that SFT learns the grammar without its reward
+    sft_target: str  # the response that was written first, so SFT learns the grammar but not the reward
     rewards: tuple[float, float]
 
 
 def gold_reward(text: str) -> float:
-    """P(positive) of a review, in (0, 1): the logistic function of the sum of its sentiment words' weights.
+    """Return P(positive) of a review, in (0, 1): the logistic function of the sum of its sentiment words' weights.
 
-    A negation up to two words before a sentiment word turns its sign, an intensifier directly before scales it. Unknown words count
-    nothing, so that any text has a reward; one without sentiment has 0.5.
+    A negation up to two words before a sentiment word flips its sign; an intensifier right before it scales it. Unknown words count 0, so
+    any text has a reward; without sentiment words it is 0.5.
     """
     words = re.findall(r"[a-z]+", text.lower())
     score = 0.0
@@ -79,20 +79,20 @@ def gold_reward(text: str) -> float:
 
 
 def review_pairs(split: str, n_pairs: int, seed: int, min_margin: float) -> Iterator[ReviewPair]:
-    """Seeded pairs whose rewards differ by at least min_margin. Prompts of the two splits are disjoint, and each occurs once.
+    """Yield seeded pairs whose rewards differ by at least min_margin. Each prompt occurs once, and the splits share no prompt.
 
     Args:
         split: train or test.
-        n_pairs: how many; at most `len(prompts_of(split))`.
+        n_pairs: number of pairs, at most `len(prompts_of(split, seed))`.
         seed: of prompts and reviews.
         min_margin: least difference of the two rewards, in (0, 1).
 
     Raises:
-        ValueError: more pairs than prompts.
+        ValueError: n_pairs exceeds the number of prompts.
     """
     prompts = prompts_of(split, seed)
     if n_pairs > len(prompts):
-        raise ValueError(f"the grammar has {len(prompts)} {split} prompts, {n_pairs} pairs were asked for")
+        raise ValueError(f"n_pairs={n_pairs} exceeds the {len(prompts)} {split} prompts of the grammar")
     rng = random.Random(f"{seed}/{split}")
     for prompt in prompts[:n_pairs]:
         first = _response(rng)
@@ -107,7 +107,7 @@ def review_pairs(split: str, n_pairs: int, seed: int, min_margin: float) -> Iter
 
 
 def prompts_of(split: str, seed: int) -> list[str]:
-    """The prompts of a split, in seeded order. One prompt in eight is a test prompt, whatever the seed."""
+    """Return the prompts of a split, in seeded order. One prompt in eight is a test prompt, whatever the seed."""
     every = [prompt for opener in OPENERS for prompt in _expand(opener)]
     random.Random("split").shuffle(every)
     n_test = len(every) // 8
@@ -117,7 +117,7 @@ def prompts_of(split: str, seed: int) -> list[str]:
 
 
 def vocabulary() -> list[str]:
-    """Every word that the grammar can write, sorted."""
+    """Return every word that the grammar can write, sorted."""
     words = set(LEXICON) | set(NEGATIONS) | set(INTENSIFIERS) | set(PUNCTUATION) | set(ASPECTS)
     words |= {word for opener in OPENERS for prompt in _expand(opener) for word in prompt.split()}
     words |= set("was the it i felt at end would".split())
@@ -134,11 +134,11 @@ def _expand(opener: str) -> Iterator[str]:
 
 
 def _response(rng: random.Random) -> str:
-    """' was dull . i yawned , but the cast was rather good .': two to five clauses, mostly of one sentiment."""
+    """Write two to five clauses, mostly of one sentiment: ' was dull . i yawned , but the cast was rather good .'."""
     sentiment = rng.choice(("positive", "negative"))
     clauses = [f"was {_judgement(rng, _mostly(rng, sentiment))}"]
     for _ in range(rng.randint(1, 4)):
-        clauses.append(rng.choice((".", ".", ", and", ", but")))  # words and marks are set apart by spaces
+        clauses.append(rng.choice((".", ".", ", and", ", but")))  # words and punctuation are separated by spaces
         clauses.append(_clause(rng, _mostly(rng, sentiment)))
     return " " + " ".join(clauses) + " ."
 
@@ -148,7 +148,7 @@ def _mostly(rng: random.Random, sentiment: str) -> str:
 
 
 def _judgement(rng: random.Random, sentiment: str) -> str:
-    """'very good', 'not dull', 'weak': an adjective phrase of that sentiment."""
+    """Write an adjective phrase of that sentiment: 'very good', 'not dull', 'weak'."""
     draw = rng.random()
     if draw < 0.15:
         return f"{rng.choice(NEGATIONS)} {rng.choice(ADJECTIVES[OPPOSITE[sentiment]])}"

@@ -1,6 +1,6 @@
-"""Rows of a preference dataset: where they come from, and what is wrong with them.
+"""Data rows of a preference dataset: where they come from, and what is wrong with them.
 
-Every defect of a source is collected and reported at once, with file and row number, before any model is loaded.
+All defects of a source are collected and reported together, with file and row number, before any model is loaded.
 """
 
 import glob
@@ -24,36 +24,36 @@ LOCAL_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 
 
 class Row:
-    """One row: `number` counts from 1 within `source` (for JSON lines, the line number); `fields` is None for an unreadable one."""
+    """One data row. `number` counts from 1 within `source` (in JSON lines, the line number); an unreadable row has no `fields`."""
 
     def __init__(self, source: str, number: int, fields: Optional[Mapping[str, Any]], defect: Optional[str] = None):
         self.source, self.number, self.fields, self.defect = source, number, fields, defect
 
 
 def read_rows(path: str, split: str, subset: Optional[str], cache_dir: Optional[str]) -> Sequence[Row]:
-    """The rows of a split.
+    """Return the rows of a split.
 
     Args:
-        path: a file (.jsonl, .jsonl.gz, .parquet), a folder with <split>.jsonl[.gz] or <split>[-*].parquet, a folder that
-            `save_to_disk` of datasets wrote, or a dataset on the Hugging Face hub.
-        split: name of the split; not used where path is a file.
+        path: a file (.jsonl, .jsonl.gz, .parquet), a folder with <split>.jsonl[.gz] or <split>[-*].parquet, a folder written by
+            `save_to_disk` of the datasets library, or a dataset on the Hugging Face hub.
+        split: name of the split; ignored if path has no splits (a file, or a single saved dataset).
         subset: configuration of a hub dataset, or None.
-        cache_dir: where hub datasets are kept.
+        cache_dir: folder for hub datasets.
 
     Raises:
-        UserError: there is no such dataset, split or file, or the file cannot be read at all.
+        UserError: the dataset, split or file does not exist, has no rows, or cannot be read at all.
     """
     if not looks_local(path):
         return _HubRows(path, split, subset, cache_dir)
     if not os.path.exists(path):
-        raise UserError(f"data path {path} does not exist (a hub dataset is named owner/name)")
+        raise UserError(f"data path '{path}' does not exist (a hub dataset is named owner/name)")
     if os.path.isfile(os.path.join(path, "dataset_dict.json")):
         return _saved_rows(path, split)
     if os.path.isfile(os.path.join(path, "state.json")):  # one dataset without splits
         return _DatasetRows(datasets.load_from_disk(path), path)
     files = [path] if os.path.isfile(path) else _files_of_split(path, split)
     if not files:
-        raise UserError(f"{path} holds no split {split!r}: looked for {split}.jsonl, {split}.jsonl.gz and {split}[-*].parquet")
+        raise UserError(f"'{path}' has no split {split!r}: looked for {split}.jsonl, {split}.jsonl.gz and {split}[-*].parquet")
     rows = [row for file in files for row in (_parquet_rows(file) if file.endswith(".parquet") else _json_lines(file))]
     if not rows:
         raise UserError(f"{some_of(files)}: no rows")
@@ -61,7 +61,7 @@ def read_rows(path: str, split: str, subset: Optional[str], cache_dir: Optional[
 
 
 def has_split(path: str, split: str, subset: Optional[str], cache_dir: Optional[str]) -> bool:
-    """Whether `read_rows` would find that split. A single file is a train split alone."""
+    """Whether `read_rows` would find that split in a folder or on the hub; false for a file, which has no splits."""
     if not looks_local(path):
         return split in _hub_splits(path, subset)
     if os.path.isfile(os.path.join(path, "dataset_dict.json")):
@@ -70,7 +70,11 @@ def has_split(path: str, split: str, subset: Optional[str], cache_dir: Optional[
 
 
 def data_fingerprint(path: str, subset: Optional[str], cache_dir: Optional[str]) -> list:
-    """Tells the content behind a path from another one, without reading its rows: hashes of its files, or of a hub dataset's splits."""
+    """Return what identifies the data at a path, without parsing rows: hashes of its files, or of a hub dataset's splits.
+
+    Args:
+        path, subset, cache_dir: as for `read_rows`.
+    """
     if not looks_local(path):
         return [
             (split, datasets.load_dataset(path, subset, split=split, cache_dir=cache_dir)._fingerprint)
@@ -92,7 +96,7 @@ def data_fingerprint(path: str, subset: Optional[str], cache_dir: Optional[str])
 
 
 def _is_saved(path: str) -> bool:
-    """Whether `save_to_disk` of datasets wrote this folder."""
+    """Whether the folder was written by `save_to_disk` of the datasets library."""
     return any(os.path.isfile(os.path.join(path, file)) for file in ("dataset_dict.json", "state.json"))
 
 
@@ -109,7 +113,7 @@ def _files_of_split(folder: str, split: str) -> list[str]:
 
 def _json_lines(file: str) -> Iterator[Row]:
     if not file.endswith((".jsonl", ".jsonl.gz")):
-        raise UserError(f"{file}: expected one of {', '.join(LOCAL_SUFFIXES)}")
+        raise UserError(f"'{file}' has an unknown suffix: expected one of {', '.join(LOCAL_SUFFIXES)}")
     number = 0
     opener = gzip.open if file.endswith(".gz") else open
     try:
@@ -123,11 +127,11 @@ def _json_lines(file: str) -> Iterator[Row]:
                     yield Row(file, number, None, "not UTF-8 text")
                     continue
                 except ValueError:
-                    yield Row(file, number, None, "cut or broken JSON")
+                    yield Row(file, number, None, "truncated or malformed JSON")
                     continue
                 yield Row(file, number, *((fields,) if isinstance(fields, dict) else (None, "not a JSON object")))
     except (EOFError, zlib.error, gzip.BadGzipFile):
-        yield Row(file, number + 1, None, "the compressed file is cut or broken here")
+        yield Row(file, number + 1, None, "the compressed file is truncated or corrupt here")
 
 
 def _parquet_rows(file: str) -> Iterator[Row]:
@@ -138,18 +142,18 @@ def _parquet_rows(file: str) -> Iterator[Row]:
                 number += 1
                 yield Row(file, number, fields)
     except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{file} is no readable parquet file: {str(error).splitlines()[0]}") from None
+        raise UserError(f"'{file}' is not a readable parquet file: {str(error).splitlines()[0]}") from None
 
 
 def _saved_rows(path: str, split: str) -> Sequence[Row]:
     saved = datasets.load_from_disk(path)
     if split not in saved:
-        raise UserError(f"{path} holds no split {split!r}; it has {some_of(sorted(saved))}")
+        raise UserError(f"'{path}' has no split {split!r}; it has {some_of(sorted(saved))}")
     return _DatasetRows(saved[split], f"{path}/{split}")
 
 
 class _DatasetRows(Sequence):
-    """Rows of an Arrow dataset, read as they are asked for."""
+    """Rows of an Arrow dataset, read on access."""
 
     def __init__(self, dataset: datasets.Dataset, source: str):
         self.dataset, self.source = dataset, source
@@ -174,8 +178,8 @@ class _HubRows(_DatasetRows):
 def _hub_splits(path: str, subset: Optional[str]) -> list[str]:
     try:
         return datasets.get_dataset_split_names(path, subset)
-    except Exception as error:  # the hub's client raises a dozen types for: not there, no access, no network
-        raise UserError(f"dataset {path} is neither a local path nor a dataset that the hub gives out: {_first_line(error)}") from None
+    except Exception as error:  # the hub's client raises a dozen types: not found, no access, no network
+        raise UserError(f"dataset {path} is neither a local path nor an accessible dataset on the hub: {_first_line(error)}") from None
 
 
 def _first_line(error: Exception) -> str:
@@ -183,28 +187,28 @@ def _first_line(error: Exception) -> str:
 
 
 class RowReport:
-    """Decides row by row what `invalid_rows` says, and says at the end what was decided.
+    """Collects the defects of a dataset's rows, applies `invalid_rows` to them, and reports them at the end.
 
-    error: any defect ends the run, all of them named at once. skip: rows with a defect are dropped and counted. keep: an empty text, a
-    rejected response with another prompt or a pair of equal responses is trained on as the published code does, and counted; what
-    cannot be trained on (no text, a missing field or marker, broken JSON, special tokens in text) is an error all the same.
+    error: any defect ends the run, and all are listed. skip: rows with a defect are dropped and counted. keep: rows with an empty text,
+    different prompts or equal responses are trained on, as in the published code, and counted; a row that cannot be trained on (a field
+    or marker is missing, a value is not text, broken JSON, special tokens in text) is still an error.
 
     Args:
         name, split: of the dataset.
         invalid_rows: error, skip or keep.
-        special_tokens: strings that the tokenizer would turn into special tokens; none are looked for without them.
+        special_tokens: strings that the tokenizer would turn into special tokens; a text that holds one is a defect.
     """
 
     def __init__(self, name: str, split: str, invalid_rows: str, special_tokens: Sequence[str] = ()):
         self.name, self.source, self.invalid_rows = name, f"{name} {split}", invalid_rows
         self.read = self.kept = 0
-        self.notes: list[str] = []  # lines to print with the counts
+        self.notes: list[str] = []  # logged with the counts
         self._defects: dict[str, list[Row]] = defaultdict(list)
         self._kept_defects: dict[str, list[Row]] = defaultdict(list)
         self._special = re.compile("|".join(re.escape(x) for x in special_tokens if x)) if any(special_tokens) else None
 
     def rows(self, rows: Iterable[Row]) -> Iterator[Row]:
-        """The readable rows; the others are noted."""
+        """Yield the readable rows; the others are noted as defects."""
         for row in rows:
             self.read += 1
             if row.fields is None:
@@ -213,12 +217,12 @@ class RowReport:
                 yield row
 
     def refuse(self, row: Row, defect: str) -> None:
-        """Note a defect that cannot be trained on."""
+        """Note a defect that makes a row unusable."""
         if row not in self._defects[defect][-1:]:
             self._defects[defect].append(row)
 
     def texts(self, row: Row, *names: str) -> Optional[list[str]]:
-        """The row's fields of those names where all are usable text, else None, noted."""
+        """Return the named fields if all of them are usable text, else None; defects are noted."""
         values = []
         for name in names:
             if name not in row.fields:
@@ -228,7 +232,7 @@ class RowReport:
         return values if len(values) == len(names) else None
 
     def is_text(self, row: Row, name: str, value: Any) -> bool:
-        """Whether the value is a string that a tokenizer takes as plain text; noted where not."""
+        """Whether a value is a string that the tokenizer reads as plain text; if not, the defect is noted."""
         if not isinstance(value, str):
             self.refuse(row, f"{name!r} is {'null' if value is None else type(value).__name__}, not text")
         elif not _encodable(value):
@@ -240,16 +244,22 @@ class RowReport:
         return False
 
     def usable_pair(self, row: Row, prompt: str, chosen: str, rejected: str, same_prompt: bool = True) -> bool:
-        """Whether to train on this pair, whose texts are text. A row that is kept is counted."""
+        """Whether to train on this pair; notes its defects, and counts its row if it is kept.
+
+        Args:
+            row: where the pair is from.
+            prompt, chosen, rejected: texts for which `is_text` holds.
+            same_prompt: whether rejected has the prompt of chosen.
+        """
         defects = _empty(prompt=prompt, chosen=chosen, rejected=rejected)
         if not same_prompt:
-            defects.append("rejected has another prompt than chosen")
+            defects.append("chosen and rejected have different prompts")
         elif chosen == rejected and not defects:
             defects.append("chosen and rejected are equal")
         return self._keep(row, defects)
 
     def usable_answers(self, row: Row, prompt: str, answers: Sequence[str]) -> bool:
-        """The same for a row with any number of answers."""
+        """Whether to train on a row with one or more answers; otherwise as `usable_pair`."""
         return self._keep(row, _empty(prompt=prompt, answer=min(answers, key=lambda text: len(text.strip()))))
 
     def _keep(self, row: Row, defects: list[str]) -> bool:
@@ -260,12 +270,20 @@ class RowReport:
         return keep
 
     def remedy(self) -> str:
+        """Return the overrides that accept or drop the defective rows."""
         special = any(defect.startswith("special token") for defect in self._defects)
         escape = f"; datasets.{self.name}.escape_special_tokens=true makes special tokens plain text" if special else ""
         return f"datasets.{self.name}.invalid_rows=skip drops such rows{escape}"
 
     def finish(self, remedy: Optional[str] = None) -> list[str]:
-        """The counts, to be printed; raises UserError with every row that must not be there, and a remedy."""
+        """Return the counts and notes, as lines to log.
+
+        Args:
+            remedy: last line of the error message; None names the config keys that help.
+
+        Raises:
+            UserError: there are rows that cannot be used, all of which are listed, or no rows are left.
+        """
         if self._defects and self.invalid_rows != "skip":
             raise UserError(f"{self.source}: rows that cannot be used{self._describe(self._defects)}\n  {remedy or self.remedy()}")
         if self.read == 0:
@@ -273,14 +291,14 @@ class RowReport:
         if self.kept == 0:
             raise UserError(f"{self.source}: none of {plural(self.read, 'row')} can be used{self._describe(self._defects)}")
         lines = ["; ".join([f"{self.source}: {plural(self.read, 'row')} read, {self.kept:,} kept", *self.notes])]
-        for verb, defects in (("dropped", self._defects), ("kept as published, though they have", self._kept_defects)):
+        for verb, defects in (("dropped", self._defects), ("kept, as in the published code, despite", self._kept_defects)):
             if defects:
                 lines.append(f"  {verb}{self._describe(defects)}")
         return lines
 
     @staticmethod
     def _describe(defects: Mapping[str, list[Row]]) -> str:
-        """A line for each defect, '  empty chosen: train.jsonl rows 3, 7', with a dozen row numbers at most."""
+        """Return a line per defect, '  empty chosen: train.jsonl rows 3, 7', with at most a dozen row numbers."""
         parts = []
         for defect, rows in defects.items():
             by_source: dict[str, list[int]] = defaultdict(list)

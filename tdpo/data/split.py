@@ -1,4 +1,4 @@
-"""A split of one or several datasets, tokenized once: its examples, and their order in each epoch."""
+"""A tokenized split of one or several datasets: its examples, and their order in each epoch."""
 
 import functools
 import hashlib
@@ -14,17 +14,17 @@ from tdpo.data.token_cache import digest_of, flat
 from tdpo.data.tokenization import batch_element, truncate, truncated_lengths
 from tdpo.utils import UserError, plural, some_of
 
-EVAL_SEED = 0  # of the eval order, whatever the run's seed, so that runs of different seeds see the same eval pairs
+EVAL_SEED = 0  # of the eval order; fixed, so that runs with different seeds see the same eval pairs
 Item = TypeVar("Item")
 
 
 class Example(NamedTuple):
-    """Index of a prompt of the split and of its pair (for SFT 0, of unpaired data its completion)."""
+    """An example, as index of a prompt in the split and index of its pair (SFT: 0; unpaired data: index of its completion)."""
 
     prompt: int
     pair: int
-    partner: Optional[tuple[int, int]] = None  # of unpaired data: the next example of the epoch that has another prompt
-    mismatched: bool = False  # asks for this prompt with the partner's response
+    partner: Optional[tuple[int, int]] = None  # unpaired data: (prompt, pair) of the epoch's next example with another prompt
+    mismatched: bool = False  # stands for this prompt with the partner's response
 
 
 class TokenizedExample(NamedTuple):
@@ -32,23 +32,26 @@ class TokenizedExample(NamedTuple):
 
     prompt: list[int]
     responses: list[list[int]]
-    masks: Optional[list[list[int]]]  # of each response, 1 for the tokens in the loss; None if all tokens of the split are
-    annotations: list[float]  # what the data says of each response: its score, or its label (1 desirable); [] for nothing
+    masks: Optional[list[list[int]]]  # loss mask of each response, 1 = in the loss; None if no response of the split has one
+    annotations: list[float]  # of each response: its rating, or its label (1 desirable, 0 not); [] if the form has neither
 
     def counts(self) -> list[int]:
-        """Tokens in the loss of each response."""
+        """Return the number of tokens in the loss for each response."""
         return list(map(len, self.responses)) if self.masks is None else list(map(sum, self.masks))
 
 
 class TokenizedSplit:
-    """A split of one or several datasets, tokenized once.
+    """A split of one or several datasets, tokenized.
 
     Args:
-        tables: of token_cache.py, one a dataset.
+        tables: one per dataset, see token_cache.tokenize.
         tokenizer: of Transformers.
-        max_length, max_prompt_length: tokens, see `tokenization.truncate`.
-        form: of its examples.
-        add_bos: prompts begin with the tokenizer's beginning-of-sequence token.
+        max_length, max_prompt_length: tokens, see tokenization.truncate.
+        form: of the examples.
+        add_bos: whether prompts begin with the tokenizer's beginning-of-sequence token.
+
+    Raises:
+        UserError: truncation would cut off tokens of a segment that are in the loss.
     """
 
     def __init__(
@@ -58,55 +61,60 @@ class TokenizedSplit:
         self.bos_token_id = tokenizer.bos_token_id if add_bos else None
         known = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id, None}
         self.unknown_token_id = None if tokenizer.unk_token_id in known else tokenizer.unk_token_id
-        self.prompts = datasets.concatenate_datasets(list(tables))  # a row a prompt
+        self.prompts = datasets.concatenate_datasets(list(tables))  # one row per prompt
         self._ids = self.prompts.select_columns(["prompt_ids", "response_ids", "masks", "examples", "annotations", "truncation_mode"])
         self.examples_per_prompt = flat(self.prompts, "examples", 0)
-        self._first = np.cumsum(self.examples_per_prompt) - self.examples_per_prompt  # example of each prompt's first pair
-        self.has_masks = bool(flat(self.prompts, "masks", 1).any())  # whether some tokens of some responses are not scored
+        self._first = np.cumsum(self.examples_per_prompt) - self.examples_per_prompt  # index of each prompt's first example
+        self.has_masks = bool(flat(self.prompts, "masks", 1).any())  # whether some response tokens are not in the loss
         self._lengths = self._truncated_lengths()
         if self.has_masks:
             self._check_masks()
 
     def __len__(self) -> int:
-        """Number of examples: pairs, completions, or prompts for SFT."""
+        """Return the number of examples: pairs, completions, or prompts for SFT."""
         return int(self.examples_per_prompt.sum())
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of all tokens and pairs, and of the lengths to which they are cut."""
-        form = f"Form(roles={self.form.roles}, scored={self.form.rated}, segments={self.form.segments})"  # as in older checkpoints
+        """The hash of all tokens and pairs, and of the lengths to which they are cut."""
+        form = f"Form(roles={self.form.roles}, scored={self.form.rated}, segments={self.form.segments})"  # as hashed in older checkpoints
         cut = f"{self.max_length} {self.max_prompt_length} {form} {self.bos_token_id}"
         return hashlib.sha256(f"{cut} {digest_of(self.prompts)}".encode()).hexdigest()
 
     @property
     def files(self) -> list[str]:
-        """That are mapped into memory; none where all of it is in memory."""
+        """The files that are mapped into memory; [] if the tables are held in memory."""
         return [file["filename"] for file in self.prompts.cache_files]
 
     def in_memory(self) -> "TokenizedSplit":
-        """The same for who does not see the files."""
+        """Return a copy held in memory, for ranks that cannot read the files."""
         copy = object.__new__(TokenizedSplit)
         vars(copy).update(vars(self))
         copy.prompts, copy._ids = (datasets.Dataset(datasets.table.InMemoryTable(x.data.table)) for x in (self.prompts, self._ids))
         return copy
 
     def epochs(self, seed: int, shuffle: bool = True) -> Iterator[list[Example]]:
-        """The examples of each epoch, for ever, in the order of the published TDPO code (its DPO ancestor draws seeds below 2**32)."""
+        """Yield the examples of each epoch, without end, in the order of the published TDPO code (the DPO code draws seeds below 2**32).
+
+        Args:
+            seed: of the orders.
+            shuffle: False keeps the order of the data in every epoch.
+        """
         pairs = self.examples_per_prompt.tolist()
         for order in reshuffled(range(len(self.prompts)), np.random.RandomState(seed), shuffle):
             examples = [Example(prompt, pair) for prompt in order for pair in range(pairs[prompt])]
             yield with_partners(examples) if self.form.roles == COMPLETIONS.roles and len(pairs) > 1 else examples
 
     def index(self, example: Example) -> int:
-        """Its number among the split's examples, whatever the order of an epoch."""
+        """Return an example's index in the split, which does not depend on an epoch's order."""
         return int(self._first[example.prompt]) + example.pair
 
     def example(self, example: Example) -> TokenizedExample:
-        """Return the tokens of an example, truncated; of a mismatched one, those of its partner's response."""
+        """Return an example's tokens, truncated; a mismatched example has its partner's response."""
         return self._tokenized(self._ids[example.prompt], example)
 
     def _tokenized(self, entry: Mapping, example: Example) -> TokenizedExample:
-        """The same of a row of the table that was read already."""
+        """Return an example's tokens, given its prompt's table row."""
         source, pair = (self._ids[example.partner[0]], example.partner[1]) if example.mismatched else (entry, example.pair)
         indices = source["examples"][pair]
         whole = [source["response_ids"][i] for i in indices]
@@ -118,8 +126,8 @@ class TokenizedSplit:
         return TokenizedExample(prompt, responses, masks, entry["annotations"][example.pair])
 
     def element(self, example: Example) -> dict:
-        """Return the example in the published form (`tokenization.batch_element`), with `example_id`, '<dataset>:<prompt>.<pair>', and
-        `<role>_annotation` where the data says something of its responses."""
+        """Return an example in the published form (tokenization.batch_element), with `example_id`, '<dataset>:<prompt>.<pair>', and
+        `<role>_annotation` if the form has ratings or labels."""
         entry, roles = self.prompts[example.prompt], self.form.roles
         texts = dict(zip(roles, (entry["texts"][i] for i in entry["examples"][example.pair])))
         prompt, responses, masks, annotations = self._tokenized(entry, example)
@@ -129,24 +137,24 @@ class TokenizedSplit:
         return element | {f"{role}_annotation": value for role, value in zip(roles, annotations)}
 
     def _check_masks(self) -> None:
-        """No scored token may be cut away: segments would no longer have equal turns."""
+        """Raise UserError if truncation cuts off tokens in the loss: segments would no longer have equal numbers of turns."""
         lost = []
         for i, example in enumerate(next(self.epochs(0, shuffle=False))):
             entry = self._ids[example.prompt]
-            whole = [sum(entry["masks"][k]) for k in entry["examples"][example.pair]]  # 0 of a response that is scored as a whole
+            whole = [sum(entry["masks"][k]) for k in entry["examples"][example.pair]]  # 0 for a response without a mask
             lost += [i] if any(sum(mask) < n for mask, n in zip(self.example(example).masks, whole)) else []
         if lost:
             raise UserError(
-                f"{plural(len(lost), 'example')} ({some_of(lost)}) of {len(self):,} have turns to be scored beyond "
-                f"max_length={self.max_length}: raise it, or leave them out"
+                f"{plural(len(lost), 'example')} ({some_of(lost)}) of {len(self):,} have segment turns beyond "
+                f"max_length={self.max_length}: raise it, or remove these examples"
             )
 
     def lengths(self, examples: Sequence[Example]) -> list[int]:
-        """Tokens of each example after truncation, its prompt counted once."""
+        """Return each example's number of tokens after truncation, with its prompt counted once."""
         return self._truncated(examples).sum(-1).tolist()
 
     def _truncated(self, examples: Sequence[Example]) -> np.ndarray:
-        """(examples, 1 + responses): tokens of prompt and responses after truncation."""
+        """Return the lengths of prompt and responses after truncation, (examples, 1 + responses), in tokens."""
         if not examples or not examples[0].mismatched:
             return self._lengths[[self.index(example) for example in examples]]
         prompts = self._whole_lengths[[self.index(example) for example in examples], :1]
@@ -154,14 +162,14 @@ class TokenizedSplit:
         return truncated_lengths(np.concatenate([prompts, responses], axis=1), self.max_length, self.max_prompt_length)
 
     def response_tokens(self) -> np.ndarray:
-        """(examples,): scored tokens of each example's responses together, by `index`."""
+        """Return each example's number of response tokens in the loss, over all its responses: (examples,), by `index`."""
         if self.has_masks:
             examples = next(self.epochs(0, shuffle=False))
             return np.array([sum(self.example(example).counts()) for example in examples])
         return self._lengths[:, 1:].sum(-1)
 
     def _truncated_lengths(self) -> np.ndarray:
-        """(examples, 1 + responses): tokens of prompt and responses after truncation, of all examples at once."""
+        """Return the lengths of all examples as `_truncated`; those before truncation are kept in `_whole_lengths`."""
         prompts = np.repeat(flat(self.prompts, "prompt_ids", 0), self.examples_per_prompt)
         counts = flat(self.prompts, "response_ids", 0)
         starts = np.repeat(np.cumsum(counts) - counts, self.examples_per_prompt)[:, None]
@@ -171,7 +179,7 @@ class TokenizedSplit:
         return truncated_lengths(self._whole_lengths, self.max_length, self.max_prompt_length)
 
     def describe(self) -> str:
-        """'1,536 pairs of 1,500 prompts, 345,678 tokens; 12 prompts and 3 responses truncated; 2 occur more than once'."""
+        """Return '1,536 pairs of 1,500 prompts, 345,678 tokens; 12 prompts and 3 responses truncated; 2 occur more than once'."""
         cut = self._lengths < self._whole_lengths
         tokens = int((self._lengths[:, :1] + self._lengths[:, 1:]).sum())
         kind = "example" if len(self.form.roles) == 1 else "pair"
@@ -202,7 +210,13 @@ def with_partners(examples: Sequence[Example]) -> list[Example]:
 
 
 def reshuffled(items: Sequence[Item], seeds: np.random.RandomState, shuffle: bool = True) -> Iterator[list[Item]]:
-    """Yield the items for ever, each time shuffled from the order before by the next seed; in their own order without `shuffle`."""
+    """Yield the items without end, one list per epoch.
+
+    Args:
+        items: in their original order.
+        seeds: draws one seed per epoch, which shuffles the order of the epoch before.
+        shuffle: False keeps the original order.
+    """
     order = list(items)
     while True:
         if shuffle:

@@ -1,9 +1,8 @@
-"""Texts to tokens once: by all cores, into an Arrow table that is memory-mapped, and found again by the next run.
+"""Tokenization with a cache: on all cores, into an Arrow table that is memory-mapped and that the next run finds again.
 
-A row of the table is a prompt: {dataset, prompt, texts, prompt_ids, response_ids, masks, examples, annotations, hashes, truncation_mode}.
-`examples` are indices into texts and response_ids, one a role; `annotations` what the data says of these (scores, labels), [] for nothing;
-`masks`, one a response, are 1 for the tokens that are scored, [] for all; `hashes` tell examples apart. Tokens are whole: each run
-truncates them for itself.
+A table row is a prompt: {dataset, prompt, texts, prompt_ids, response_ids, masks, examples, annotations, hashes, truncation_mode}.
+`examples` holds indices into texts and response_ids, one per role; `annotations` their ratings or labels, if any; `masks` the loss mask
+of each response, [] if all its tokens are in the loss; `hashes` tell which examples are equal. Tokens are whole: each run truncates them.
 """
 
 import glob
@@ -28,8 +27,8 @@ from tdpo.utils import UserError, cores, get_logger
 
 log = get_logger(__name__)
 
-TEXTS_A_CORE = 10_000  # for fewer, starting another process takes longer than it saves; for fewer in all, so does a cache
-SLICE = 20_000  # prompts
+TEXTS_A_CORE = 10_000  # texts per core: for fewer, another process takes longer to start than it saves; for fewer in all, so does a cache
+SLICE = 20_000  # prompts per slice
 SPANS = datasets.List(datasets.List(datasets.List(datasets.Value("int32"))))
 IDS = datasets.List(datasets.Value("int32"))
 FEATURES = datasets.Features(
@@ -49,7 +48,7 @@ FEATURES = datasets.Features(
 
 
 def count_texts(examples: Iterable[Examples]) -> int:
-    """Prompts and responses."""
+    """Return the number of prompts and responses."""
     return sum(1 + len(some.texts) for some in examples)
 
 
@@ -62,15 +61,16 @@ def tokenize(
     silent: bool = False,
     file: Optional[str] = None,
 ) -> datasets.Dataset:
-    """Make the table of a dataset, in memory or, where `file` is given, in it.
+    """Tokenize a dataset into a table.
 
     Args:
         name: of the dataset.
         examples: by prompt, see contract.examples_in_form.
         options: of the dataset.
         tokenizer: of Transformers.
-        add_bos: begin every prompt with beginning-of-sequence.
-        silent: no progress bar.
+        add_bos: begin every prompt with the beginning-of-sequence token.
+        silent: show no progress bar.
+        file: path of the table's file; None keeps it in memory.
 
     Raises:
         UserError: a prompt has no tokens.
@@ -93,7 +93,7 @@ def tokenize(
         "truncation_mode": options["truncation_mode"],
     }
     with _progress_bars(shown=not silent):
-        # In slices, because Arrow takes 2 GB of text at a time.
+        # In slices, because Arrow takes at most 2 GB of text at a time.
         starts = range(0, len(found), SLICE)
         slices = [{column: values[i : i + SLICE] for column, values in columns.items()} for i in starts]
         return datasets.concatenate_datasets([datasets.Dataset.from_dict(piece, features=features) for piece in slices]).map(
@@ -106,7 +106,7 @@ def tokenize(
             desc=f"Tokenizing {name}",
             keep_in_memory=file is None,
             cache_file_name=file,
-            new_fingerprint="tokens",  # else the tokenizer would be hashed
+            new_fingerprint="tokens",  # otherwise the tokenizer would be hashed
         )
 
 
@@ -117,7 +117,7 @@ def _tokenize_rows(columns: Mapping[str, list], name: str, tokenizer, escape: bo
         prompt_ids = [with_bos(ids, tokenizer) for ids in prompt_ids]
     for prompt, ids in zip(prompts, prompt_ids):
         if not ids:
-            raise UserError(f"{name}: prompt {prompt!r} has no tokens: the first response token would have nothing to be predicted from")
+            raise UserError(f"{name}: prompt {prompt!r} has no tokens, so the first response token cannot be predicted: remove it")
     responses = _encode_responses(texts, columns["spans"], tokenizer, escape)
     return {
         "dataset": [name] * len(prompts),
@@ -137,7 +137,7 @@ def _tokenize_rows(columns: Mapping[str, list], name: str, tokenizer, escape: bo
 
 
 def _encode_responses(texts: Sequence[Sequence[str]], spans: Sequence, tokenizer, escape: bool) -> list[list[tuple[list[int], list[int]]]]:
-    """(tokens, mask) of each response. One with spans is cut at their ends, and each piece is tokenized by itself."""
+    """Return (token ids, loss mask) of each response. A text with spans is cut at their ends, and the pieces are tokenized separately."""
     cut = [[_pieces(text, some) for text, some in zip(*both)] for both in zip(texts, spans)]
     encoded = iter(encode([piece for some in cut for pieces in some for piece, _ in pieces], tokenizer, escape))
 
@@ -153,7 +153,7 @@ def _encode_responses(texts: Sequence[Sequence[str]], spans: Sequence, tokenizer
 
 
 def _pieces(text: str, spans: Sequence[Sequence[int]]) -> list[tuple[str, bool]]:
-    """The text in order, piece by piece, and whether a piece is scored."""
+    """Return the consecutive pieces of a text, each with whether it is in the loss."""
     if not spans:
         return [(text, True)]
     pieces, end = [], 0
@@ -170,7 +170,7 @@ def _hash(texts: Sequence[str]) -> int:
 
 @contextmanager
 def _progress_bars(shown: bool):
-    """Of `datasets`, as the other ones: on a terminal alone."""
+    """Show the progress bars of the datasets library within the block only if `shown` and on a terminal."""
     disabled = datasets.utils.are_progress_bars_disabled()
     (datasets.enable_progress_bars if shown and sys.stderr.isatty() else datasets.disable_progress_bars)()
     try:
@@ -180,11 +180,11 @@ def _progress_bars(shown: bool):
 
 
 class TokenCache:
-    """The folder of one dataset's split under one tokenizer: its table, and what was printed while its rows were read.
+    """The cache folder of one dataset's split with one tokenizer: its table, and the lines that were logged about its rows.
 
     Args:
-        cache_dir: the user's folder for such things.
-        key: what the tokens depend on, as JSON can say it.
+        cache_dir: the user's cache folder.
+        key: all that the tokens depend on, see `cache_key`.
     """
 
     def __init__(self, cache_dir: str, key: Mapping):
@@ -192,7 +192,7 @@ class TokenCache:
         self.folder = os.path.join(cache_dir, "tokens", digest[:32])
 
     def load(self) -> Optional[tuple[datasets.Dataset, list[str]]]:
-        """The table, memory-mapped, and the lines; None where there are none, or none that can be read."""
+        """Return the table, memory-mapped, and the lines; None if they do not exist or cannot be read."""
         try:
             with open(os.path.join(self.folder, "lines.json")) as file:
                 lines = json.load(file)
@@ -201,7 +201,12 @@ class TokenCache:
             return None
 
     def build(self, make, lines: Sequence[str]) -> datasets.Dataset:
-        """The table that make(file) makes; kept, unless the disk does not take it, which is said."""
+        """Make the table and keep it for the next run; if it cannot be written, log why and make it in memory.
+
+        Args:
+            make: returns the table, given its file, or None for memory.
+            lines: logged about the rows, kept with the table.
+        """
         try:
             parent = os.path.dirname(self.folder)
             os.makedirs(parent, exist_ok=True)
@@ -211,13 +216,13 @@ class TokenCache:
                     table.save_to_disk(os.path.join(new, "whole", "table"))
                 with open(os.path.join(new, "whole", "lines.json"), "w") as file:
                     json.dump(list(lines), file)
-                if self.load() is None:  # else another run was faster
+                if self.load() is None:  # otherwise another run was faster
                     if os.path.exists(self.folder):
                         os.rename(self.folder, os.path.join(new, "unreadable"))
-                    os.rename(os.path.join(new, "whole"), self.folder)  # whole or not there
+                    os.rename(os.path.join(new, "whole"), self.folder)  # atomic
                 loaded = self.load()
         except OSError as error:
-            log.info(f"tokens are not kept for the next run: {error}")
+            log.info(f"tokens are not cached for the next run: {error}")
             loaded = None
         return loaded[0] if loaded else make(None)
 
@@ -225,10 +230,13 @@ class TokenCache:
 def cache_key(
     name: str, options: Mapping, split: str, tokenizer, add_bos: bool, form: Form, cache_dir: Optional[str], loader: Callable
 ) -> dict:
-    """Everything that a split's tokens depend on; data by their content, wherever they lie.
+    """Return all that a split's tokens depend on. Data files count by their content, not by their path.
 
     Args:
-        loader: what reads the rows. The code of its file, and of this package, decides tokens too.
+        name, options: of the dataset.
+        split, tokenizer, add_bos, form: as for `load_split` of preference_datasets.py.
+        cache_dir: folder for hub datasets.
+        loader: function that reads the rows. The code of its file and of this package is part of the key.
     """
     sources = {k: data_fingerprint(options[k], options.get("subset"), cache_dir) for k in ("path", "eval_path") if options.get(k)}
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -247,7 +255,7 @@ def cache_key(
 
 
 def _code_digest(loader: Callable) -> str:
-    """A hash of the source files of this package, and of the loader's."""
+    """Return a hash of the source files of this package and of the loader."""
     files = {inspect.getsourcefile(loader), *glob.glob(os.path.join(os.path.dirname(__file__), "*.py"))}
     digest = hashlib.sha256()
     for file in sorted(map(os.path.realpath, files), key=os.path.basename):
@@ -257,7 +265,7 @@ def _code_digest(loader: Callable) -> str:
 
 
 def flat(table: datasets.Dataset, column: str, depth: int) -> np.ndarray:
-    """The values of a column of lists, `depth` lists deep, one after another; where these are lists still, their lengths."""
+    """Return the values `depth` lists deep in a column of nested lists, concatenated; if they are still lists, their lengths."""
     arrays = list(table.data.column(column).chunks)
     for _ in range(depth):
         arrays = [array.flatten() for array in arrays]
@@ -266,7 +274,7 @@ def flat(table: datasets.Dataset, column: str, depth: int) -> np.ndarray:
 
 
 def digest_of(table: datasets.Dataset) -> str:
-    """A hash of all tokens and pairs, whatever the chunks in which a table holds them."""
+    """Return a hash of all tokens, masks, pairs and annotations, which does not depend on how the table is chunked."""
     digest = hashlib.sha256()
     for column, deep in (("prompt_ids", 1), ("response_ids", 2), ("masks", 2), ("examples", 2), ("annotations", 2)):
         for depth in range(deep + 1):

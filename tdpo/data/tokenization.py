@@ -1,4 +1,4 @@
-"""From texts to token ids and labels: special tokens, truncation, and the published batch element."""
+"""Token ids and labels of texts: special tokens, truncation, and the published batch element."""
 
 from collections.abc import Sequence
 from typing import Optional
@@ -9,39 +9,41 @@ from tdpo.utils import IGNORED
 
 
 def special_token_strings(tokenizer) -> list[str]:
-    """Strings that the tokenizer turns into special tokens wherever they stand in a text, longest first."""
+    """Return the strings that the tokenizer turns into special tokens wherever they occur in a text, longest first."""
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     return sorted(set(added) | set(tokenizer.all_special_tokens), key=len, reverse=True)
 
 
 def encode(texts: Sequence[str], tokenizer, escape_special_tokens: bool = False) -> list[list[int]]:
-    """Token ids of each text, without special tokens around it.
+    """Return the token ids of each text, without special tokens around it.
 
     Args:
-        escape_special_tokens: a special token's string inside a text becomes plain text.
+        texts: to be tokenized.
+        tokenizer: of Transformers.
+        escape_special_tokens: read a special token's string inside a text as plain text.
     """
     return tokenizer(
         list(texts),
         add_special_tokens=False,
         return_attention_mask=False,
         split_special_tokens=escape_special_tokens,
-        verbose=False,  # texts longer than the model takes are truncated later, and counted
+        verbose=False,  # no warning: texts too long for the model are truncated later, and counted
     )["input_ids"]
 
 
 def with_eos(ids: list[int], tokenizer) -> list[int]:
-    """The response's tokens, ended by end-of-sequence where a chat template has not ended it so."""
+    """Append end-of-sequence to a response's tokens, unless they end with it already (some chat templates write it)."""
     return ids if ids and ids[-1] == tokenizer.eos_token_id else ids + [tokenizer.eos_token_id]
 
 
 def trim_after_eos(text: str, tokenizer) -> str:
-    """A rendered response without the white space that some templates write after end-of-sequence."""
+    """Strip the white space that some chat templates write after end-of-sequence."""
     stripped = text.rstrip()
     return stripped if stripped.endswith(tokenizer.eos_token) else text
 
 
 def with_bos(ids: list[int], tokenizer) -> list[int]:
-    """The prompt's tokens, begun by beginning-of-sequence where a chat template has not begun it so."""
+    """Prepend beginning-of-sequence to a prompt's tokens, unless they begin with it already (some chat templates write it)."""
     return ids if ids[:1] == [tokenizer.bos_token_id] else [tokenizer.bos_token_id] + ids
 
 
@@ -53,12 +55,17 @@ def truncate(
     max_prompt_length: int,
     bos_token_id: Optional[int] = None,
 ) -> tuple[list[int], list[list[int]]]:
-    """The published rule: where the prompt and the longer response exceed max_length, the prompt is cut to max_prompt_length;
-    where that does not suffice, every response is cut to max_length - max_prompt_length (and loses end-of-sequence).
+    """Truncate a prompt and its responses by the published rule.
+
+    If the prompt and the longest response exceed max_length, the prompt is cut to max_prompt_length. If they still exceed it, every
+    response is cut to max_length - max_prompt_length; a response that is cut loses its end-of-sequence.
 
     Args:
-        truncation_mode: keep_start or keep_end of the prompt.
-        bos_token_id: kept at the start of a prompt that begins with it.
+        prompt, responses: token ids.
+        truncation_mode: which end of the prompt is kept, keep_start or keep_end.
+        max_length: of prompt and response together, tokens.
+        max_prompt_length: tokens.
+        bos_token_id: stays at the start of a prompt that begins with it.
     """
     ((length, *cut),) = truncated_lengths(np.array([[len(prompt), *map(len, responses)]]), max_length, max_prompt_length).tolist()
     if length < len(prompt):
@@ -72,7 +79,15 @@ def truncate(
 
 
 def truncated_lengths(lengths: np.ndarray, max_length: int, max_prompt_length: int) -> np.ndarray:
-    """What `truncate` leaves of examples of these lengths: (examples, 1 + responses) tokens of prompt and responses, and so returned."""
+    """Return the lengths that `truncate` leaves.
+
+    Args:
+        lengths: (examples, 1 + responses), tokens of prompt and responses.
+        max_length, max_prompt_length: as for `truncate`.
+
+    Returns:
+        The same table after truncation.
+    """
     prompts, responses = lengths[:, :1], lengths[:, 1:]
     longest = responses.max(-1, keepdims=True)
     prompts = np.where(prompts + longest > max_length, np.minimum(prompts, max_prompt_length), prompts)
@@ -87,13 +102,13 @@ def batch_element(
     response_ids: dict[str, list[int]],
     masks: Optional[dict[str, list[int]]] = None,
 ) -> dict:
-    """One example in the published form: texts, and `<role>_{input_ids,attention_mask,labels}` of prompt + response.
+    """Return an example in the published form: texts, and `<role>_{input_ids,attention_mask,labels}` of prompt + response.
 
     Args:
         prompt: text.
         responses: text by role (chosen, rejected).
-        prompt_ids, response_ids: tokens after truncation.
-        masks: 1 for the response tokens that are scored; None: all are.
+        prompt_ids, response_ids: tokens after truncation, of the responses by role.
+        masks: loss mask of each response by role, 1 = in the loss; None: all response tokens are.
     """
     element: dict = {"prompt": prompt}
     for role, text in responses.items():
@@ -112,13 +127,18 @@ def batch_element(
 def tokenize_batch_element(
     prompt: str, chosen: str, rejected: str, truncation_mode: str, tokenizer, max_length: int, max_prompt_length: int
 ) -> dict:
-    """One pair as a batch element: the published signature, over the functions that the pipeline uses.
+    """Return a pair as a batch element: the published signature, on top of the pipeline's functions.
+
+    Args:
+        prompt, chosen, rejected: texts.
+        truncation_mode, max_length, max_prompt_length: as for `truncate`.
+        tokenizer: of Transformers.
 
     Raises:
         ValueError: a text holds end-of-sequence, or truncation_mode is neither keep_start nor keep_end.
     """
     if truncation_mode not in ("keep_start", "keep_end"):
-        raise ValueError(f"unknown truncation mode {truncation_mode!r}")
+        raise ValueError(f"truncation_mode={truncation_mode!r}: must be 'keep_start' or 'keep_end'")
     prompt_ids, *response_ids = encode([prompt, chosen, rejected], tokenizer)
     for ids, text in zip((prompt_ids, *response_ids), (prompt, chosen, rejected)):
         if tokenizer.eos_token_id in ids:

@@ -1,4 +1,4 @@
-"""The processes of a run: starting them on this machine, or joining those that torchrun or Slurm has started."""
+"""Start the processes (ranks) of a run on this machine, or join those that torchrun or Slurm has started."""
 
 import logging
 import os
@@ -27,51 +27,56 @@ LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
 
 def is_rank() -> bool:
-    """Whether a launcher (torchrun, srun or start_ranks) has started this process as one of several."""
+    """Whether a launcher (torchrun, srun or start_ranks) started this process as a rank."""
     return "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
 
 
 def is_supervised() -> bool:
-    """Whether torchrun or start_ranks has started this process; they take any exit code but 0 for a failure."""
+    """Whether torchrun or start_ranks started this process; both treat any exit code except 0 as a failure."""
     return "TORCHELASTIC_USE_AGENT_STORE" in os.environ
 
 
 def own_rank() -> int:
-    """Of this process, also before it has joined the others."""
+    """Return the rank of this process, even before it has joined the others."""
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID" if is_rank() else "", 0))
 
 
 def processes_to_start(config: DictConfig) -> int:
-    """How many processes this machine needs, this one being none of them; 1 where this one is enough, or is one of several already."""
+    """Return the number of ranks to start on this machine; 1 if this process trains itself (one device, or already started by a launcher).
+
+    Raises:
+        UserError: nproc_per_node exceeds the number of visible GPUs.
+    """
     if config.trainer == "BasicTrainer" or is_rank():
         return 1
     gpus = torch.cuda.device_count()
     if gpus and (config.nproc_per_node or 1) > gpus:
-        raise UserError(f"nproc_per_node={config.nproc_per_node}: this machine has {gpus} visible GPUs")
+        raise UserError(f"nproc_per_node={config.nproc_per_node}: this machine has {gpus} visible GPUs; use null for one process per GPU")
     return config.nproc_per_node or gpus or 1
 
 
 def start_ranks(n: int, script: str, overrides: Sequence[str], config: DictConfig) -> None:
-    """Run a script in n processes on this machine until all have ended.
+    """Run a script as n ranks on this machine and wait until all have ended.
 
-    They meet at a loopback socket that this process holds; what they print goes where this process's own output does. Where one fails the
-    others are ended; a signal goes on to them, so that they save and end.
+    The ranks meet at a store on the loopback interface, held by this process, and share its standard output and error. If one fails, the
+    others are killed. Stop signals are forwarded to the ranks, which save a checkpoint and exit.
 
     Args:
-        script: path of the command that is this process too.
-        overrides: of the command line.
-        config: what they make.
+        n: number of ranks.
+        script: path of the script, which this process runs too.
+        overrides: the command line's.
+        config: the config composed with them.
 
     Raises:
         UserError: the port is in use, or the config does not suit n processes.
-        RunError: a process failed.
-        SystemExit: with 2, where one found a user's mistake, which it has explained.
-        Stopped: a signal came.
+        RunError: a rank failed.
+        SystemExit: code 2, if a rank found invalid input; that rank has printed the error.
+        Stopped: the ranks ended because of a signal.
     """
     _check_division(config, n)
     store = _loopback_store(n, config.fsdp_port)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a failure is reported below
-    logs = tempfile.TemporaryDirectory()  # nothing is written there, but PyTorch wants one
+    logs = tempfile.TemporaryDirectory()  # PyTorch requires a folder, although nothing is written to it
     before = {signum: signal.getsignal(signum) for signum in (*STOP_SIGNALS, signal.SIGHUP, signal.SIGQUIT)}
     processes = start_processes(
         name=os.path.basename(script),
@@ -80,7 +85,7 @@ def start_ranks(n: int, script: str, overrides: Sequence[str], config: DictConfi
         envs={rank: rank_environment(rank, n, store.port) for rank in range(n)},
         logs_specs=DefaultLogsSpecs(log_dir=logs.name),
     )
-    for signum, handler in before.items():  # start_processes has set its own
+    for signum, handler in before.items():  # start_processes has installed its own
         signal.signal(signum, handler)
 
     def send(signum: int) -> None:
@@ -96,16 +101,16 @@ def start_ranks(n: int, script: str, overrides: Sequence[str], config: DictConfi
             processes.close(signal.SIGKILL)
             logs.cleanup()
     if received and all(failure.exitcode in [-signum for signum in received] for failure in result.failures.values()):
-        raise Stopped(received[0])  # saved, or ended before there was anything to save
+        raise Stopped(received[0])  # the ranks saved a checkpoint, or ended before there was anything to save
     if result.is_failed():
         rank, failure = min(result.failures.items(), key=lambda item: item[1].timestamp)
-        if failure.exitcode == 2:  # a mistake, which that rank has explained
+        if failure.exitcode == 2:  # invalid input, which that rank has reported
             sys.exit(2)
         raise RunError(_describe(rank, failure))
 
 
 def rank_environment(rank: int, n: int, port: int) -> dict[str, str]:
-    """What a launcher sets for one of n processes on this machine, which meet at a loopback port that it holds."""
+    """Return the environment variables of one of n ranks on this machine, whose launcher holds the store at a loopback port."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -113,7 +118,7 @@ def rank_environment(rank: int, n: int, port: int) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(n),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the launcher has the store
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the launcher holds the store
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", LOOPBACK),
         "NCCL_SOCKET_IFNAME": os.environ.get("NCCL_SOCKET_IFNAME", LOOPBACK),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // n))),
@@ -121,25 +126,25 @@ def rank_environment(rank: int, n: int, port: int) -> dict[str, str]:
 
 
 def _loopback_store(n: int, port: Optional[int]) -> dist.TCPStore:
-    """Where the processes meet. PyTorch's own socket would listen on every interface."""
+    """Create the store at which n ranks meet, on the loopback interface only: PyTorch's own socket would listen on every interface."""
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(("127.0.0.1", port or 0))
         listener.listen(4 * n)
     except OSError as error:
-        raise UserError(f"fsdp_port={port} cannot be used ({error.strerror}): null takes one that is free") from None
+        raise UserError(f"fsdp_port={port} cannot be used ({error.strerror}); fsdp_port=null picks a free port") from None
     port = listener.getsockname()[1]
     return dist.TCPStore("127.0.0.1", port, None, True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
 def _describe(rank: int, failure: ProcessFailure) -> str:
     how = f"was killed by {signal.Signals(-failure.exitcode).name}" if failure.exitcode < 0 else f"ended with exit code {failure.exitcode}"
-    return f"rank {rank} (process {failure.pid}) {how}; the others were ended, what was saved is kept"
+    return f"rank {rank} (process {failure.pid}) {how}; the other ranks were stopped, saved checkpoints are kept"
 
 
 def _use_slurm() -> None:
-    """What torchrun sets, from what srun does: one process a task, met at the first node."""
+    """Set torchrun's environment variables from srun's: one rank per task, with the store on the first node."""
     job = os.environ
     nodes = job.get("SLURM_STEP_NODELIST", job.get("SLURM_NODELIST", "127.0.0.1"))
     job["RANK"], job["WORLD_SIZE"], job["LOCAL_RANK"] = job["SLURM_PROCID"], job["SLURM_STEP_NUM_TASKS"], job["SLURM_LOCALID"]
@@ -148,21 +153,21 @@ def _use_slurm() -> None:
 
 
 def first_node(nodes: str) -> str:
-    """The first name of Slurm's list: 'gpu[003-005,9],x' to 'gpu003'."""
+    """Return the first host name of a Slurm node list: 'gpu003' for 'gpu[003-005,9],x'."""
     name = re.match(r"([^\[,]|\[[^\]]*\])*", nodes).group()
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", name)
 
 
 @contextmanager
 def join_ranks(config: DictConfig) -> Iterator[World]:
-    """The world of this process: alone, or with the others that its launcher has started.
+    """Yield the World of this process: alone, or with the other ranks that its launcher started.
 
     Raises:
-        UserError: the world does not suit the config.
+        UserError: the config does not suit the number of processes.
     """
     if config.trainer == "BasicTrainer":
         if is_rank() and int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", 1))) > 1:
-            raise UserError("trainer=BasicTrainer is one process, and this is one of several: trainer=FSDPTrainer")
+            raise UserError("trainer=BasicTrainer runs in one process, but this one is one of several; use trainer=FSDPTrainer")
         yield World()
         return
     with process_group(config.parallel.timeout_secs) as world:
@@ -172,25 +177,25 @@ def join_ranks(config: DictConfig) -> Iterator[World]:
 
 @contextmanager
 def process_group(timeout_secs: int) -> Iterator[World]:
-    """This process with the others that its launcher has started; a world of one where none has.
+    """Join the ranks that this process's launcher started, and yield their World; without a launcher, a World of one process.
 
     Args:
-        timeout_secs: to wait for the others within a step.
+        timeout_secs: seconds to wait for the other ranks within a step.
     """
     if is_rank() and "RANK" not in os.environ:
         _use_slurm()
     cuda = torch.cuda.is_available()
-    # Where each task sees its own GPU alone, that is number 0.
+    # If each task sees only its own GPU, that GPU is number 0.
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     arguments = {"backend": "cpu:gloo,cuda:nccl" if cuda else "gloo", "timeout": timedelta(seconds=timeout_secs)}
-    if not is_rank():  # a world of one: no socket that others could reach
+    if not is_rank():  # one process: open no socket that other machines could reach
         os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
         arguments |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(**arguments)
     world = World(dist.get_rank(), dist.get_world_size(), device, timeout_secs)
-    leave = world.size == 1  # else only in good order: a process that fails must not wait for the others
+    leave = world.size == 1  # several leave only after success or a stop signal: a failing rank must not wait for the others
     try:
         yield world
         leave = True
@@ -203,16 +208,16 @@ def process_group(timeout_secs: int) -> Iterator[World]:
 
 
 def _check_division(config: DictConfig, n: int) -> None:
-    """Values that must go together with the number of processes."""
+    """Raise UserError if the config does not suit n processes."""
     replicas, microbatches = config.parallel.replicas, config.gradient_accumulation_steps
     if n % replicas:
-        raise UserError(f"parallel.replicas={replicas} does not divide {n} processes")
+        raise UserError(f"parallel.replicas={replicas} does not divide the number of processes, {n}; use 1 or another divisor of it")
     if config.trainer == "FSDPTrainer" and config.tokens_per_microbatch is not None:
         if config.batch_size < n:
-            raise UserError(f"batch_size={config.batch_size} is less than the {n} processes: some would have nothing to do")
+            raise UserError(f"batch_size={config.batch_size} is less than the number of processes, {n}; use a larger batch_size")
     elif config.trainer == "FSDPTrainer" and config.batch_size % (n * microbatches):
         nearest = max(1, round(config.batch_size / (n * microbatches))) * n * microbatches
         raise UserError(
-            f"batch_size={config.batch_size} does not divide by {n} processes x gradient_accumulation_steps={microbatches}: "
-            f"each process takes equally many pairs of every microbatch; {nearest} would do"
+            f"batch_size={config.batch_size} is not divisible by {n} processes x gradient_accumulation_steps={microbatches}: "
+            f"each process takes the same number of pairs of every microbatch; use batch_size={nearest}"
         )

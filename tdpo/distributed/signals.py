@@ -1,4 +1,4 @@
-"""Signals that ask a run to end: noted here, acted on at the next step boundary."""
+"""Signals that ask a run to stop: recorded when they arrive, acted on at the next check, for example between steps."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -9,15 +9,15 @@ from typing import Optional
 from tdpo.distributed.world import World
 from tdpo.utils import Stopped
 
-# What schedulers send before they take a machine away, and Ctrl-C.
+# Schedulers send the first two before they take a machine away; Ctrl-C sends the third.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopSignals:
-    """While entered, STOP_SIGNALS are noted in `received` (0 for none); a second Ctrl-C interrupts at once.
+    """A context that records STOP_SIGNALS in `received` (0: none yet) instead of ending the process; a second Ctrl-C interrupts at once.
 
     Args:
-        world: the processes that end together.
+        world: the processes that stop together.
     """
 
     def __init__(self, world: World):
@@ -33,7 +33,7 @@ class StopSignals:
             signal.signal(signum, handler)
 
     def check(self) -> None:
-        """Raise Stopped on all ranks together, if one of them was sent a signal."""
+        """Raise Stopped on all ranks if any of them received a signal. Called by all ranks."""
         (signum,) = self.world.maximum(self.received)
         if signum:
             raise Stopped(signum)
@@ -46,13 +46,13 @@ class StopSignals:
 
 @contextmanager
 def forwarded(send: Callable[[int], None]) -> Iterator[list[int]]:
-    """While entered, STOP_SIGNALS go on to the processes that this one waits for, which save and end.
+    """Within the context, forward STOP_SIGNALS to the processes that this one waits for, so that they save and exit.
 
     Args:
-        send: sends a signal to them.
+        send: sends a signal, given by its number, to those processes.
 
     Yields:
-        the signals that came.
+        a list to which each received signal is appended.
     """
     received: list[int] = []
 

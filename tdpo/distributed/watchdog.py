@@ -1,6 +1,6 @@
-"""Which rank is gone or hangs: what a process needs to know when its collectives fail, and PyTorch does not say.
+"""Find out which rank died or hangs, which PyTorch does not tell when a collective fails.
 
-Each process shows a sign of life in the store through which all met, from a thread of its own, which a blocked collective does not stop.
+A thread of each process writes heartbeats to the store at which the ranks met. A blocked collective does not stop this thread.
 """
 
 import faulthandler
@@ -19,18 +19,19 @@ from tdpo.utils import PeerError, RunError, Stopped, get_logger
 
 log = get_logger(__name__)
 
-INTERVAL = 1.0  # seconds between signs of life
-PATIENCE = 45.0  # seconds without one, after which a process that waits for another ends by itself: a long write may hold up the thread
-SILENCE = 6.0  # seconds without one, after which a process is taken for gone
-ENDED = 2**62  # the last sign of life, of a process that has ended in good order
-NO_STORE = "the rendezvous is gone: rank 0, or the launcher that had it"
-GRACE = 20.0  # seconds to end in when another rank has failed; then the process shows where it hangs, and ends
+INTERVAL = 1.0  # seconds between heartbeats
+PATIENCE = 45.0  # seconds without a heartbeat of the watched rank after which this process exits: a long write may delay a heartbeat
+SILENCE = 6.0  # seconds without a heartbeat after which a rank counts as dead, once a collective has failed
+ENDED = 2**62  # the last heartbeat of a process that has ended without failing
+NO_STORE = "the rendezvous store is gone: rank 0 or the launcher, which held it, has ended"
+GRACE = 20.0  # seconds that this process has to exit after another rank failed; then it prints its stacks and exits
 
 
 class Watch:
-    """While entered: signs of life, and an end for this process where the others have failed or its launcher is gone.
+    """A context that writes heartbeats, and ends this process if another rank has failed or the launcher has ended.
 
-    Leaving with an error tells the others; an error of a collective is replaced by the name of the rank that caused it.
+    An error that leaves the context is reported to the other ranks. The error of a collective is replaced by one that names the rank that
+    caused it.
     """
 
     def __init__(self, world: World):
@@ -42,7 +43,7 @@ class Watch:
     def __enter__(self) -> "Watch":
         if self.world.size > 1:
             address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            # A connection of its own: the process group's may be blocked.
+            # A separate connection, because the process group's may be blocked.
             store = dist.TCPStore(*address, None, False, timedelta(seconds=30), wait_for_workers=False)
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             self._store = dist.PrefixStore(f"watch/{attempt}", store)
@@ -63,13 +64,13 @@ class Watch:
         except RuntimeError as lost:
             if not is_of_a_collective(lost):
                 raise
-            raise RunError(f"rank {self.world.rank}: {NO_STORE}; what was saved is kept") from error
+            raise RunError(f"rank {self.world.rank}: {NO_STORE}; saved checkpoints are kept") from error
         finally:
             self._ended.set()
-            self._thread.join(5)  # a thread that the interpreter ends amid a call into PyTorch would abort it
+            self._thread.join(5)  # if the interpreter ended the thread during a call into PyTorch, the process would abort
 
     def _explain(self, error: RuntimeError) -> None:
-        """Raises PeerError where another rank has failed and says so, RunError where one is gone or behind; else returns."""
+        """Raise PeerError if another rank failed and reported it, RunError if one is dead or behind; otherwise return."""
         before = self._signs()
         time.sleep(SILENCE)
         if self._failed() not in (None, self.world.rank):
@@ -78,14 +79,14 @@ class Watch:
         gone = [rank for rank, (beat, _) in after.items() if beat == before[rank][0] != ENDED]
         behind = [rank for rank, (_, done) in after.items() if done < self.world.forward_passes]
         reason = (str(error).splitlines() or [""])[0][:200]
-        for ranks, what in ((gone, "no sign of life of"), (behind, "no progress of")):
+        for ranks, what in ((gone, "no heartbeat from"), (behind, "no progress from")):
             if ranks:
                 self._store.set("failed", str(self.world.rank))
                 names = ", ".join(f"rank {rank}" for rank in ranks)
-                raise RunError(f"rank {self.world.rank}: {what} {names}; what was saved is kept ({reason})") from error
+                raise RunError(f"rank {self.world.rank}: {what} {names}; saved checkpoints are kept ({reason})") from error
 
     def _signs(self) -> dict[int, tuple[int, int]]:
-        """Of every other rank: its last sign of life, and how many forward passes it had begun."""
+        """Return each other rank's last heartbeat, and the number of forward passes it had begun by then."""
         return {rank: self._sign(rank) for rank in range(self.world.size) if rank != self.world.rank}
 
     def _sign(self, rank: int) -> tuple[int, int]:
@@ -105,18 +106,18 @@ class Watch:
         while not self._ended.wait(INTERVAL):
             beat += 1
             if os.getppid() != self._launcher:
-                self._end("the launcher is gone")
+                self._end("the launcher has ended")
             try:
                 self._show(beat)
                 failed = self._failed()
-                if beat % 5 == 0:  # each watches one: enough to notice any, and little for the store to do
+                if beat % 5 == 0:  # each rank watches one other, which covers all of them at little load on the store
                     now, _ = self._sign(neighbour)
                     if now not in (last, 0) or now == ENDED:
                         last, since = now, time.monotonic()
             except RuntimeError:  # the store's process has ended
                 failed = -1
             if time.monotonic() - since > PATIENCE:
-                self._end(f"no sign of life of rank {neighbour}")
+                self._end(f"no heartbeat from rank {neighbour}")
             if failed is not None and failed != self.world.rank:
                 deadline = deadline or time.monotonic() + GRACE
                 if time.monotonic() > deadline:
@@ -125,7 +126,7 @@ class Watch:
     def _end(self, reason: str, stacks: bool = False) -> None:
         if self._ended.is_set():
             return
-        log.error(f"rank {self.world.rank}: {reason}; what was saved is kept")
+        log.error(f"rank {self.world.rank}: {reason}; saved checkpoints are kept")
         with suppress(RuntimeError):
             self._store.set("failed", str(self.world.rank))
         if stacks:

@@ -1,4 +1,4 @@
-"""model.archive as a file: a policy.pt of ours or of the published code, read without running what it holds."""
+"""Reader of `model.archive` files: a policy.pt of this project or of the published code. Code in the file is never executed."""
 
 import os
 import zipfile
@@ -8,34 +8,39 @@ import torch
 
 from tdpo.utils import UserError, some_of
 
-# Buffers that checkpoints of 2023 carry and models no longer have.
+# Buffers in checkpoints of 2023 that today's models no longer have.
 LEGACY_BUFFERS = (".attention.bias", ".attention.masked_bias", ".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
 
 def read_archive(path: str) -> dict[str, torch.Tensor]:
-    """The state dict of a policy.pt, also of one that the published code wrote; tensors stay on disk until they are copied.
+    """Return the state dict of a policy.pt, without legacy buffers. Tensors stay on disk (memory-mapped) until they are copied.
 
     Raises:
-        UserError: no such file, or it is no policy.pt.
+        UserError: the file does not exist, or is not a policy.pt.
     """
     if not os.path.isfile(path):
         raise UserError(f"model.archive={path} does not exist")
     if not zipfile.is_zipfile(path):
-        raise UserError(f"model.archive={path} is no policy.pt: torch.save did not write it")
+        raise UserError(f"model.archive={path} is not a policy.pt (torch.save did not write it): give one, or a Hugging Face folder")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         state = {name.replace("_orig_mod.", ""): tensor.detach() for name, tensor in content["state"].items()}
-    except Exception as error:  # zip, pickle and key errors: whatever it is, it is no policy.pt
+    except Exception as error:  # zip, pickle or key errors: the file is not a policy.pt
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise UserError(f"model.archive={path} is no policy.pt, a file with {{step_idx, state, metrics}} ({reason})") from None
+        raise UserError(f"model.archive={path} is not a policy.pt, a file with {{step_idx, state, metrics}} ({reason})") from None
     return {name: tensor for name, tensor in state.items() if not name.endswith(LEGACY_BUFFERS)}
 
 
 def check_archive(path: str, state: Mapping[str, torch.Tensor], model: torch.nn.Module) -> None:
-    """Compare an archive with a model, which may be on the meta device.
+    """Check that an archive has a model's keys and shapes.
+
+    Args:
+        path: the archive's path, for the message.
+        state: name -> tensor of any shape, see `read_archive`.
+        model: may be on the meta device.
 
     Raises:
-        UserError: keys are missing or too many, or shapes differ; it names them.
+        UserError: keys are missing or unexpected, or shapes differ. The message names them.
     """
     expected = model.state_dict()
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())

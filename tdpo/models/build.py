@@ -1,4 +1,4 @@
-"""From the config's `model` to tokenizer, policy and reference."""
+"""Construction of tokenizer, policy and reference from the config's `model`."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -18,16 +18,19 @@ from tdpo.utils import DTYPES, UserError, disable_dropout, get_logger, looks_loc
 
 log = get_logger(__name__)
 
-transformers.logging.set_verbosity_error()  # what of its advice matters is checked here, and said in a line
+transformers.logging.set_verbosity_error()  # this module checks what matters of its advice, and reports it in one line
 transformers.logging.disable_progress_bar()
 
 EMBEDDED_TOKENIZER = "reviews"  # model.tokenizer_name_or_path of model=tiny
 
 
 def prepare_hub(names: Iterable[Optional[str]]) -> None:
-    """Where one of these must come from the hub and the hub cannot be reached, look into the local cache alone, at once.
+    """Use only the local cache if one of these models or datasets is on the hub and the hub cannot be reached.
 
-    The hub's client would otherwise retry for half a minute for each file.
+    Otherwise the hub's client would retry each file for half a minute.
+
+    Args:
+        names: local paths, names on the hub, or None.
     """
     remote = [name for name in names if name and name != EMBEDDED_TOKENIZER and not os.path.exists(name)]
     if not remote or huggingface_hub.constants.HF_HUB_OFFLINE:
@@ -35,37 +38,37 @@ def prepare_hub(names: Iterable[Optional[str]]) -> None:
     try:
         huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
     except Exception as error:  # whatever HTTP library the hub's client uses
-        log.info(f"the Hugging Face hub cannot be reached ({error}): {', '.join(remote)} can come from the local cache alone")
+        log.info(f"the Hugging Face hub cannot be reached ({error}): {', '.join(remote)} will be read from the local cache only")
         huggingface_hub.constants.HF_HUB_OFFLINE = True
         datasets.config.HF_HUB_OFFLINE = True
 
 
 def load_tokenizer(model: DictConfig, cache_dir: Optional[str]):
-    """The tokenizer, with a padding token.
+    """Return the tokenizer of a config's `model`. It has a padding token (end-of-sequence, if it had none).
 
     Raises:
-        UserError: it cannot be found, or has no end-of-sequence token.
+        UserError: it cannot be loaded, or lacks the end-of-sequence token or a required beginning-of-sequence token.
     """
     name = model.tokenizer_name_or_path or model.name_or_path
     if name == EMBEDDED_TOKENIZER:
         return embedded_tokenizer()
     if looks_local(name) and not os.path.exists(name):
-        raise UserError(f"model or tokenizer {name} does not exist (on the hub it would be named owner/name)")
+        raise UserError(f"model or tokenizer '{name}' does not exist; give a local path, or owner/name for one on the hub")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"tokenizer {name} cannot be loaded: {_reason(error)}") from None
+        raise UserError(f"tokenizer '{name}' cannot be loaded: {_reason(error)}") from None
     if tokenizer.eos_token_id is None:
-        raise UserError(f"tokenizer {name} has no end-of-sequence token, with which every response ends")
+        raise UserError(f"tokenizer '{name}' has no end-of-sequence token: give another model.tokenizer_name_or_path")
     if model.add_bos and tokenizer.bos_token_id is None:
-        raise UserError(f"model.add_bos=true, but tokenizer {name} has no beginning-of-sequence token")
+        raise UserError(f"model.add_bos=true: tokenizer '{name}' has no beginning-of-sequence token; use model.add_bos=false")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id
     return tokenizer
 
 
 def embedded_tokenizer():
-    """One token a word of the embedded film reviews."""
+    """Return the tokenizer of the embedded film reviews: one token per word."""
     special = ["<|endoftext|>", "<|padding|>", "<|unknown|>"]
     vocabulary = {word: i for i, word in enumerate(special + reviews.vocabulary())}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=special[2]))
@@ -76,10 +79,10 @@ def embedded_tokenizer():
 
 
 def load_model_config(model: DictConfig, tokenizer, cache_dir: Optional[str]):
-    """The Transformers config: of a pretrained model, or of one that `model.from_config` describes.
+    """Return the Transformers config of a pretrained model, or of the new model that `model.from_config` describes.
 
     Raises:
-        UserError: it cannot be found, or from_config has fields that make no model.
+        UserError: it cannot be loaded, or the fields of from_config are invalid.
     """
     try:
         if model.from_config is None:
@@ -91,25 +94,31 @@ def load_model_config(model: DictConfig, tokenizer, cache_dir: Optional[str]):
         if model.attn_implementation is not None:
             config._attn_implementation = model.attn_implementation
         return config
-    except Exception as error:  # a Transformers config checks its fields in its own ways
+    except Exception as error:  # configs of Transformers raise errors of many types
         raise UserError(f"model {model.name_or_path or 'from_config'} cannot be loaded: {_reason(error)}") from None
 
 
 def check_model(model: DictConfig, model_config, tokenizer, max_length: int) -> Optional[Mapping[str, torch.Tensor]]:
-    """Everything about the model that can be known before its weights are loaded.
+    """Check everything about the model that can be checked before its weights are loaded.
+
+    Args:
+        model: the config's `model`.
+        model_config: see `load_model_config`.
+        tokenizer: see `load_tokenizer`.
+        max_length: tokens of prompt and response.
 
     Returns:
-        the state dict of a `model.archive` that is a file, not yet read from disk; None for others.
+        the state dict of a `model.archive` that is a file, memory-mapped (see `read_archive`); else None.
 
     Raises:
         UserError: max_length exceeds the model's positions, the tokenizer has more entries than the model, or the archive does not fit.
     """
     positions = getattr(model_config, "max_position_embeddings", None)
     if positions is not None and max_length > positions:
-        raise UserError(f"max_length={max_length} exceeds the model's {positions} positions")
+        raise UserError(f"max_length={max_length} exceeds the model's {positions} positions; use a smaller max_length")
     vocabulary = getattr(model_config, "vocab_size", None)
     if vocabulary is not None and len(tokenizer) > vocabulary:
-        raise UserError(f"the tokenizer has {len(tokenizer)} entries, the model {vocabulary}: they do not belong together")
+        raise UserError(f"the tokenizer has {len(tokenizer)} entries, the model only {vocabulary}: give the model's own tokenizer")
     empty = empty_model(model_config)
     if model.archive is None:
         return None
@@ -117,7 +126,7 @@ def check_model(model: DictConfig, model_config, tokenizer, max_length: int) -> 
         if not os.path.exists(os.path.join(model.archive, "config.json")):
             inside = [os.path.join(model.archive, file) for file in ("LATEST/policy.pt", "policy.pt")]
             hint = "".join(f" (did you mean {file}?)" for file in inside if os.path.exists(file))
-            raise UserError(f"model.archive={model.archive} is no Hugging Face folder, it has no config.json{hint}")
+            raise UserError(f"model.archive={model.archive} is not a Hugging Face folder: it has no config.json{hint}")
         return None
     state = read_archive(model.archive)
     check_archive(model.archive, state, empty)
@@ -125,16 +134,16 @@ def check_model(model: DictConfig, model_config, tokenizer, max_length: int) -> 
 
 
 def empty_model(model_config, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """The model without memory for weights, without dropout.
+    """Return the model on the meta device, so without memory for weights; without dropout.
 
     Raises:
-        UserError: the config makes no model.
+        UserError: no model can be built from the config.
     """
     try:
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=False)
-    except Exception as error:  # whatever a model's class makes of sizes that do not go together
-        raise UserError(f"model.from_config or its Transformers config makes no causal language model: {_reason(error)}") from None
+    except Exception as error:  # models reject inconsistent sizes in their own ways
+        raise UserError(f"the model's config (model.from_config or config.json) gives no causal language model: {_reason(error)}") from None
     disable_dropout(model)
     return model
 
@@ -142,17 +151,24 @@ def empty_model(model_config, dtype: torch.dtype = torch.float32) -> torch.nn.Mo
 def build_model(
     model: DictConfig, model_config, dtype: torch.dtype, cache_dir: Optional[str], archive: Optional[Mapping[str, torch.Tensor]]
 ) -> torch.nn.Module:
-    """A causal language model on the CPU in `dtype`, without dropout.
+    """Build a causal language model with its weights, on the CPU, without dropout.
 
-    Weights come from `archive` (a state dict), else from the folder `model.archive`, else from `model.name_or_path`, else (from_config)
-    they are random: seed torch before.
+    The weights are taken from `archive`, else from the folder `model.archive`, else from `model.name_or_path`. With `model.from_config`
+    and no archive they are random, so seed torch first.
+
+    Args:
+        model: the config's `model`.
+        model_config: see `load_model_config`.
+        dtype: of the weights.
+        cache_dir: of Transformers' downloads; None: its default.
+        archive: state dict, name -> tensor of the parameter's shape, see `check_model`; None if model.archive is not a file.
 
     Raises:
-        UserError: the weights cannot be loaded, or do not fit.
+        UserError: the weights cannot be loaded, or do not fit the model.
     """
     folder = model.archive if model.archive is not None and os.path.isdir(model.archive) else None
     if archive is not None:
-        # Copies, because Transformers takes the tensors as they are: policy and reference must not share them, nor write into the file.
+        # Copies: Transformers would use the tensors themselves, but policy and reference must share neither memory nor the mapped file.
         state = {name: tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True) for name, tensor in archive.items()}
         built = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)].from_pretrained(
             None, config=model_config, state_dict=state, dtype=dtype
@@ -171,16 +187,19 @@ def compute_dtype(model: DictConfig) -> torch.dtype:
 
 
 def reference_dtype(model: DictConfig) -> torch.dtype:
-    """Return the dtype of the reference: unless told otherwise, the one in which the policy computes."""
+    """Return the dtype of the reference: `reference_dtype` of a config's `model`, or by default the dtype in which the policy computes."""
     return DTYPES[model.reference_dtype] if model.reference_dtype else compute_dtype(model)
 
 
 class Models:
-    """Policy and reference of a run, which start from the same weights; each is built when it is asked for.
+    """Policy and reference of a run, built on demand from the same weights.
 
     Args:
-        archive: what check_model returned.
-        needs_reference: else there is none.
+        model: the config's `model`.
+        model_config: see `load_model_config`.
+        cache_dir: of Transformers' downloads; None: its default.
+        archive: what `check_model` returned.
+        needs_reference: if false, there is no reference.
     """
 
     def __init__(
@@ -196,14 +215,14 @@ class Models:
         self.dtypes = {"policy": DTYPES[model.policy_dtype], "reference": reference_dtype(model)}
 
     def policy(self) -> torch.nn.Module:
-        """With its weights, on the CPU; before `reference`."""
+        """Return the policy with its weights, on the CPU. Must be called before `reference`."""
         policy = build_model(self.model, self.model_config, self.dtypes["policy"], self.cache_dir, self._weights)
         if self._weights is None and self.model.archive is None and self.model.from_config is not None and self.needs_reference:
-            self._weights = policy.state_dict()  # random weights: drawn once
+            self._weights = policy.state_dict()  # random weights are drawn once, for both models
         return policy
 
     def reference(self) -> Optional[torch.nn.Module]:
-        """With its weights, on the CPU."""
+        """Return the reference with its weights, on the CPU; None if none is needed. Call it once: it releases the shared weights."""
         if not self.needs_reference:
             return None
         reference = build_model(self.model, self.model_config, self.dtypes["reference"], self.cache_dir, self._weights)
@@ -211,13 +230,13 @@ class Models:
         return reference
 
     def empty(self) -> tuple[torch.nn.Module, Optional[torch.nn.Module]]:
-        """Both without memory for weights, on the meta device."""
+        """Return (policy, reference or None) on the meta device, so without memory for weights."""
         policy, reference = (empty_model(self.model_config, dtype) for dtype in self.dtypes.values())
         return policy, reference if self.needs_reference else None
 
 
 def _from_pretrained(name: str, model_config, dtype: torch.dtype, cache_dir: Optional[str], strict: bool) -> torch.nn.Module:
-    """`strict`: weights that the model lacks are an error too, as for an archive; what is on the hub may have a head more."""
+    """Load a pretrained model. `strict`: weights that the model lacks are an error too; models on the hub may have additional heads."""
     try:
         built, info = transformers.AutoModelForCausalLM.from_pretrained(
             name,
@@ -229,12 +248,12 @@ def _from_pretrained(name: str, model_config, dtype: torch.dtype, cache_dir: Opt
             trust_remote_code=False,
         )
     except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
-        raise UserError(f"the weights of {name} cannot be loaded: {_reason(error)}") from None
+        raise UserError(f"the weights of '{name}' cannot be loaded: {_reason(error)}") from None
     unexpected = [key for key in info["unexpected_keys"] if strict and not str(key).endswith(LEGACY_BUFFERS)]
     problems = [("missing", info["missing_keys"]), ("not in the model", unexpected), ("other shape", info["mismatched_keys"])]
     found = "; ".join(f"{what}: {some_of(sorted(map(str, keys)), 4)}" for what, keys in problems if keys)
     if found:
-        raise UserError(f"the weights of {name} do not fit the model: {found}")
+        raise UserError(f"the weights of '{name}' do not fit the model: {found}")
     return built
 
 

@@ -1,9 +1,9 @@
-"""Memory of one device in training, computed before a machine is rented for it.
+"""Estimate of the memory per device in training, to be made before a machine is rented.
 
 `python -m tdpo.models.memory_estimate` prints the tables of docs/scaling.md.
 
-The counts of copies below were read off tdpo/scoring and PyTorch's FSDP2; tests/models/test_memory.py holds them against measured
-peaks.
+The counts of copies were derived from the code of tdpo/scoring and of PyTorch's FSDP2. tests/models/test_memory_estimate.py compares
+them with measured peaks.
 """
 
 from dataclasses import dataclass
@@ -17,15 +17,15 @@ from tdpo.scoring.chunked_loss import CHUNK
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a model that decide its memory.
+    """Sizes of a model that determine its memory.
 
     Args:
-        parameters: all, tied ones once.
-        block: of the largest block.
-        blocks: number of them.
+        parameters: number of parameters; tied ones count once.
+        block: parameters of the largest block (transformer layer).
+        blocks: number of blocks.
         hidden, inner: width of a block and of its feed-forward layer.
-        gated: whether that layer has a gate, as Llama's.
-        vocabulary: entries.
+        gated: whether the feed-forward layer has a gate, as in Llama.
+        vocabulary: number of entries.
     """
 
     parameters: int
@@ -38,7 +38,7 @@ class ModelShape:
 
     @classmethod
     def of(cls, config: transformers.PreTrainedConfig) -> "ModelShape":
-        """Of a Transformers config; builds the model without memory for its weights."""
+        """Return the shape of a Transformers config's model, which is built on the meta device for this."""
         model = empty_model(config)
         blocks = find_blocks(model, None)
         size = max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
@@ -49,7 +49,7 @@ class ModelShape:
 
     @property
     def rest(self) -> int:
-        """Parameters outside blocks: embeddings, norm, head."""
+        """Number of parameters outside the blocks: embeddings, norm, head."""
         return self.parameters - self.block * self.blocks
 
 
@@ -68,31 +68,34 @@ def device_memory(
     accumulates_whole: bool = False,
     plain: bool = False,
 ) -> dict[str, int]:
-    """Peak bytes of one device at the end of the forward pass or within the backward pass, by what they are for.
+    """Estimate the peak memory of one device, reached at the end of the forward pass or during the backward pass.
 
     Args:
-        tokens: of a microbatch on this device, padding included: a prompt once with its responses; plain, once with each of them.
-        response_tokens: of them, those that are predicted and trained on.
+        shape: sizes of policy and reference.
+        tokens: tokens of a microbatch on this device, padding included. A prompt counts once; with plain scoring, once per response.
+        response_tokens: those of them that are predicted and in the loss.
         shards: devices over which a model is sharded (all / parallel.replicas).
-        needs_reference, needs_kl: of the loss.
-        weight_bytes, compute_bytes: of model.policy_dtype and model.fsdp_policy_mp; the reference has the latter.
-        optimizer_states: numbers a parameter: 1 for RMSprop, 2 for AdamW.
+        needs_reference, needs_kl: see Objective.
+        weight_bytes: bytes per number of model.policy_dtype.
+        compute_bytes: bytes per number of model.fsdp_policy_mp, which is also the reference's dtype.
+        optimizer_states: numbers per parameter: 1 for RMSprop, 2 for AdamW.
+        activation_checkpointing: only the inputs of each block are kept.
+        accumulates_whole: unsharded gradients on every device, as with parallel.reduce_once_a_step and gradient_accumulation_steps > 1.
         plain: scoring=plain.
-        accumulates_whole: parallel.reduce_once_a_step with gradient_accumulation_steps > 1: whole gradients on every device.
 
     Returns:
-        weights, gradients, optimizer, reference, gathered (what is whole for a time), activations, logits.
+        bytes by purpose: weights, gradients, optimizer, reference, gathered (temporarily unsharded copies), activations, logits.
     """
     share = shape.parameters / shards
     memory = {
         "weights": weight_bytes * share,
-        # A whole gradient goes as its shard comes.
+        # An unsharded gradient is freed when its shard is stored.
         "gradients": weight_bytes * (shape.parameters if accumulates_whole else share),
         "optimizer": optimizer_states * weight_bytes * share,
         "reference": compute_bytes * share if needs_reference else 0,
         "gathered": _gathered(shape, shards, weight_bytes, compute_bytes),
     }
-    # Of a block: norms, queries, keys and values before and after rotation, attention's output; the feed-forward layer's inner values.
+    # Per block: norms, queries, keys and values before and after rotation, output of attention; inner values of the feed-forward layer.
     within_block = (12 * shape.hidden + (4 if shape.gated else 2) * shape.inner) * tokens * compute_bytes
     inputs = shape.hidden * tokens * compute_bytes
     memory["activations"] = within_block + shape.blocks * inputs if activation_checkpointing else shape.blocks * within_block
@@ -104,8 +107,11 @@ def device_memory(
 
 
 def _gathered(shape: ModelShape, shards: int, weight_bytes: int, compute_bytes: int) -> float:
-    """Copies in which the policy computes. Sharded: its embeddings and head, a block and the next one, and a unit's gradient, whole,
-    before and while it is reduced; the reference's are gone before. Else, where it computes in another dtype, all of it."""
+    """Return the bytes of the unsharded copies with which the policy computes.
+
+    Sharded: embeddings and head, a block, the next (prefetched) block, and one unit's gradient before and during its reduction; the
+    reference's copies are freed by then. On one device: all parameters, if the policy computes in another dtype.
+    """
     if shards == 1:
         return compute_bytes * shape.parameters if compute_bytes != weight_bytes else 0
     largest = max(shape.block, shape.rest)
@@ -122,10 +128,21 @@ def head_memory(
     weight_bytes: int = 4,
     chunk: int = CHUNK["cuda"],
 ) -> float:
-    """Fast scoring, in bytes: a chunk's log-probabilities of policy and reference and the latter's probabilities (without SeqKL, one of
-    these after another), one more where log-softmax is not in place or a copy is in half precision; the gradient of the head's weight, and
-    of half precision a chunk's part of it; hidden states at response positions, of policy and reference, and their gradient. Logits with a
-    soft cap take one table more."""
+    """Estimate the bytes that fast scoring needs for head and loss.
+
+    They are the sum of (positions, vocabulary) tables of a chunk (log-probabilities of policy and reference and the reference's
+    probabilities, or without SeqKL one table for all; one more on a GPU, where log-softmax is not in place); the gradient of the head's
+    weight, and in half precision a chunk's contribution to it; and hidden states at response positions of policy and reference, and their
+    gradient. The additional table of soft-capped logits is not counted.
+
+    Args:
+        vocabulary, hidden: sizes of the head.
+        response_tokens: tokens in the loss of a microbatch.
+        needs_reference, needs_kl: see Objective.
+        compute_bytes: bytes per number of the hidden states.
+        weight_bytes: bytes per number of the weight's gradient.
+        chunk: positions per chunk.
+    """
     positions = min(chunk, response_tokens)
     tables = 4 * (3 if needs_kl else 1) + (0 if chunk == CHUNK["cpu"] else 4)
     head = vocabulary * hidden * (weight_bytes + (compute_bytes if compute_bytes < 4 else 0))
@@ -134,8 +151,8 @@ def head_memory(
 
 
 def _plain_logits(vocabulary: int, tokens: int, response_tokens: int, needs_reference: bool, needs_kl: bool, compute_bytes: int) -> float:
-    """`plain` scoring: policy's and reference's logits at all positions in float32; at response positions, their log-probabilities and
-    what the loss makes of them."""
+    """Return the bytes of plain scoring: float32 logits of policy and reference at all positions; at response positions, their
+    log-probabilities and the intermediate results of the loss."""
     everywhere = 2 if needs_reference else 1
     at_responses = 6 if needs_kl else 3
     cast = tokens * compute_bytes if compute_bytes != 4 else 0
@@ -171,18 +188,18 @@ MODELS = {
     ),
 }
 GPUS = (1, 2, 4, 8, 16, 32, 64)
-# One pair a microbatch and device, filled to max_length=512: a prompt of 256 tokens and two responses of as many.
+# One pair per microbatch and device, filled to max_length=512: a prompt of 256 tokens and two responses of 256 tokens each.
 PAIR = {"tokens": 768, "response_tokens": 512}
 
 
 def tables() -> str:
-    """Markdown: GB a GPU for each of MODELS on each of GPUS, TDPO2, one pair a microbatch."""
+    """Return Markdown tables of GB per GPU: each of MODELS on each number of GPUS, for TDPO2 with one pair per microbatch."""
     lines = []
     for name, config in MODELS.items():
         shape = ModelShape.of(config)
         parts = list(device_memory(shape, **PAIR))
         lines += [f"**{name}**, {shape.parameters / 1e9:.2f} billion parameters", ""]
-        lines += [f"| GPUs | {' | '.join(parts)} | GB a GPU | with AdamW | with whole gradients |", "|" + "---:|" * (len(parts) + 4)]
+        lines += [f"| GPUs | {' | '.join(parts)} | GB per GPU | with AdamW | with whole gradients |", "|" + "---:|" * (len(parts) + 4)]
         for n in GPUS:
             memory = device_memory(shape, shards=n, **PAIR)
             variants = ({"optimizer_states": 2}, {"accumulates_whole": True})

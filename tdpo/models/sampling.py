@@ -1,4 +1,4 @@
-"""Continuations of prompts."""
+"""Sampling of continuations of prompts."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,14 +11,14 @@ from torch import nn
 
 
 def own_distribution(tokenizer, max_length: int, **others) -> transformers.GenerationConfig:
-    """Settings by which a model is sampled as it is: temperature 1, no top-k, no top-p.
+    """Return generation settings that sample from the model's own distribution: temperature 1, no top-k, no top-p.
 
-    Not the model's own settings: they may bring penalties, or a temperature.
+    A model's own generation settings are not used, because they may contain penalties or a temperature.
 
     Args:
-        tokenizer: whose end-of-sequence token ends a text.
+        tokenizer: its end-of-sequence token ends a text.
         max_length: tokens of prompt and continuation.
-        others: settings of Transformers that are added, or take the place of these.
+        others: generation settings of Transformers that are added to, or replace, those above.
     """
     settings = {"max_length": max_length, "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     settings |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
@@ -27,7 +27,7 @@ def own_distribution(tokenizer, max_length: int, **others) -> transformers.Gener
 
 @contextmanager
 def _settings_of(model: nn.Module, settings: transformers.GenerationConfig) -> Iterator[None]:
-    """Within it these are the model's own: Transformers fills what is missing in settings that it is given from the model's."""
+    """Within the block, replace the model's generation settings: Transformers would fill gaps in settings passed to it from the model's."""
     own, model.generation_config = model.generation_config, settings
     try:
         yield
@@ -43,15 +43,18 @@ def continuations(
     max_new_tokens: Optional[int] = None,
     synced: bool = False,
 ) -> list[list[list[int]]]:
-    """For each prompt n continuations, in tokens, end-of-sequence included where the model wrote it.
+    """Sample n continuations of each prompt.
 
     Args:
-        model: on its device.
-        prompts: tokens, none empty.
-        n: of each prompt; with beams the best n.
-        settings: how to draw them; its max_length counts the longest prompt.
-        max_new_tokens: of a continuation, where that is less.
-        synced: other processes generate with the same sharded model: one whose texts have ended takes part until all have.
+        model: a causal language model of Transformers, on its device.
+        prompts: token ids, none empty; shorter ones are padded on the left.
+        n: continuations per prompt; with beam search the best n.
+        settings: how to generate; its max_length limits the tokens of the longest prompt and its continuation.
+        max_new_tokens: limit for a continuation, if lower; None: no other limit.
+        synced: other ranks generate with the same sharded model, so a rank that is done keeps running forward passes until all are.
+
+    Returns:
+        per prompt n lists of token ids, with the end-of-sequence token if the model generated it.
     """
     longest = max(map(len, prompts))
     ids = torch.tensor([[settings.pad_token_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
@@ -74,13 +77,18 @@ def sample_batch(
     seed: int,
     max_new_tokens: Optional[int] = None,
 ) -> list[dict]:
-    """n continuations of each prompt, seeded: {prompt, completion, prompt_ids, completion_ids, index, sample}.
+    """Sample n continuations of each prompt, seeded.
 
     Args:
-        prompts: texts and tokens.
-        first: number of the first of them, from which `index` counts.
+        model: see `continuations`.
+        tokenizer: decodes the continuations.
+        prompts: (text, token ids) each.
+        first: index of the first prompt.
         n, settings, max_new_tokens: see `continuations`.
-        seed: the texts depend on it and the batch alone.
+        seed: the random numbers depend only on seed and `first`.
+
+    Returns:
+        one dict per continuation: {prompt, completion, prompt_ids, completion_ids, index (of the prompt), sample (0 ... n - 1)}.
     """
     torch.manual_seed(mixed_seed(seed, first))
     drawn = continuations(model, [ids for _, ids in prompts], n, settings, max_new_tokens)
@@ -99,17 +107,17 @@ def sample_batch(
 
 
 def text_of(tokenizer, prompt: Sequence[int], continuation: Sequence[int]) -> str:
-    """The continuation's text, as it goes on after the prompt's: with the space between them, where there is one."""
+    """Decode a continuation as it follows the prompt, with the space between them if there is one."""
     start, whole = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (list(prompt), [*prompt, *continuation]))
-    # Else the prompt ends within a character, or the decoder tidies up.
+    # Otherwise the prompt ends within a character, or the decoder cleans up spaces across the boundary.
     return whole.removeprefix(start) if whole.startswith(start) else tokenizer.decode(list(continuation), skip_special_tokens=True)
 
 
 def interleaved(by_rank: Sequence[list]) -> list:
-    """The inverse of dealing items out one by one: [[a, c], [b]] to [a, b, c]."""
+    """Merge the items of all ranks in round-robin order: [[a, c], [b]] to [a, b, c]."""
     return [own[i] for i in range(max(map(len, by_rank))) for own in by_rank if i < len(own)]
 
 
 def mixed_seed(*numbers: int) -> int:
-    """A seed that differs where any of the numbers does. PyTorch's generator on the CPU heeds the lowest 32 bits of a seed alone."""
+    """Hash numbers to a 32-bit seed, because PyTorch's CPU generator uses only the lowest 32 bits of a seed."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])

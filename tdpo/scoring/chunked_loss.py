@@ -1,15 +1,15 @@
-"""The language-model head and all that has the vocabulary's size, a few hundred positions at a time, with the gradient by hand.
+"""Fast scoring: the language-model head and the loss, computed chunk by chunk over positions, with a hand-written gradient.
 
-At a response position with label y let p = pi(.|s), q = pi_ref(.|s). What a loss L needs of it are log p_y, log q_y and the forward
-divergence sum_v q_v (log q_v - log p_v). With g = dL/dlog p_y and h = dL/dKL,
+At a response position with label y let p = pi(.|s) and q = pi_ref(.|s). A loss L depends on log p_y, log q_y and the forward divergence
+KL = sum_v q_v (log q_v - log p_v). With g = dL/dlog p_y and h = dL/dKL,
 
     dL/dlogits_v = g (1[v = y] - p_v) + h (p_v - q_v)
 
-g and h are known once a row's responses are whole. Rows are therefore taken a few at a time: the objective is asked for their g and h
-while p and q are still there, and both gradients, of hidden states and of the head's weight, are finished in the forward pass. So no
-logits are computed twice, and nothing of size (positions, vocabulary) outlives its chunk. Only a row longer than a chunk is computed again.
+g and h are known once all responses of a row are scored. Rows are therefore processed in groups that fit a chunk: while p and q are in
+memory, the objective gives g and h, and the gradients of hidden states and head weight are computed within the forward pass. No logits are
+computed twice, and no tensor of size (positions, vocabulary) outlives its chunk. Only a row that is longer than a chunk is recomputed.
 
-Shapes: N response tokens, C positions of a chunk, V vocabulary entries, H hidden, B rows, R responses a row.
+Shapes: N response tokens, C positions of a chunk, V vocabulary entries, H hidden size, B rows (one per prompt), R responses per row.
 """
 
 import functools
@@ -26,37 +26,45 @@ from tdpo.losses import LossOutput, Objective, ResponseScores
 from tdpo.scoring.prefix_sharing import SharedPrefixBatch
 from tdpo.utils import full_tensor
 
-# Positions of a chunk, by device: enough to keep its matrix units busy. float32 log-probabilities of 512 over 50,304 entries take 103 MB.
+# Positions per chunk: enough to keep the device busy. float32 log-probabilities of 512 positions and 50,304 entries take 103 MB.
 CHUNK = {"cpu": 512, "cuda": 2048}
 
 
 def chunk_size(device: torch.device) -> int:
-    """Positions of a chunk on a device."""
+    """Return the number of positions per chunk on a device."""
     return CHUNK.get(device.type, CHUNK["cuda"])
 
 
 @dataclass(frozen=True)
 class Head:
-    """A model's last layer: softcap * tanh((states @ weight.T + bias) / softcap)."""
+    """A model's output layer: logits = softcap * tanh((states @ weight.T + bias) / softcap)."""
 
     weight: torch.Tensor  # (V, H)
     bias: Optional[torch.Tensor]  # (V,)
-    softcap: Optional[float] = None  # nats; None: logits as they are
-    compiled: bool = False  # what is done to its logits
+    softcap: Optional[float] = None  # bound of the logits; None: no soft cap
+    compiled: bool = False  # use torch.compile for the operations on its logits
 
     @classmethod
     def of(cls, model: nn.Module, compiled: bool = False) -> "Head":
-        """Of a causal language model of Transformers, for which `unsupported_head` is None."""
+        """Return the head of a causal language model of Transformers, for which `unsupported_head` must return None."""
         layer = model.get_output_embeddings()
-        weight, bias = (None if x is None else full_tensor(x) for x in (layer.weight, layer.bias))  # tensor parallelism splits them
+        weight, bias = (None if x is None else full_tensor(x) for x in (layer.weight, layer.bias))  # tensor parallelism shards them
         return cls(weight, bias, getattr(model.config.get_text_config(), "final_logit_softcapping", None), compiled)
 
     def logits(self, states: torch.Tensor, out: Optional[torch.Tensor] = None) -> torch.Tensor:
-        """(C, H) to (C, V), in float32 at least; into `out`, where given."""
+        """Compute logits in at least float32.
+
+        Args:
+            states: (C, H).
+            out: (C, V), overwritten with the result (only without autograd); None: a new tensor.
+
+        Returns:
+            (C, V), unnormalised.
+        """
         if out is not None and out.dtype == states.dtype:
             weight = self.weight.detach().t()
             torch.mm(states, weight, out=out) if self.bias is None else torch.addmm(self.bias.detach(), states, weight, out=out)
-        else:  # in half precision the product is rounded first, as a model's own forward pass does
+        else:  # in half precision the product is rounded before the cast, as in the model's own forward pass
             logits = F.linear(states, self.weight, self.bias)
             dtype = torch.promote_types(logits.dtype, torch.float32)
             out = logits.to(dtype) if out is None else out.copy_(logits)
@@ -64,7 +72,7 @@ class Head:
 
 
 class HeadOnly(nn.Module):
-    """What stays of a model whose hidden states are known: its head, whole on every rank."""
+    """The head of a model whose hidden states are cached, unsharded on every rank. It replaces the model."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -75,7 +83,7 @@ class HeadOnly(nn.Module):
 
     @classmethod
     def instead_of(cls, model: nn.Module) -> "HeadOnly":
-        """Frees the model's memory, also where others hold on to it: FSDP knows of all it has ever sharded."""
+        """Copy the model's head and free the model's memory, even if references to it remain, as FSDP keeps them."""
         head = cls(model)
         for tensor in [*model.parameters(), *model.buffers()]:
             (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage().resize_(0)
@@ -86,21 +94,21 @@ class HeadOnly(nn.Module):
 
 
 def unsupported_head(model: nn.Module) -> Optional[str]:
-    """Why this model's head cannot be computed here; None where nothing is known against it."""
+    """Return why fast scoring does not support this model's head, as a clause; None if it does."""
     layer = model.get_output_embeddings()
-    return None if isinstance(layer, nn.Linear) else f"its head is a {type(layer).__name__}, no linear layer"
+    return None if isinstance(layer, nn.Linear) else f"its head is a {type(layer).__name__}, not a linear layer"
 
 
 @dataclass(frozen=True)
 class ReferenceStates:
-    """What the reference has to say about the same rows."""
+    """The reference's hidden states for a batch, and its head."""
 
     states: torch.Tensor  # (N, H)
     head: Head
 
 
 def _zero_scores(rows: SharedPrefixBatch, objective: Objective, dtype: torch.dtype) -> ResponseScores:
-    """Scores of all rows, (B, R), to be summed into; None where the objective needs none."""
+    """Return scores (B, R) of zeros, to be summed into; reference_logps and kl are None if the objective does not need them."""
 
     def zeros(needed: bool) -> Optional[torch.Tensor]:
         return torch.zeros(rows.num_tokens.shape, dtype=dtype, device=rows.labels.device) if needed else None
@@ -113,7 +121,18 @@ def _zero_scores(rows: SharedPrefixBatch, objective: Objective, dtype: torch.dty
 def score_rows(
     states: torch.Tensor, head: Head, reference: Optional[ReferenceStates], rows: SharedPrefixBatch, objective: Objective
 ) -> ResponseScores:
-    """Compute scores alone, (B, R), for evaluation. Arguments as those of `loss_of_rows`."""
+    """Compute scores without loss and gradient, for evaluation.
+
+    Args:
+        states: (N, H), as in `loss_of_rows`.
+        head: the policy's.
+        reference: None if the objective needs no reference.
+        rows: the batch.
+        objective: decides which scores are computed.
+
+    Returns:
+        scores, (B, R).
+    """
     work = _Workspace(head, states, reference, objective.needs_kl)
     scores = _zero_scores(rows, objective, work.dtype)
     for chunk in pieces(0, len(rows.labels), work.size):
@@ -124,18 +143,19 @@ def score_rows(
 def loss_of_rows(
     states: torch.Tensor, head: Head, reference: Optional[ReferenceStates], rows: SharedPrefixBatch, objective: Objective, counted: int
 ) -> tuple[torch.Tensor, LossOutput, ResponseScores]:
-    """Compute the sum of the losses of the first `counted` rows, with its gradient, and what was computed of all rows.
+    """Compute the summed loss of the first `counted` rows, with its gradient, and the output and scores of all rows.
 
     Args:
-        states: (N, H), the policy's hidden states that `rows.states` names.
+        states: (N, H), the policy's hidden states at the positions `rows.states`.
         head: the policy's.
-        reference: None where the objective needs none.
-        rows: tokens and where they belong.
-        objective: a loss whose value for a row depends on that row alone.
-        counted: rows.
+        reference: None if the objective needs no reference.
+        rows: the batch.
+        objective: a loss whose value for a row depends only on that row.
+        counted: number of rows in the loss; the others enter only output and scores.
 
     Returns:
-        a scalar in nats that can be differentiated once; the objective's output, (B,), detached; and the scores, (B, R), detached.
+        (loss, output, scores): the sum of the losses, a scalar in nats that can be differentiated once, with gradient to states, weight and
+        bias; the objective's output, (B,), detached; the scores, (B, R), without gradient.
     """
     outputs: list[LossOutput] = []
     arguments = head, reference, rows, objective, counted, outputs
@@ -145,7 +165,7 @@ def loss_of_rows(
 
 
 class _LossOfRows(torch.autograd.Function):
-    """Value and gradients together, see above; backward only multiplies by what comes from above, a scalar."""
+    """The loss of rows. Forward computes loss and gradients together; backward multiplies the gradients by the incoming scalar."""
 
     @staticmethod
     def forward(ctx, states, weight, bias, head, reference, rows, objective, counted, outputs):
@@ -173,13 +193,13 @@ class _LossOfRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, factor, *_):
         if ctx.gradients is None:
-            raise RuntimeError("the loss of these rows was differentiated already: its gradients are gone")
+            raise RuntimeError("this loss was differentiated already and its gradients are freed; call loss_of_rows again")
         gradients, ctx.gradients = ctx.gradients, None
         return *(None if x is None else x.mul_(factor) for x in gradients), None, None, None, None, None, None
 
 
 def _coefficients(scores: ResponseScores, objective: Objective, group: slice, counted: int) -> tuple:
-    """Evaluate the objective on some rows: the sum of the counted losses, all output, and derivatives by logps and kl, (rows, R) each."""
+    """Evaluate the objective on a group of rows. Returns (sum of the counted losses, output, dL/dlogps, dL/dkl), derivatives (rows, R)."""
     logps, reference_logps, kl = (None if x is None else x[group].clone() for x in (scores.logps, scores.reference_logps, scores.kl))
     inputs = [x.requires_grad_() for x in (logps, kl) if x is not None]
     annotation = None if scores.annotation is None else scores.annotation[group]
@@ -192,12 +212,12 @@ def _coefficients(scores: ResponseScores, objective: Objective, group: slice, co
 
 
 def pieces(start: int, stop: int, size: int) -> list[slice]:
-    """As few slices of at most `size` as there can be."""
+    """Cut range(start, stop) into slices of `size`; the last may be smaller."""
     return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
 
 
 def _groups(counts: Sequence[int], size: int) -> Iterator[tuple[slice, list[slice]]]:
-    """Rows that are scored together, and their positions in chunks: as many rows as fit a chunk, or one row that takes several."""
+    """Yield groups of rows with the chunks of their positions: as many rows as fit one chunk, or one row that needs several chunks."""
     row = start = 0
     while row < len(counts):
         first, stop = row, start + counts[row]
@@ -210,29 +230,39 @@ def _groups(counts: Sequence[int], size: int) -> Iterator[tuple[slice, list[slic
 
 @dataclass
 class _Distributions:
-    """Of the C positions of a chunk. The (C, V) tensors are a workspace's: the next chunk overwrites them."""
+    """The distributions at the C positions of a chunk. The (C, V) tensors belong to a workspace; the next chunk overwrites them."""
 
     compiled: bool
     labels: torch.Tensor  # (C,)
     values: tuple  # log p_y, log q_y, KL: (C,) each or None
     logps: torch.Tensor  # (C, V), log p
-    reference: Optional[torch.Tensor]  # (C, V), q; None where no KL is asked for
-    slope: Optional[torch.Tensor]  # (C, V), derivative of soft-capped logits by uncapped ones
+    reference: Optional[torch.Tensor]  # (C, V), q; None if KL is not needed
+    slope: Optional[torch.Tensor]  # (C, V), derivative of the soft-capped logits with respect to the uncapped ones
 
     def add_to(self, scores: ResponseScores, responses: torch.Tensor) -> None:
-        """Sums over each response's positions; `responses` (C,) says whose they are."""
+        """Add the values of the positions to the scores of their responses, in place.
+
+        Args:
+            scores: (B, R).
+            responses: (C,), index b * R + r of each position's response.
+        """
         for table, values in zip((scores.logps, scores.reference_logps, scores.kl), self.values):
             if table is not None:
                 table.view(-1).index_add_(0, responses, values)
 
     def logit_gradient(self, g: torch.Tensor, h: Optional[torch.Tensor]) -> torch.Tensor:
-        """(C, V), in place of log p; g and h are (C,)."""
+        """Compute the gradient of the chunk's logits, (C, V), in place of log p.
+
+        Args:
+            g: (C,), dL/dlog p_y.
+            h: (C,), dL/dKL; None if KL is not needed.
+        """
         gradient = _kernel(_logit_gradient, self.compiled)(self.logps, self.reference, self.labels, g, h)
         return gradient if self.slope is None else gradient.mul_(self.slope)
 
 
 class _Workspace:
-    """(C, V) tensors that all chunks of a pass use in turn: on a CPU fresh memory of that size costs as much as the arithmetic on it."""
+    """(C, V) tensors that all chunks of a pass reuse: on a CPU, allocating that much memory costs as much as the arithmetic on it."""
 
     def __init__(self, head: Head, states: torch.Tensor, reference: Optional[ReferenceStates], needs_kl: bool):
         self.head, self.states, self.reference, self.needs_kl = head, states.detach(), reference, needs_kl
@@ -247,7 +277,7 @@ class _Workspace:
         buffers = [buffer[: len(labels)] for buffer in self.buffers]
         compiled = self.head.compiled
         label_logps = _kernel(_label_logps, compiled)
-        if self.reference is not None:  # first, because without KL the policy's log-probabilities take its place
+        if self.reference is not None:  # first, because without KL the policy's log-probabilities overwrite its buffer
             log_q, reference_logps = label_logps(self.reference.head.logits(self.reference.states[chunk], out=buffers[-1]), labels)
         logits = self.head.logits(self.states[chunk], out=buffers[0])
         if self.head.softcap is not None:
@@ -259,7 +289,7 @@ class _Workspace:
 
 
 class _Gradients:
-    """Of hidden states, weight and bias, summed over chunks; None where not asked for."""
+    """The gradients of hidden states, head weight and bias, filled chunk by chunk; None for those that are not needed."""
 
     def __init__(self, head: Head, states: torch.Tensor, wanted: Sequence[bool], dtype: torch.dtype):
         self.head, self.inputs = head, states.detach()
@@ -268,7 +298,12 @@ class _Gradients:
         self.bias = torch.zeros(head.bias.shape, dtype=dtype, device=states.device) if head.bias is not None and wanted[2] else None
 
     def add(self, chunk: slice, logits: torch.Tensor) -> None:
-        """`logits`: gradient of the chunk's logits, (C, V)."""
+        """Add the contribution of a chunk.
+
+        Args:
+            chunk: its positions.
+            logits: (C, V), the gradient of its logits.
+        """
         if self.bias is not None:
             self.bias += logits.sum(0)
         logits = logits.to(self.inputs.dtype)
@@ -282,27 +317,27 @@ class _Gradients:
             self.weight += logits.t() @ self.inputs[chunk]
 
 
-# What is done to logits. All three work in place, because on a CPU new memory is dear; compiled, each is one pass.
+# Operations on logits. All three work in place, because allocation dominates on CPUs; torch.compile fuses each of them into one pass.
 
 
 def _label_logps(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities (C, V), in place, and those of the labels (C,)."""
-    # Not promised to work in place elsewhere; a copy onto itself is none.
+    """Return log-probabilities (C, V), computed in place, and those of the labels (C,)."""
+    # log_softmax(out=) is safe in place only on CPUs, where the copy is then a no-op.
     logps = logits.copy_(torch.log_softmax(logits, -1, out=logits if logits.device.type == "cpu" else None))
     return logps, logps.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
 def _forward_kl_in_place(log_q: torch.Tensor, log_p: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return q (C, V), written into that tensor, and KL(q || p) of each position (C,), in nats: logps.forward_kl, in place of log q."""
+    """Return q (C, V), written into that tensor, and KL(q || p) (C,) in nats: logps.forward_kl in place, overwriting log q."""
     torch.exp(log_q, out=q)
-    # Where q is 0 the product may be 0 * inf; its limit is 0. A NaN of a model shows in its logps.
+    # Where q is 0 the product may be NaN (0 * inf), with limit 0: nansum drops it. A model's NaN still shows in its logps.
     return q, log_q.sub_(log_p).mul_(q).nansum(-1)
 
 
 def _logit_gradient(
     log_p: torch.Tensor, q: Optional[torch.Tensor], labels: torch.Tensor, g: torch.Tensor, h: Optional[torch.Tensor]
 ) -> torch.Tensor:
-    """g (1[v = y] - p_v) + h (p_v - q_v), (C, V), in place of log p."""
+    """Return g (1[v = y] - p_v) + h (p_v - q_v), (C, V), computed in place of log p."""
     gradient = log_p.exp_()
     if h is None:
         gradient.mul_(-g[:, None])

@@ -1,8 +1,8 @@
-"""Plain scoring, the specification: log-probabilities and SeqKL of responses from full logits, as published.
+"""Plain scoring, the readable specification: log-probabilities and SeqKL of responses from full logits, as published.
 
-Fast scoring, by which most runs train, computes the same numbers chunk by chunk in chunked_loss.py.
+Most runs train with fast scoring, which computes the same numbers chunk by chunk (chunked_loss.py).
 
-Shapes: B sequences, T tokens, V vocabulary entries, N response tokens of the batch.
+Shapes: B sequences of T tokens, padding included; V vocabulary entries; N response tokens of the batch. Values are in nats.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,15 @@ from tdpo.utils import IGNORED, pad_to_length
 
 
 def stack_roles(batch: Mapping[str, torch.Tensor], roles: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """The roles' tensors below each other, padded to the longest, as concatenated_{input_ids,attention_mask,labels}."""
+    """Concatenate the sequences of several roles along the batch dimension, padded to the longest one.
+
+    Args:
+        batch: `<role>_{input_ids,attention_mask,labels}`, each (n, t), where t may differ between roles.
+        roles: such as ("chosen", "rejected").
+
+    Returns:
+        `concatenated_{input_ids,attention_mask,labels}`, each (B, T): B is the sum of the n, T the largest t. Roles stay in order.
+    """
     length = max(batch[f"{role}_input_ids"].shape[1] for role in roles)
     stacked = {}
     for kind, pad_value in (("input_ids", 0), ("attention_mask", 0), ("labels", IGNORED)):
@@ -24,12 +32,29 @@ def stack_roles(batch: Mapping[str, torch.Tensor], roles: tuple[str, ...]) -> di
 
 
 def concatenated_inputs(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Chosen and rejected inputs below each other, (2B, T), under keys `concatenated_*`: the published signature."""
+    """Concatenate the chosen and rejected sequences of n pairs; the published signature of `stack_roles`.
+
+    Args:
+        batch: `{chosen,rejected}_{input_ids,attention_mask,labels}`, each (n, t).
+
+    Returns:
+        `concatenated_{input_ids,attention_mask,labels}`, each (2n, T), chosen first.
+    """
     return stack_roles(batch, ("chosen", "rejected"))
 
 
 def full_logits(model: nn.Module, stacked: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """(B, T, V), in float32 at least: log-softmax over a vocabulary in half precision loses the small differences we train on."""
+    """Run a model and return its logits in at least float32.
+
+    A log-softmax over the vocabulary in half precision would lose the small differences that the losses train on.
+
+    Args:
+        model: a causal language model of Transformers.
+        stacked: `concatenated_input_ids` and `concatenated_attention_mask`, each (B, T), see `stack_roles`.
+
+    Returns:
+        (B, T, V), unnormalised. Position t predicts token t + 1.
+    """
     logits = model(
         input_ids=stacked["concatenated_input_ids"], attention_mask=stacked["concatenated_attention_mask"], use_cache=False
     ).logits
@@ -37,15 +62,18 @@ def full_logits(model: nn.Module, stacked: Mapping[str, torch.Tensor]) -> torch.
 
 
 def _get_batch_logps(logits: torch.Tensor, labels: torch.Tensor, average_log_prob: bool = False) -> torch.Tensor:
-    """Sum (or mean) over each sequence's response tokens of log pi(y_t|s_t), nats.
+    """Sum (or average) log pi(y_t|s_t) over the response tokens of each sequence.
 
     Args:
-        logits: (B, T, V), unnormalised; position t predicts token t + 1.
-        labels: (B, T); tokens labelled -100 are no response tokens, and what the logits hold there does not matter.
-        average_log_prob: mean per response token.
+        logits: (B, T, V), unnormalised. Position t predicts token t + 1.
+        labels: (B, T): the token ids, or -100 for tokens that are not in the loss. Logits that predict such tokens are ignored, even NaN.
+        average_log_prob: return the mean per response token instead of the sum.
 
     Returns:
-        (B,)
+        (B,), nats.
+
+    Raises:
+        ValueError: the shapes of logits and labels do not match.
     """
     positions = _ResponsePositions(logits, labels)
     logps = positions.select(logits).log_softmax(-1)
@@ -55,16 +83,20 @@ def _get_batch_logps(logits: torch.Tensor, labels: torch.Tensor, average_log_pro
 def _tdpo_get_batch_logps(
     logits: torch.Tensor, reference_logits: torch.Tensor, labels: torch.Tensor, average_log_prob: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What TDPO needs of each response: log-ratio, SeqKL and log-probability, summed (or averaged) over its tokens, nats.
+    """Compute what TDPO needs of each response: log-ratio, SeqKL and log-probability, summed (or averaged) over the response tokens.
 
     Args:
-        logits: the policy's, (B, T, V).
-        reference_logits: (B, T, V).
-        labels: (B, T), as in _get_batch_logps.
-        average_log_prob: means per response token.
+        logits: (B, T, V), the policy's, unnormalised.
+        reference_logits: (B, T, V), the reference's, unnormalised.
+        labels: (B, T), as in `_get_batch_logps`.
+        average_log_prob: return means per response token instead of sums.
 
     Returns:
-        (log-ratio, SeqKL, log-probability), each (B,)
+        (log-ratio, SeqKL, log-probability), each (B,), nats: the sums of log pi(y_t|s_t) - log pi_ref(y_t|s_t), of
+        KL(pi_ref(.|s_t) || pi(.|s_t)), and of log pi(y_t|s_t).
+
+    Raises:
+        ValueError: the shapes of logits and labels do not match.
     """
     positions = _ResponsePositions(logits, labels)
     logps = positions.select(logits).log_softmax(-1)
@@ -76,10 +108,17 @@ def _tdpo_get_batch_logps(
 
 
 def forward_kl(reference_logps: torch.Tensor, logps: torch.Tensor) -> torch.Tensor:
-    """KL(pi_ref || pi) of each position, nats: (..., V) log-probabilities to (...).
+    """Compute KL(pi_ref || pi) of each position.
 
-    The published code takes the log of a softmax, which is 0 * -inf = NaN for an entry that underflows. Here both are log-softmaxes,
-    and an entry whose reference probability is 0 contributes its limit, 0, also where both log-probabilities are -inf.
+    The published code takes the log of a softmax, which gives 0 * -inf = NaN if an entry underflows. Here both inputs are log-softmaxes,
+    and an entry whose reference probability is 0 contributes its limit, 0, even if both log-probabilities are -inf.
+
+    Args:
+        reference_logps: (..., V), normalised log-probabilities of the reference.
+        logps: (..., V), normalised log-probabilities of the policy.
+
+    Returns:
+        (...), nats, with gradient to both inputs.
     """
     probabilities = reference_logps.exp()
     differences = torch.where(probabilities > 0, reference_logps - logps, 0.0)
@@ -87,15 +126,19 @@ def forward_kl(reference_logps: torch.Tensor, logps: torch.Tensor) -> torch.Tens
 
 
 class _ResponsePositions:
-    """The positions of a batch whose logits predict a response token.
+    """The N positions of a batch whose logits predict a response token.
 
-    Selecting them, instead of multiplying by a mask, keeps a NaN of another position out of the sum and out of the gradient, and
-    makes nothing of the vocabulary's size for prompt and padding.
+    They are selected, not multiplied by a mask: NaN at another position then reaches neither the sum nor the gradient, and prompt and
+    padding need no log-softmax over the vocabulary.
+
+    Args:
+        logits: (B, T, V); only shape and device are used.
+        labels: (B, T), -100 for tokens that are not in the loss; on any device.
     """
 
     def __init__(self, logits: torch.Tensor, labels: torch.Tensor):
         if logits.shape[:-1] != labels.shape:
-            raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} do not belong together")
+            raise ValueError(f"logits {tuple(logits.shape)} do not match labels {tuple(labels.shape)}: pass (B, T, V) and (B, T)")
         targets = labels[:, 1:]  # position t predicts token t + 1
         self.mask = (targets != IGNORED).to(logits.device)
         rows, columns = (targets != IGNORED).nonzero(as_tuple=True)
@@ -103,19 +146,40 @@ class _ResponsePositions:
         self.index = rows.to(logits.device), columns.to(logits.device)
 
     def select(self, logits: torch.Tensor) -> torch.Tensor:
-        """(B, T, V) to (N, V)."""
+        """Select the N positions.
+
+        Args:
+            logits: (B, T, V); returns (N, V).
+        """
         return logits[self.index]
 
     def of_label(self, logps: torch.Tensor) -> torch.Tensor:
-        """(N, V) to (N,): the log-probability of each response token."""
+        """Pick the log-probability of each response token.
+
+        Args:
+            logps: (N, V); returns (N,).
+        """
         return label_logps(logps, self.labels)
 
     def reduce(self, values: torch.Tensor, average: bool) -> torch.Tensor:
-        """(N,) to (B,): the sum, or the mean, of each row's values."""
+        """Sum (or average) the values of each sequence.
+
+        Args:
+            values: (N,); returns (B,).
+            average: return the mean per response token.
+        """
         table = values.new_zeros(self.mask.shape).index_put(self.index, values)
         return table.sum(-1) / self.mask.sum(-1) if average else table.sum(-1)
 
 
 def label_logps(logps: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """(..., V) to (...): the log-probability of each label."""
+    """Pick the log-probability of each label.
+
+    Args:
+        logps: (..., V), log-probabilities.
+        labels: (...), token ids.
+
+    Returns:
+        (...), nats.
+    """
     return logps.gather(-1, labels.unsqueeze(-1)).squeeze(-1)

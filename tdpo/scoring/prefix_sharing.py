@@ -1,6 +1,6 @@
-"""Rows in which a prompt stands once, with its responses beside each other, and the attention that keeps those apart.
+"""Batches in which each prompt is computed once for all its responses, and the attention masks that keep the responses apart.
 
-Shapes: B rows (prompts), R responses each, T tokens of the longest row, N response tokens of all rows.
+Shapes: B rows (one per prompt), R responses per row, T tokens of the longest row, N response tokens of all rows, H hidden size.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,31 +10,31 @@ from typing import Optional, Union
 import numpy as np
 import torch
 
-LAYER_TYPES = {"full_attention", "sliding_attention"}  # of a Transformers config, that a mask can express
+LAYER_TYPES = {"full_attention", "sliding_attention"}  # layer types of a Transformers config that a mask can express
 
 
 @dataclass(frozen=True)
 class SharedPrefixBatch:
-    """[prompt | response | response ...], padded on the right.
+    """Rows of [prompt | response | response ...], padded on the right.
 
-    The last token of each response is left out: it predicts nothing. A response's first token is predicted from the prompt's last one,
-    which therefore stands in `states` once a response.
+    The last token of each response is dropped from the inputs, because nothing is predicted from it. The first token of every response is
+    predicted from the prompt's last position, so `states` contains that position once per response.
     """
 
     input_ids: torch.Tensor  # (B, T)
-    position_ids: torch.Tensor  # (B, T): those of a response go on from the prompt's end
-    segments: torch.Tensor  # (B, T): 0 the prompt, 1 ... R a response, -1 padding
-    states: torch.Tensor  # (N,): b * T + t of the positions that predict a response token, row by row, response by response
-    labels: torch.Tensor  # (N,): the tokens that they predict
-    responses: torch.Tensor  # (N,): b * R + r
-    num_tokens: torch.Tensor  # (B, R): response tokens
-    counts: tuple[int, ...]  # response tokens of each row, for who must know them without waiting for the device
-    reference_states: Optional[torch.Tensor] = None  # (N, H): the reference's hidden states at `states`, where they are known already
-    annotations: Optional[torch.Tensor] = None  # (B, R), float64: what the data says of each response
+    position_ids: torch.Tensor  # (B, T): in every response they continue from the prompt's end
+    segments: torch.Tensor  # (B, T): 0 prompt, 1 ... R responses, -1 padding
+    states: torch.Tensor  # (N,): indices b * T + t of the positions that predict a response token, by row, then by response
+    labels: torch.Tensor  # (N,): the tokens predicted at `states`
+    responses: torch.Tensor  # (N,): index b * R + r of the response that the token belongs to
+    num_tokens: torch.Tensor  # (B, R): tokens in the loss of each response
+    counts: tuple[int, ...]  # tokens in the loss of each row, on the host: reading them does not wait for the device
+    reference_states: Optional[torch.Tensor] = None  # (N, H): the reference's hidden states at `states`, if cached
+    annotations: Optional[torch.Tensor] = None  # (B, R), float64: rating or label of each response
     baseline: Optional[torch.Tensor] = None  # z0 of kto, a scalar, nats
 
     def to(self, device: torch.device) -> "SharedPrefixBatch":
-        """On a device; without waiting for it where the tensors are in pinned memory."""
+        """Return a copy on `device`; from pinned memory the copy is asynchronous."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "SharedPrefixBatch":
@@ -45,13 +45,21 @@ class SharedPrefixBatch:
         return replace(self, **{name: function(value) for name, value in values.items() if isinstance(value, torch.Tensor)})
 
     def with_reference(self, states: torch.Tensor) -> "SharedPrefixBatch":
+        """Return a copy with the reference's hidden states.
+
+        Args:
+            states: (N, H), at the positions of `self.states`.
+        """
         return replace(self, reference_states=states)
 
     def visible(self, window: Optional[int] = None) -> torch.Tensor:
-        """(B, T, T), bool: what each position attends to. Itself, what comes before it in its own response, and the prompt.
+        """Return what each position attends to: itself, and what precedes it in the prompt and in its own response.
 
         Args:
-            window: of sliding attention: no further back than window - 1 positions.
+            window: tokens of a sliding window: a position attends no further back than window - 1 position ids. None: full attention.
+
+        Returns:
+            (B, T, T), bool: entry [b, i, j] is true if position i attends to position j.
         """
         steps = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
         seen, own = self.segments[:, None, :], self.segments[:, :, None]
@@ -62,14 +70,17 @@ class SharedPrefixBatch:
 
 
 def shared_prefix_batch(examples: Sequence[tuple]) -> SharedPrefixBatch:
-    """Put each example into a row.
+    """Build a batch with one row per example.
 
     Args:
-        examples: (prompt, responses[, masks[, annotations]]) each, as data.split.TokenizedExample. Prompt and responses are token ids, none
-            empty, and every example has the same number of responses. masks: of each response, 1 for the tokens in the loss; None: all are.
-            annotations: what the data says of each response; none at all if an example has none.
+        examples: tuples (prompt, responses[, masks[, annotations]]), as data.split.TokenizedExample. Prompt and responses are lists of
+            token ids, none empty; every example has the same number R of responses. masks: the loss mask of each response (1 = in the
+            loss); None: all tokens are. annotations: R numbers, the rating or label of each response; ignored if an example has none.
 
-    shared_prefix_batch([([5, 6], [[7, 8], [9]])]): input_ids [[5, 6, 7]], states [1, 2, 1], labels [7, 8, 9].
+    Returns:
+        a SharedPrefixBatch on the CPU.
+
+    Example: shared_prefix_batch([([5, 6], [[7, 8], [9]])]) has input_ids [[5, 6, 7]], states [1, 2, 1] and labels [7, 8, 9].
     """
     rows = [example[:2] for example in examples]
     masks = [example[2] if len(example) > 2 else None for example in examples]
@@ -103,20 +114,22 @@ def shared_prefix_batch(examples: Sequence[tuple]) -> SharedPrefixBatch:
 
 
 def sliding_window(config) -> Optional[int]:
-    """The smallest window of a Transformers config, tokens; None where all attention is full."""
+    """Return the sliding window of a Transformers config in tokens; None if all layers use full attention."""
     config = config.get_text_config()
     kinds = getattr(config, "layer_types", None)
     return None if kinds and "sliding_attention" not in kinds else getattr(config, "sliding_window", None)
 
 
 def attention_masks(rows: SharedPrefixBatch, config) -> Union[torch.Tensor, Mapping[str, torch.Tensor]]:
-    """What a Transformers model takes as `attention_mask`, so that it attends as `visible` says.
+    """Build the `attention_mask` of a Transformers model, with which it attends as `SharedPrefixBatch.visible` defines.
 
     Args:
-        config: the model's. Where it has layers of several kinds, the mask is one by kind.
+        rows: the batch.
+        config: the model's config, for which `unsupported_attention` returns None.
 
     Returns:
-        (B, 1, T, T) a mask, in the form that the model's attention implementation wants.
+        a mask (B, 1, T, T) in the form that the model's attention implementation takes: bool, additive float, or a BlockMask. If the
+        config lists layer types, a mask for each type, by its name.
     """
     form = FORMS[config._attn_implementation]
     text = config.get_text_config()
@@ -132,14 +145,14 @@ def _boolean(rows: SharedPrefixBatch, window: Optional[int]) -> torch.Tensor:
 
 
 def _additive(rows: SharedPrefixBatch, window: Optional[int]) -> torch.Tensor:
-    """0 or the lowest float32, for attention that adds the mask to its weights."""
+    """Return 0 where visible, else the lowest float32, for attention that adds the mask to its scores."""
     visible = rows.visible(window).unsqueeze(1)
     return torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, torch.finfo(torch.float32).min)
 
 
 def _blocks(rows: SharedPrefixBatch, window: Optional[int]):
-    """For FlexAttention, which skips blocks in which nothing is visible."""
-    from torch.nn.attention.flex_attention import create_block_mask  # here, because importing it takes a second
+    """Return a BlockMask for FlexAttention, which skips blocks in which nothing is visible."""
+    from torch.nn.attention.flex_attention import create_block_mask  # imported here, because that takes a second
 
     segments, positions = rows.segments, rows.position_ids
     batch, length = segments.shape
@@ -152,15 +165,15 @@ def _blocks(rows: SharedPrefixBatch, window: Optional[int]):
     return create_block_mask(visible, batch, None, length, length, device=segments.device)
 
 
-# By attention implementation of Transformers. FlashAttention takes no mask that could say this.
+# By attention implementation of Transformers. FlashAttention is missing: it takes no such mask.
 FORMS = {"sdpa": _boolean, "eager": _additive, "flex_attention": _blocks}
 
 
 def unsupported_attention(config) -> Optional[str]:
-    """Why a model of this Transformers config cannot be given such rows; None where nothing is known against it."""
+    """Return why a model of this Transformers config cannot compute a SharedPrefixBatch, as a clause; None if no reason is known."""
     unknown = set(getattr(config.get_text_config(), "layer_types", None) or ()) - LAYER_TYPES
     if unknown:
         return f"it has layers of {', '.join(sorted(unknown))}"
     if config._attn_implementation not in FORMS:
-        return f"{config._attn_implementation} takes no mask for such rows"
+        return f"its attention, {config._attn_implementation}, takes no mask that keeps responses apart"
     return None

@@ -1,13 +1,13 @@
-"""From a model and a batch of tokens to ResponseScores and losses.
+"""Scoring: from policy, reference and a batch of tokens to ResponseScores and the loss.
 
-`Scorer` computes in one of two ways, equal to rounding:
+`Scorer` computes them in one of two ways, with the same results up to rounding:
 
-- plain, for a collated batch: the readable specification (logps.py). Chosen and rejected are padded into one batch; policy and reference
-  compute full logits.
+- plain, for a collated batch: the readable specification (logps.py). The roles are padded into one batch; policy and reference compute
+  full logits.
 - fast, for a SharedPrefixBatch (prefix_sharing.py, chunked_loss.py): each prompt is computed once, the head only at response positions, and
-  no tensor of the vocabulary's size outlives its chunk.
+  no tensor of size (positions, vocabulary) outlives its chunk.
 
-Shapes: B sequences, T tokens, V vocabulary entries, N response tokens of the batch, H hidden.
+Shapes: B examples, R roles, T tokens, V vocabulary entries, N response tokens of the batch, H hidden size.
 """
 
 import inspect
@@ -24,27 +24,27 @@ from tdpo.scoring.logps import _get_batch_logps, _tdpo_get_batch_logps, full_log
 from tdpo.scoring.prefix_sharing import SharedPrefixBatch, attention_masks, shared_prefix_batch, unsupported_attention
 from tdpo.utils import IGNORED
 
-PROBED = 24  # tokens of a response that are compared when fast scoring is tried
+PROBED = 24  # tokens compared per response when fast scoring is tested
 
 
 class Scored(NamedTuple):
-    """What a Scorer returns."""
+    """The output of a Scorer."""
 
-    loss: torch.Tensor  # sum of the counted examples' losses, a scalar, nats; the only one through which gradients flow
+    loss: torch.Tensor  # sum of the counted examples' losses, a scalar, nats; the only field with gradient
     output: LossOutput  # of all examples, detached
     scores: dict[str, ResponseScores]  # by role, detached
 
 
 class Scorer(nn.Module):
-    """Policy and, where the objective needs one, the reference: a module that returns scores and the loss.
+    """Policy and reference in one module, which returns scores and the loss of a batch.
 
-    The loss is computed in here, because the fast way needs its derivatives while it still has the distributions.
+    The loss is computed here because fast scoring needs its derivatives while the distributions are still in memory.
 
     Args:
         policy: a causal language model of Transformers.
-        reference: the same, frozen here; None where `objective.needs_reference` is false.
-        objective: says which roles, and whether SeqKL, are needed.
-        compiled: compile what fast scoring does to logits.
+        reference: likewise; it is frozen here. None if `objective.needs_reference` is false.
+        objective: the loss, which decides which roles and scores are computed.
+        compiled: use torch.compile for fast scoring's operations on logits.
     """
 
     def __init__(self, policy: nn.Module, reference: Optional[nn.Module], objective: Objective, compiled: bool = False):
@@ -54,13 +54,17 @@ class Scorer(nn.Module):
             reference.eval().requires_grad_(False)
 
     def forward(self, batch: Union[SharedPrefixBatch, Mapping[str, torch.Tensor]], counted: Optional[int] = None) -> Scored:
-        """Scores and loss of a batch, all (B,) but for the loss.
+        """Compute scores and loss of a batch.
 
         Args:
-            batch: SharedPrefixBatch, a row a pair (SFT: an example), or what the collate function returns,
-                `<role>_{input_ids,attention_mask,labels}` and, where the objective needs them, `<role>_annotation` and `baseline`. Labels
-                may stay on the CPU: where the response tokens lie is then known without waiting for the device.
-            counted: examples, from the first, whose losses are summed; None: all.
+            batch: for fast scoring a SharedPrefixBatch with one row per example. For plain scoring the collate function's output:
+                `<role>_{input_ids,attention_mask,labels}`, each (B, T), and, if the objective needs them, `<role>_annotation` (a list of B
+                numbers) and `baseline` (a scalar). Labels may stay on the CPU: finding the response tokens then does not wait for the
+                device.
+            counted: only the losses of the first `counted` examples are summed; None: all.
+
+        Returns:
+            Scored: loss a scalar; output and scores (B,) per role.
         """
         return (self._fast if isinstance(batch, SharedPrefixBatch) else self._plain)(batch, counted)
 
@@ -88,22 +92,23 @@ class Scorer(nn.Module):
             known = rows.reference_states
             return ReferenceStates(hidden_states(self.reference, rows, masks) if known is None else known, Head.of(self.reference))
 
-    # The methods below are forward passes too: distributed/sharding.py makes FSDP gather the weights for them.
+    # The methods below are forward passes too: distributed/sharding.py registers them, so that FSDP gathers the weights.
 
     def reference_states(self, rows: SharedPrefixBatch) -> torch.Tensor:
-        """Compute the reference's hidden states at the positions that predict a response token, (N, H)."""
+        """Compute the reference's hidden states at the positions `rows.states`, which predict the response tokens. Returns (N, H)."""
         with _gathered(self.reference):
             return self._reference(rows, attention_masks(rows, self.policy.config)).states
 
     def both_ways(self, prompt: torch.Tensor, responses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.dtype]:
-        """Score the last tokens of each response fast, and as the model itself computes them.
+        """Score the last tokens of each response by fast scoring, and by the model's own forward pass.
 
         Args:
-            prompt: tokens, (P,).
-            responses: tokens, (R, n), of equal length, so that nothing is padded.
+            prompt: (P,), token ids.
+            responses: (R, n), token ids; equal lengths, so that nothing is padded.
 
         Returns:
-            the policy's log-probabilities both ways, nats, (R, PROBED) or fewer, and the dtype in which it computes.
+            (fast, plain, dtype): the policy's log-probabilities of the last min(n, PROBED) tokens of each response, (R, min(n, PROBED)),
+            nats; and the dtype in which the policy computes.
         """
         rows = shared_prefix_batch([(prompt.tolist(), responses.tolist())]).to(responses.device)
         states = hidden_states(self.policy, rows, attention_masks(rows, self.policy.config))
@@ -117,15 +122,18 @@ class Scorer(nn.Module):
 
 
 def fast_scoring_problem(scorer: nn.Module, max_length: int) -> Optional[str]:
-    """Why the policy must be scored plain; None where fast scoring gives what the model itself does. Called by all ranks, without gradient.
+    """Test whether fast scoring gives the policy's own log-probabilities. Must be called on all ranks, without gradient.
 
-    A model may compute more than its config says: scale its logits, take no notice of a mask, have a window of its own. So both ways are
-    compared, on a pair of random tokens that fills max_length with each of its responses: a shorter one would not show a window that is
-    missing, or counted by places of the row.
+    A model may compute more than its config says: scale its logits, ignore the mask, or have its own attention window. Therefore both ways
+    are compared on a prompt with two responses of random tokens, each filling max_length: shorter texts would not reveal a window that the
+    mask lacks, or one that counts places in the row instead of positions.
 
     Args:
         scorer: a Scorer on its device.
-        max_length: tokens of a prompt with a response.
+        max_length: tokens of prompt and response.
+
+    Returns:
+        the reason why the policy must be scored plain, as a clause; None if fast scoring can be used.
     """
     config = scorer.policy.config
     if problem := unsupported_attention(config) or unsupported_head(scorer.policy):
@@ -139,19 +147,29 @@ def fast_scoring_problem(scorer: nn.Module, max_length: int) -> Optional[str]:
         fast, plain, dtype = scorer.both_ways(tokens[:prompt], tokens[prompt:].view(2, response))
     except (torch.OutOfMemoryError, torch.distributed.DistError):
         raise
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:  # whatever a model makes of a mask that it does not know
-        return f"it cannot compute rows of several responses: {' '.join(str(error).split())[:120]}"
-    # Log-probabilities of random tokens differ from each other by far more than by rounding; half precision rounds more.
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:  # models reject unknown masks in their own ways
+        return f"it cannot compute several responses in one row: {' '.join(str(error).split())[:120]}"
+    # The tolerance is relative to the spread of log-probabilities over random tokens, which is far larger than rounding errors.
     difference, spread = (fast - plain).square().mean().sqrt().item(), plain.std().item()
     rounding = 2**-10 if dtype == torch.float32 and torch.cuda.is_available() else torch.finfo(dtype).eps  # TF32 on a GPU
     tolerance = max(1e-3, 16 * rounding) * spread + 1e-6
-    return None if difference <= tolerance else f"its log-probabilities would differ by {difference:.2g} nats a token"
+    return None if difference <= tolerance else f"its log-probabilities would differ by {difference:.2g} nats per token"
 
 
 def plain_scores(
     policy: nn.Module, reference: Optional[nn.Module], objective: Objective, batch: Mapping[str, torch.Tensor]
 ) -> dict[str, ResponseScores]:
-    """Scores by role, each (B,), with gradient. `batch` as in `Scorer.forward`."""
+    """Score a collated batch from full logits.
+
+    Args:
+        policy: a causal language model.
+        reference: likewise; None if the objective needs no reference.
+        objective: decides which roles and scores are computed.
+        batch: `<role>_{input_ids,attention_mask,labels}`, each (B, T), and more, see `Scorer.forward`.
+
+    Returns:
+        scores by role, each (B,), with gradient to the policy.
+    """
     stacked = stack_roles(batch, objective.roles)
     labels = stacked["concatenated_labels"]
     logits = full_logits(policy, stacked)
@@ -177,7 +195,16 @@ def plain_scores(
 
 
 def hidden_states(model: nn.Module, rows: SharedPrefixBatch, masks) -> torch.Tensor:
-    """(N, H): the last layer's, after the final norm, at the positions that predict a response token."""
+    """Compute the hidden states of the last layer, after the final norm, at the positions that predict a response token.
+
+    Args:
+        model: a causal language model of Transformers.
+        rows: the batch.
+        masks: see `attention_masks`.
+
+    Returns:
+        (N, H)
+    """
     states = model.base_model(
         input_ids=rows.input_ids, attention_mask=masks, position_ids=rows.position_ids, use_cache=False
     ).last_hidden_state
@@ -186,7 +213,7 @@ def hidden_states(model: nn.Module, rows: SharedPrefixBatch, masks) -> torch.Ten
 
 @contextmanager
 def _gathered(model: Optional[nn.Module]) -> Iterator[None]:
-    """Within it a sharded model's own unit (embeddings, norm, head) is whole, for who calls a part of the model."""
+    """Within the block, gather a sharded model's root unit (embeddings, norm, head), because its parts are called directly."""
     if not hasattr(model, "unshard"):
         yield
         return
@@ -198,7 +225,7 @@ def _gathered(model: Optional[nn.Module]) -> Iterator[None]:
 
 
 def _slices_by_role(batch: Mapping[str, torch.Tensor], roles: tuple[str, ...]) -> Iterator[tuple[str, slice]]:
-    """Where each role's sequences lie in the stacked batch."""
+    """Yield each role with the slice of its sequences in the stacked batch."""
     start = 0
     for role in roles:
         stop = start + batch[f"{role}_input_ids"].shape[0]

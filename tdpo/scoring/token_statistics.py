@@ -1,4 +1,4 @@
-"""What can be said of every response token: log-probabilities, entropy and both divergences; for evaluation."""
+"""Statistics of every response token for evaluation: log-probabilities, entropy and both KL divergences."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Optional
@@ -13,13 +13,16 @@ from tdpo.scoring.scorer import hidden_states
 
 
 class TokenStatistics(NamedTuple):
-    """Of N response positions, row by row, response by response, (N,) each, nats. None without a reference."""
+    """Statistics at N response positions, ordered by row, then by response: (N,) each, nats.
+
+    reference_logps, kl and reverse_kl are None without a reference.
+    """
 
     logps: torch.Tensor  # log pi(y_t|s_t)
     entropy: torch.Tensor  # of pi(.|s_t), over the whole vocabulary
     reference_logps: Optional[torch.Tensor]
     kl: Optional[torch.Tensor]  # KL(pi_ref || pi), whose sum over a response is SeqKL
-    reverse_kl: Optional[torch.Tensor]  # KL(pi || pi_ref), whose sum over a response drawn from pi estimates that of whole responses
+    reverse_kl: Optional[torch.Tensor]  # KL(pi || pi_ref), whose sum over a response drawn from pi estimates the KL of whole responses
 
 
 @torch.inference_mode()
@@ -29,12 +32,14 @@ def token_statistics(
     examples: Sequence[tuple],
     fast: bool,
 ) -> TokenStatistics:
-    """What can be said of every response token; for evaluation.
+    """Compute the statistics of every response token, without gradient.
 
     Args:
-        policy, reference: on their device.
+        policy: a causal language model of Transformers, on its device.
+        reference: likewise; None: no statistics that need a reference.
         examples: prompts with their responses, as for `shared_prefix_batch`.
-        fast: rows of several responses, which fast_scoring_problem must have found right for the model; else each response by itself.
+        fast: put the responses of a prompt into one row, which requires that fast_scoring_problem returned None; else score each response
+            separately.
     """
     if not fast:
         examples = [alone for example in examples for alone in _one_by_one(*example)]
@@ -51,12 +56,12 @@ def token_statistics(
 
 
 def _one_by_one(prompt, responses, masks=None, _=()) -> list[tuple]:
-    """Give each response of an example a row of its own."""
+    """Split an example into one example per response."""
     return [(prompt, [response], masks and [masks[i]]) for i, response in enumerate(responses)]
 
 
 def _logits_at(model: nn.Module, rows: SharedPrefixBatch, fast: bool) -> Callable[[slice], torch.Tensor]:
-    """A function from a slice of `rows.states` to logits, in float32 at least."""
+    """Return a function from a slice of `rows.states` to the logits at these positions, (C, V), in at least float32."""
     if fast:
         states, head = hidden_states(model, rows, attention_masks(rows, model.config)), Head.of(model)
         return lambda chunk: head.logits(states[chunk])

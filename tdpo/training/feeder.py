@@ -1,4 +1,4 @@
-"""From examples to what the scorer takes, on the device: each process's microbatches of a batch, prepared ahead of the step."""
+"""Turns examples into this rank's microbatches: batches on the device, in the form that the scorer takes."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -12,18 +12,22 @@ from tdpo.data.split import Example, TokenizedSplit
 from tdpo.scoring.prefix_sharing import SharedPrefixBatch, shared_prefix_batch
 from tdpo.training.reference_cache import ReferenceCache
 
-Batch = Union[SharedPrefixBatch, Mapping]  # what the scorer takes, on the device
+Batch = Union[SharedPrefixBatch, Mapping]  # what Scorer.forward takes, on the device
 
 
 class Microbatch(NamedTuple):
-    """Examples that are scored together."""
+    """Examples that are scored together in one forward pass."""
 
-    examples: list[Example]
-    batch: Batch
-    mismatched: Optional[Batch] = None  # the same prompts with the responses of other ones
+    examples: list[Example]  # [] if a placeholder stands in, because this rank has none
+    batch: Batch  # their tokens, or the placeholder's
+    mismatched: Optional[Batch] = None  # KTO: the same prompts with responses to other prompts
 
     def with_baseline(self, baseline: torch.Tensor) -> "Microbatch":
-        """Attach KTO's z0, a scalar in nats."""
+        """Return a copy with KTO's z0.
+
+        Args:
+            baseline: z0, a scalar tensor, nats.
+        """
         rows = isinstance(self.batch, SharedPrefixBatch)
         return self._replace(
             batch=replace(self.batch, baseline=baseline) if rows else MappingProxyType({**self.batch, "baseline": baseline})
@@ -31,18 +35,18 @@ class Microbatch(NamedTuple):
 
 
 class Feeder:
-    """What a process scores of each batch.
+    """Makes the microbatches that this rank scores.
 
     Args:
         data: by split (train, eval).
         collate: see batching.get_collate_fn.
-        device: where batches go.
-        data_rank: (i, n): this process works on the i-th of n shards of every batch.
-        microbatches, budget: of a train batch, see batching.cut_into_microbatches.
-        placeholders: by split, an example whose tokens stand in where this process has none: a sharded model needs every process at
+        device: where batches are put.
+        data_rank: (i, n): this rank works on the i-th of n shards of every batch.
+        microbatches, budget: how a train batch is cut, see batching.cut_into_microbatches.
+        placeholders: by split, an example that is scored, but not counted, where this rank has none: sharded models need every rank in
             every forward pass.
-        fast: make rows for fast scoring, else collated batches.
-        mismatched: pair each prompt with another one's response too.
+        fast: make batches for fast scoring (SharedPrefixBatch); else collated ones.
+        mismatched: also pair each prompt with a response to another prompt.
     """
 
     def __init__(
@@ -64,31 +68,31 @@ class Feeder:
         self.reference_caches: dict[str, ReferenceCache] = {}  # by split, once they are filled
 
     def shard(self, items: list) -> list:
-        """Return this process's shard of them."""
+        """Return this rank's shard of the items."""
         i, n = self.data_rank
         return items[i::n]
 
     def batches(self, split: str, examples: Sequence[Example], size: int) -> list[list[Example]]:
-        """Return this process's shards of batches of `size` examples; those of like length together, so that little is padded."""
+        """Return this rank's shards of batches of `size` examples, sorted by length to save padding."""
         data = self.data[split]
         ordered = sorted(examples, key=lambda example: data.lengths([example]))
         return [self.shard(ordered[start : start + size]) for start in range(0, len(ordered), size)]
 
     def train_microbatches(self, examples: Sequence[Example]) -> list[Microbatch]:
-        """Return this process's shard of a train batch, in microbatches of about equal tokens; every rank gets the same number of them.
+        """Return this rank's microbatches of a global train batch, of about equal tokens; every rank gets the same number of them.
 
         A rank may get an empty one; it must still run forward and backward, because FSDP's collectives involve every rank.
         """
         rank, ranks = self.data_rank
         data = self.data["train"]
         lengths = data.lengths(examples)
-        if self.mismatched:  # whichever of its two rows is longer
+        if self.mismatched:  # an example has two rows: the longer one counts
             lengths = list(map(max, lengths, data.lengths([example._replace(mismatched=True) for example in examples])))
         rounds = cut_into_microbatches(lengths, ranks, self.microbatches, self.budget)
         return [self.as_microbatch("train", [examples[i] for i in microbatches[rank]]) for microbatches in rounds]
 
     def as_microbatch(self, split: str, examples: list[Example]) -> Microbatch:
-        """Return these examples as one microbatch."""
+        """Return these examples as one microbatch; the split's placeholder stands in if there are none."""
         scored = examples or [self.placeholders[split]]
         others = self._batch([example._replace(mismatched=True) for example in scored], split) if self.mismatched else None
         return Microbatch(examples, self._batch(scored, split), others)
@@ -97,8 +101,8 @@ class Feeder:
         data = self.data[split]
         if not self.fast:
             batch = self.collate([data.element(example) for example in examples])
-            # Labels stay on the CPU, so that finding the response tokens does not wait for the device. A proxy, because FSDP would move a
-            # dict's labels too.
+            # Labels stay on the CPU: finding the response tokens then does not wait for the device. FSDP moves all tensors of a dict to
+            # the device, but not those of a proxy.
             moved = {k: v.to(self.device, non_blocking=True) for k, v in batch.items() if k.endswith(("_input_ids", "_mask"))}
             return MappingProxyType({**batch, **moved})
         rows = shared_prefix_batch([data.example(example) for example in examples])

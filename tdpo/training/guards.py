@@ -1,4 +1,4 @@
-"""What may end a run for its numbers or its memory, and what its first step should show."""
+"""Checks during a run: loss and gradient are finite, policy and reference are equal at the start; and errors for lack of memory."""
 
 from collections.abc import Mapping, Sequence
 from typing import Optional
@@ -15,7 +15,7 @@ from tdpo.utils import RunError, get_logger, some_of
 
 log = get_logger(__name__)
 
-STEP_ZERO_TOLERANCE = 1e-3  # nats: far above rounding, far below what one step of training does
+STEP_ZERO_TOLERANCE = 1e-3  # nats; far above rounding errors, far below the effect of one train step
 
 
 class Guards:
@@ -25,6 +25,7 @@ class Guards:
         config: a checked config.
         data: by split (train, eval).
         strategy: the trainer's.
+        world: the run's ranks.
     """
 
     def __init__(self, config: DictConfig, data: Mapping[str, TokenizedSplit], strategy: SingleDevice, world: World):
@@ -38,15 +39,17 @@ class Guards:
         losses: Sequence[torch.Tensor],
         progress: Progress,
     ) -> bool:
-        """Whether to take the step: the same answer on all ranks. The one place in a step that waits for the device.
+        """Whether to take the step: the same answer on all ranks. This is the only place in a step that waits for the device.
 
         Args:
-            loss: this rank's sum.
-            grad_norm: of all ranks' gradient.
-            examples, losses: this rank's.
+            loss: sum of the losses of this rank's examples, a scalar, nats.
+            grad_norm: norm of the whole gradient, a scalar.
+            examples: this rank's examples of the step.
+            losses: their losses, in nats: one tensor (B,) for each microbatch.
+            progress: the counters before the step.
 
         Raises:
-            RunError: loss or gradient are not finite, and max_skipped_steps such steps were skipped already.
+            RunError: loss or gradient norm is not finite, and max_skipped_steps such steps were skipped already.
         """
         bad = torch.stack([~loss.isfinite(), ~grad_norm.isfinite().to(loss.device)]).int()
         bad_losses, bad_norm = self.world.sum(bad).tolist()
@@ -62,25 +65,30 @@ class Guards:
         with self.world.agreed():
             if skipped > self.config.max_skipped_steps and self.world.is_first:
                 raise RunError(
-                    f"{message}\nstopped before the step was taken; a smaller lr or max_grad_norm, or model.policy_dtype=float32 may help "
-                    "(max_skipped_steps leaves such steps out)"
+                    f"{message}\nthe run stopped before this step; try a smaller lr or max_grad_norm, or model.policy_dtype=float32 "
+                    "(max_skipped_steps=N skips up to N such steps)"
                 )
-        log.info(f"{message}: left out ({skipped} of {self.config.max_skipped_steps})")
+        log.info(f"{message}: skipped ({skipped} of at most {self.config.max_skipped_steps})")
         return False
 
     def warn_of_start(self, metrics: Mapping[str, float], reward_scale: Optional[float]) -> None:
-        """Warn if policy and reference, the same model at the first step, have other scores there.
+        """Warn if policy and reference, which are the same model before the first step, get different scores.
 
         Args:
-            metrics: of the first train step.
+            metrics: means of the first train step.
             reward_scale: see Objective.
         """
         worst = start_difference(metrics, "train", reward_scale)
         if worst is not None and worst > STEP_ZERO_TOLERANCE:
-            log.warning(f"policy and reference differ before the first step, by {worst:.2g} nats: other dtypes or weights?")
+            log.warning(f"policy and reference differ before the first step, by {worst:.2g} nats: check their dtypes and weights")
 
     def out_of_memory(self, what: str, remedy: str) -> RunError:
-        """Return an error that says what does not fit, and what to change: `remedy`, or what helps in any case."""
+        """Return an error that says what did not fit, and what to change.
+
+        Args:
+            what: what was computed.
+            remedy: what to try first; what helps in any case is added.
+        """
         more = ", parallel.reduce_once_a_step=false" if self.strategy.sharded else ""
         return RunError(
             f"out of memory on {self.world.device} with {what}\n"
@@ -88,7 +96,12 @@ class Guards:
         )
 
     def out_of_memory_in_pass(self, current: Optional[tuple[list[Example], str]], progress: Progress) -> RunError:
-        """The same of the examples and split that were being scored."""
+        """Return an error that names the examples that were being scored.
+
+        Args:
+            current: these examples and their split, see Passes; None before the first pass.
+            progress: the counters before the step.
+        """
         examples, split = current or ([], "train")
         longest = max(self.data[split].lengths(examples), default=0)
         what = f"{len(examples)} {split} examples, the longest of {longest} tokens, in step {progress.updates + 1}"

@@ -1,4 +1,4 @@
-"""What an objective or an option adds to the training loop."""
+"""Hooks: what an objective or an option adds to the training loop."""
 
 import os
 from collections.abc import Iterable
@@ -22,33 +22,43 @@ log = get_logger(__name__)
 
 
 class Hook:
-    """What is added to the loop; each method does nothing unless a hook overrides it."""
+    """An addition to the training loop. Each method does nothing unless a subclass overrides it."""
 
-    moves_reference = False  # whether it changes the reference's weights, which then belong to a checkpoint
+    moves_reference = False  # whether the hook changes the reference's weights; checkpoints must then hold them
 
     def before_training(self) -> None:
-        """Called once, before the first batch, also when a run is resumed."""
+        """Prepare. Called once before the first batch, in a resumed run too."""
 
     def before_scoring(self, microbatches: Iterable[Microbatch], split: str) -> Iterable[Microbatch]:
-        """Called with all microbatches of a train step or of an eval, which may be iterated more than once; returns those to be scored."""
+        """Return the microbatches to score.
+
+        Args:
+            microbatches: all of a train step or of an eval; can be iterated more than once.
+            split: train or eval.
+        """
         return microbatches
 
     def after_step(self, progress: Progress, took_step: bool) -> None:
-        """Called after each train step, with the counters that include it; `took_step`: false for a skipped one."""
+        """Act after a train step.
+
+        Args:
+            progress: the counters, this step included.
+            took_step: false if the step was skipped.
+        """
 
     def state(self) -> dict[str, Any]:
-        """Return what a resumed run needs, as JSON has it."""
+        """Return what resuming needs, as a JSON-serializable dict."""
         return {}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take what `state` returned back."""
+        """Restore what `state` returned."""
 
 
 class KtoBaseline(Hook):
-    """Attach KTO's z0 to the microbatches.
+    """Attaches KTO's z0 to the microbatches.
 
-    z0 = max(0, mean log-ratio of mismatched responses) over the global batch, or the whole eval split, so it is computed before the first
-    microbatch is scored: it depends neither on the ranks nor on how the batch is cut.
+    z0 = max(0, mean log-ratio of mismatched responses) over the global batch, or over all eval examples. It is computed before the first
+    microbatch is scored, so it depends neither on the number of ranks nor on how the batch is cut.
     """
 
     def __init__(self, passes: Passes):
@@ -60,10 +70,12 @@ class KtoBaseline(Hook):
 
 
 class MovingReference(Hook):
-    """Move the reference towards the policy every `every` optimizer steps: TR-DPO, https://arxiv.org/abs/2404.09656.
+    """Moves the reference towards the policy at regular intervals: TR-DPO, https://arxiv.org/abs/2404.09656.
 
     Args:
-        mixup: the policy's weight in the moved reference, called alpha in the paper; 1 replaces it.
+        scorer: holds policy and reference.
+        every: optimizer steps between two moves.
+        mixup: the policy's weight in the moved reference, called alpha in the paper; 1 makes the reference a copy of the policy.
     """
 
     moves_reference = True
@@ -78,25 +90,26 @@ class MovingReference(Hook):
 
 @torch.no_grad()
 def move_reference(scorer: Scorer, mixup: float) -> None:
-    """Set pi_ref <- mixup pi + (1 - mixup) pi_ref, weight by weight."""
+    """Set pi_ref <- mixup pi + (1 - mixup) pi_ref for every parameter, in place."""
     for mine, theirs in zip(scorer.reference.parameters(), scorer.policy.parameters(), strict=True):
         mine.lerp_(theirs.to(mine.dtype), mixup)
 
 
 class Stages(Hook):
-    """Replace the reference by the policy after each part of the data, which may come easiest first: sDPO, https://arxiv.org/abs/2403.19270.
+    """Replaces the reference by the policy after each stage of the train data: sDPO, https://arxiv.org/abs/2403.19270.
 
     Args:
-        batches: the train data in parts.
-        easiest_first: order the train examples before training by log pi(chosen) - log pi(rejected), largest first.
-        batch_size: examples scored at a time for that.
+        passes: scores the examples that are to be ordered.
+        batches: the train data in stages.
+        easiest_first: before training, order the train examples by log pi(chosen) - log pi(rejected), largest first.
+        batch_size: examples per forward pass (over all ranks) while ordering.
     """
 
     moves_reference = True
 
     def __init__(self, passes: Passes, batches: StagedBatchStream, easiest_first: bool, batch_size: int):
         self.passes, self.batches, self.easiest_first, self.batch_size = passes, batches, easiest_first, batch_size
-        self.order: list[int] | None = None  # of the train examples by number, where it is not the data's
+        self.order: list[int] | None = None  # indices of the train examples; None: in the order of the data
 
     def before_training(self) -> None:
         if self.easiest_first:
@@ -105,7 +118,7 @@ class Stages(Hook):
 
     @torch.no_grad()
     def _easiest_first(self) -> list[int]:
-        """Numbers of the train examples by the margin of the policy as it is, largest first; the same on all ranks."""
+        """Return the indices of the train examples, sorted by the current policy's margin, largest first; the same on all ranks."""
         passes, data = self.passes, self.batches.split
         shards = passes.feeder.batches("train", next(data.epochs(self.batches.seed, shuffle=False)), self.batch_size)
         found = []
@@ -114,7 +127,7 @@ class Stages(Hook):
             for microbatch in passes.prepared("train", shards, "Ordering"):
                 scores = passes.score(microbatch, "train").scores
                 margins = (scores["chosen"].logps - scores["rejected"].logps).tolist()
-                found += zip(margins, map(data.index, microbatch.examples))  # a placeholder has none
+                found += zip(margins, map(data.index, microbatch.examples))  # zip drops a placeholder's margin
         by_rank = passes.world.gather(found)[: passes.strategy.data_rank[1]]
         return [index for _, index in sorted((pair for some in by_rank for pair in some), key=lambda pair: (-pair[0], pair[1]))]
 
@@ -130,19 +143,20 @@ class Stages(Hook):
 
 
 class CachedReference(Hook):
-    """Put the reference's hidden states on disk before training, unless they are there; then keep of the reference its head alone.
+    """Stores the reference's hidden states on disk before training, unless they are there; then keeps only the reference's head in memory.
 
-    They are computed in the microbatches of the first epoch and of an eval, so that with the same seed and cut of the batch they are the
-    live reference's, bit by bit.
+    The states are computed in the microbatches of the first epoch and of an eval. With the same seed and the same microbatches they equal
+    those of the live reference bit by bit.
 
     Args:
         config: a checked config.
+        passes: gives access to scorer, feeder and ranks.
         batches: the train data.
-        eval_examples: those that are evaluated.
-        fingerprint: of the reference's weights, on rank 0.
+        eval_examples: the examples of every eval.
+        fingerprint: hash of the reference's weights; rank 0's is used.
 
     Raises:
-        UserError: scoring is plain, or the disk has not the space.
+        UserError: scoring is plain, or the states cannot be written to disk.
     """
 
     def __init__(self, config: DictConfig, passes: Passes, batches: BatchStream, eval_examples: list[Example], fingerprint: str):
@@ -151,7 +165,7 @@ class CachedReference(Hook):
     def before_training(self) -> None:
         config, passes, world, feeder = self.config, self.passes, self.passes.world, self.passes.feeder
         if not feeder.fast:
-            raise UserError("reference_cache=true needs fast scoring, which this model rules out; set reference_cache=false")
+            raise UserError("reference_cache=true needs fast scoring, which this model does not support; set reference_cache=false")
         reference = passes.scorer.reference
         data, model = feeder.data, reference.config.get_text_config()
         whole = config.n_examples is None or config.n_examples >= len(data["train"])
@@ -174,7 +188,7 @@ class CachedReference(Hook):
                 cache.fill(microbatches[split], passes.scorer, world, passes.signals.check, passes.hide_progress)
             with world.agreed():
                 cache.open()
-        log.info("reference cache: from now on only the reference's head is in memory, and samples are the policy's alone")
+        log.info("reference cache: only the reference's head stays in memory; samples are drawn from the policy only")
         feeder.reference_caches |= caches
         passes.scorer.reference = HeadOnly.instead_of(reference)
 
@@ -182,7 +196,7 @@ class CachedReference(Hook):
 def make_hooks(
     config: DictConfig, objective: Objective, passes: Passes, batches: BatchStream, eval_examples: list[Example], fingerprint: str
 ) -> list[Hook]:
-    """Choose a run's hooks, by what the objective declares and the config asks for. Arguments as of the hooks."""
+    """Return the hooks that the objective declares and the config asks for. See the hooks for the arguments."""
     hooks: list[Hook] = []
     if objective.needs_kl_baseline:
         hooks.append(KtoBaseline(passes))

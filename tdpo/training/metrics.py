@@ -1,4 +1,4 @@
-"""Metrics: sums that stay on the device, and where a log goes (console, metrics.jsonl, wandb). Names are the published ones."""
+"""Metrics, summed on the device, and the sinks that log them (console, metrics.jsonl, wandb). Metric names are the published ones."""
 
 import json
 import math
@@ -18,20 +18,25 @@ log = get_logger(__name__)
 
 
 class Weighted(NamedTuple):
-    """Values of which some do not count, (B,) each."""
+    """Values of examples, of which only some enter the mean; (B,) each."""
 
     values: torch.Tensor
-    counts: torch.Tensor  # whether a value does
+    counts: torch.Tensor  # bool: whether the value enters the mean
 
 
 def example_metrics(scores: Mapping[str, ResponseScores], output: LossOutput, split: str) -> dict[str, Union[torch.Tensor, Weighted]]:
-    """What is logged of each example, (B,) a name, detached; `split` is train or eval.
+    """Return the metrics of each example, (B,) by name, detached.
 
-    loss/<split>, logps_<split>/<role>; for pairs also rewards_<split>/{chosen,rejected,accuracies,margins} as published, for TDPO
-    kl_<split>/{chosen,rejected,margin} (SeqKL), and two that the published code lacks: logits_<split>/{margins,accuracies}, the margin that
-    is trained, and logratio_<split>/accuracies, by D alone, which compares across losses (without a reference by log pi(w) - log pi(l)).
-    Of single responses with labels (kto), chosen and rejected stand for the desirable and the undesirable ones of the batch, logits are
-    positive where a response is on its label's side of z0, and kl_<split>/baseline is z0.
+    Names are loss/<split> and logps_<split>/<role>; for pairs also rewards_<split>/{chosen,rejected,accuracies,margins} as published and,
+    where SeqKL was computed, kl_<split>/{chosen,rejected,margin}. Two are new: logits_<split>/{margins,accuracies}, the margin that is
+    trained, and logratio_<split>/accuracies, by D alone (without a reference by log pi(w) - log pi(l)), which compares across losses.
+    For single responses with labels (kto), chosen and rejected are the desirable and the undesirable responses, logits are positive if a
+    response is on its label's side of z0, and kl_<split>/baseline is z0.
+
+    Args:
+        scores: by role, tensors (B,).
+        output: what the objective returned for these scores, tensors (B,).
+        split: train or eval.
     """
     metrics: dict[str, Union[torch.Tensor, Weighted]] = {f"loss/{split}": output.losses}
     if "completion" in scores:
@@ -80,32 +85,38 @@ def _detached(values: Union[torch.Tensor, Weighted]) -> Union[torch.Tensor, Weig
 
 
 def start_difference(metrics: Mapping[str, Optional[float]], split: str, reward_scale: Optional[float] = None) -> Optional[float]:
-    """How far policy and reference are apart by a log of the start, where they should be the same model.
+    """Return how much policy and reference differ in the first log, where they should be the same model.
 
     Args:
-        metrics: of the first train step, or of an eval before it; `split` says which.
-        reward_scale: divide rewards by it, which makes them nats; None or 0: as they are.
+        metrics: means of the first train step, or of an eval before it.
+        split: train or eval accordingly.
+        reward_scale: rewards are divided by it, which makes them nats; None or 0: not divided.
 
     Returns:
-        the largest |reward| and SeqKL, or None if the log has none; infinity if one is not finite.
+        the largest absolute reward or SeqKL; None if the log has neither; infinity if one is not finite.
     """
     roles = ("chosen", "rejected")
     rewards = [metrics[name] for role in roles if (name := f"rewards_{split}/{role}") in metrics]
     divergences = [metrics[name] for role in roles if (name := f"kl_{split}/{role}") in metrics]
-    if None in rewards + divergences:  # as JSON has what is not finite
+    if None in rewards + divergences:  # in metrics.jsonl, for a value that is not finite
         return math.inf
     return max([abs(x) / (reward_scale or 1.0) for x in rewards] + list(map(abs, divergences)), default=None)
 
 
 class MetricSums:
-    """Sums over examples, kept on the device: adding does not wait for it, `means` reads everything at once."""
+    """Sums of metrics over examples, kept on the device. `add` does not wait for the device; `means` reads all sums at once."""
 
     def __init__(self):
         self._sums: dict[str, Any] = defaultdict(float)
-        self._counts: dict[str, Any] = defaultdict(int)  # of Weighted a tensor
+        self._counts: dict[str, Any] = defaultdict(int)  # int, or a tensor for Weighted values
 
     def add(self, metrics: Mapping[str, Union[torch.Tensor, Weighted]], counted: Optional[int] = None) -> None:
-        """`counted`: examples, from the first, that are; None: all."""
+        """Add the metrics of a microbatch.
+
+        Args:
+            metrics: (B,) by name, see example_metrics.
+            counted: only the first `counted` examples are added (the rest are placeholders); None adds all.
+        """
         for name, values in metrics.items():
             counts: Any = None
             if isinstance(values, Weighted):
@@ -117,11 +128,15 @@ class MetricSums:
             self._counts[name] = self._counts[name] + (values.numel() if counts is None else counts.sum())
 
     def sum(self, name: str) -> torch.Tensor:
+        """Return the sum of a metric so far, a scalar on the device."""
         return self._sums[name]
 
     def means(self, reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums) -> dict[str, float]:
-        """The means by name, without those of which nothing counted. `reduce` sums a tensor over the processes that had other examples; all
-        of them have the same names."""
+        """Return the mean of each metric; a metric without any counted value is left out.
+
+        Args:
+            reduce: sums a tensor, here (2, metrics), over the ranks that had other examples; all ranks must have the same metric names.
+        """
         names = list(self._sums)
         if not names:
             return {}
@@ -135,7 +150,7 @@ class MetricSums:
 
 
 class Sink(Protocol):
-    """Where logs go."""
+    """A destination of metrics and samples; `examples` is the number of train examples so far."""
 
     def log(self, metrics: Mapping[str, float], split: str, examples: int) -> None: ...
 
@@ -145,7 +160,7 @@ class Sink(Protocol):
 
 
 class ConsoleSink:
-    """Lines on standard output, as the published code prints them, above the progress bar."""
+    """Prints metrics as the published code does, and at most three samples, above the progress bar."""
 
     def log(self, metrics: Mapping[str, float], split: str, examples: int) -> None:
         what = "train stats" if split == "train" else "eval"
@@ -160,7 +175,7 @@ class ConsoleSink:
 
 
 class JsonlSink:
-    """metrics.jsonl, one object a log, the record of truth; samples.jsonl, one object a sampled prompt."""
+    """Writes metrics.jsonl, one object per log and the authoritative record of a run, and samples.jsonl, one object per sampled prompt."""
 
     def __init__(self, run_dir: str):
         self.run_dir = run_dir
@@ -171,7 +186,7 @@ class JsonlSink:
 
     @staticmethod
     def _finite(metrics: Mapping[str, float]) -> dict:
-        """JSON has no infinity: null."""
+        """Replace values that are not finite by None (null), because JSON has no infinity or NaN."""
         return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
     def log(self, metrics: Mapping[str, float], split: str, examples: int) -> None:
@@ -185,10 +200,16 @@ class JsonlSink:
 
 
 class WandbSink:
-    """Weights & Biases. Neither a missing key nor a missing network stops or delays a run: it then logs offline and says so."""
+    """Logs to Weights & Biases. Without an API key or a network it logs offline, with a line on the console; the run continues.
+
+    Args:
+        run_dir: the run's folder, in which wandb keeps its files.
+        config: the run's config.
+        run_id: the wandb run to continue; None: a new one.
+    """
 
     def __init__(self, run_dir: str, config: DictConfig, run_id: Optional[str]):
-        import wandb  # here, because a run goes on without it
+        import wandb  # here, because wandb is optional
 
         self.wandb = wandb
         arguments = {
@@ -212,16 +233,16 @@ class WandbSink:
 
     @property
     def run_id(self) -> str:
-        """By which a run that is resumed goes on as the same one."""
+        """The wandb run's id, by which a resumed run continues it."""
         return self.run.id
 
     def _start_online(self, arguments: Mapping) -> Optional[str]:
-        """Start the run, or say why that is not possible."""
+        """Start the wandb run online; return None, or the reason why that is not possible."""
         try:
             if not self.wandb.login(prompt=False):
                 return "no API key (wandb login)"
             self.run = self.wandb.init(mode="online", **arguments)
-        except Exception as error:  # a dozen types for: no network, no such entity, no permission
+        except Exception as error:  # wandb has a dozen types: no network, no such entity, no permission
             return (str(error).splitlines() or [type(error).__name__])[0]
         return None
 
@@ -239,13 +260,19 @@ class WandbSink:
 
 
 def open_sinks(run_dir: str, config: DictConfig, wandb_id: Optional[str] = None) -> list[Sink]:
-    """Console and metrics.jsonl, and wandb where it is enabled and installed; `wandb_id` of the run that goes on."""
+    """Open the sinks of a run: console, metrics.jsonl and, if it is enabled and installed, wandb.
+
+    Args:
+        run_dir: the run's folder.
+        config: a checked config.
+        wandb_id: the wandb run to continue; None: a new one.
+    """
     sinks: list[Sink] = [ConsoleSink(), JsonlSink(run_dir)]
     if config.wandb.enabled and not config.debug:
         try:
             sinks.append(WandbSink(run_dir, config, wandb_id))
         except ImportError:
-            log.info("wandb is not installed: metrics go to metrics.jsonl alone")
-        except Exception as error:  # wandb refuses its settings: a project's name, WANDB_MODE
-            log.info(f"wandb: {' '.join(str(error).split())[:200]}; metrics go to metrics.jsonl alone")
+            log.info("wandb is not installed: metrics are written to metrics.jsonl only")
+        except Exception as error:  # wandb refuses a setting, such as the project's name or WANDB_MODE
+            log.info(f"wandb: {' '.join(str(error).split())[:200]}; metrics are written to metrics.jsonl only")
     return sinks

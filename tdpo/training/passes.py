@@ -1,4 +1,4 @@
-"""Forward passes over microbatches: those of a step or an eval, and those that an objective needs beside them."""
+"""Forward passes over microbatches: those of a step or an eval, and additional ones that an objective needs."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -17,31 +17,32 @@ from tdpo.training.strategies import SingleDevice
 
 
 class Passes:
-    """Scores microbatches, and knows which ones are being scored.
+    """Scores microbatches, and records which one is being scored.
 
     Args:
-        scorer: policy and reference, placed.
+        scorer: policy and reference, placed on the device.
         feeder: makes microbatches of examples.
-        strategy: that placed the scorer.
-        signals: checked between microbatches.
+        strategy: the strategy that placed the scorer.
+        world: the run's ranks.
+        signals: checked between the microbatches of `prepared`.
     """
 
     def __init__(self, scorer: Scorer, feeder: Feeder, strategy: SingleDevice, world: World, signals: StopSignals):
         self.scorer, self.feeder, self.strategy, self.world, self.signals = scorer, feeder, strategy, world, signals
-        self.current: Optional[tuple[list[Example], str]] = None  # examples and split under way, for a message about them
+        self.current: Optional[tuple[list[Example], str]] = None  # examples and split that are being scored, for error messages
 
     @property
     def hide_progress(self) -> Optional[bool]:
-        """tqdm's `disable`: without a terminal, and on all ranks but one."""
+        """Value for tqdm's `disable`: None (hide without a terminal) on rank 0, True on the others."""
         return None if self.world.is_first else True
 
     def score(self, microbatch: Microbatch, split: str) -> Scored:
-        """Score a microbatch; its loss counts the examples, not a placeholder. `split` is train or eval."""
+        """Score a microbatch; a placeholder does not enter the loss. `split` is train or eval."""
         self._note(microbatch, split)
         return self.scorer(microbatch.batch, len(microbatch.examples))
 
     def mean_mismatched_ratio(self, microbatches, split: str) -> torch.Tensor:
-        """Return the mean log-ratio of the mismatched responses over the examples of all ranks, a scalar in nats, without gradient."""
+        """Return the mean log-ratio of the mismatched responses over the examples of all ranks: a scalar in nats, without gradient."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         with torch.no_grad():
             for microbatch in microbatches:
@@ -58,12 +59,12 @@ class Passes:
         self.current = microbatch.examples, split
 
     def prepared(self, split: str, batches: list[list[Example]], title: str) -> "Prepared":
-        """Return microbatches of these batches, to be iterated as often as needed."""
+        """Return this rank's batches as microbatches that can be iterated more than once, under a progress bar with this title."""
         return Prepared(self, split, batches, title)
 
 
 class Prepared:
-    """Microbatches, each made ready by a thread ahead of its use, with a progress bar; a signal ends the iteration with Stopped."""
+    """An iterable of microbatches, each prepared by a thread ahead of its use. A signal ends the iteration with Stopped."""
 
     def __init__(self, passes: Passes, split: str, batches: list[list[Example]], title: str):
         self.passes, self.split, self.batches, self.title = passes, split, batches, title

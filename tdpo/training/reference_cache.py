@@ -1,6 +1,6 @@
-"""The reference's hidden states at response positions, kept on disk: for a preference stage of several epochs, or of several runs.
+"""The reference's hidden states at response positions, kept on disk for preference training of several epochs or several runs.
 
-A state takes hidden_size numbers, the logits that the head makes of it vocab_size: so states are kept, and the head stays in memory.
+A hidden state takes hidden_size numbers, its logits vocab_size numbers. Therefore states are stored, and the head stays in memory.
 """
 
 import glob
@@ -23,27 +23,27 @@ from tdpo.scoring.prefix_sharing import SharedPrefixBatch
 from tdpo.scoring.scorer import Scorer
 from tdpo.utils import UserError, plural
 
-FORMAT = 1  # of the file, and of how rows are computed
-IRRELEVANT_KEYS = ("_name_or_path", "transformers_version", "dtype", "architectures")  # of a model's config, that decide no state
+FORMAT = 1  # version of the file's format, and of how states are computed
+IRRELEVANT_KEYS = ("_name_or_path", "transformers_version", "dtype", "architectures")  # of a model's config: they do not affect states
 
 
 def config_fingerprint(config: transformers.PreTrainedConfig) -> str:
-    """What beside weights decides hidden states: heads, rotations, windows and the like."""
+    """Return a hash of what determines hidden states besides the weights: config, attention implementation, Transformers' version."""
     values = {key: value for key, value in config.to_dict().items() if key not in IRRELEVANT_KEYS}
     attention = config.get_text_config()._attn_implementation
     return hashlib.sha256(json.dumps([values, attention, transformers.__version__], sort_keys=True, default=str).encode()).hexdigest()
 
 
 class ReferenceCache:
-    """One file of (positions, hidden) numbers: of each example in turn the scored positions of its responses, role by role.
+    """A file of (positions, hidden) numbers: for each example in turn, the positions in the loss of its responses, role by role.
 
     Args:
-        cache_dir: the user's folder for such things.
-        split: where the examples come from.
-        examples: those that will be asked for.
-        hidden: numbers a state.
-        dtype: in which the reference computes.
-        identity: of the reference's weights, and of what else decides its states.
+        cache_dir: the user's cache folder.
+        split: the split of the examples.
+        examples: the examples that the run will use; repeated ones are stored once.
+        hidden: numbers per state.
+        dtype: of the states; the reference's.
+        identity: what determines the states: fingerprints of the reference's weights and config.
     """
 
     def __init__(
@@ -62,10 +62,11 @@ class ReferenceCache:
         self._values: Optional[torch.Tensor] = None
 
     def is_there(self) -> bool:
+        """Whether the file exists and has the expected size."""
         return os.path.exists(self.file) and os.path.getsize(self.file) == self.bytes
 
     def plan(self) -> str:
-        """'96 examples, 2,912 positions x 32 numbers x 4 bytes = 0.4 MB in <file>; 12.3 GB are free'."""
+        """Return a line for the log: '96 examples, 2,912 positions x 32 numbers x 4 bytes = 0.4 MB in <file>; 12.3 GB are free'."""
         free = shutil.disk_usage(_existing_parent(self.file)).free
         return (
             f"{plural(self.n_examples, 'example')}, {self.positions:,} positions x {self.hidden} numbers x {self.dtype.itemsize} bytes = "
@@ -75,35 +76,39 @@ class ReferenceCache:
     def fill(
         self, microbatches: Iterable, scorer: Scorer, world: World, check_stop: Callable[[], None], hide_progress: Optional[bool]
     ) -> None:
-        """Compute the states and write them, all ranks into one file; whole or not there, also where a signal or an error ends it.
+        """Compute the states and write them, all ranks into one file. After a signal or an error no file is left.
 
         Args:
-            microbatches: this rank's, so that over all ranks every example is in one.
-            scorer: with the reference.
-            check_stop: raises where the run is to end.
-            hide_progress: tqdm's `disable`.
+            microbatches: this rank's; over all ranks they contain every example.
+            scorer: holds the reference.
+            world: the run's ranks.
+            check_stop: raises Stopped if the run is to end; called once per microbatch.
+            hide_progress: value for tqdm's `disable`.
+
+        Raises:
+            UserError: the file cannot be written, or a rank does not see it.
         """
         new = world.from_first(self._create)
         try:
             with world.agreed():
                 self._check(new)
-            # Written by position and not through a mapping, which several machines could not share.
+            # Written at file positions, not through a memory mapping, which several machines could not share.
             with open(new, "r+b", buffering=0) as file:
                 for microbatch in tqdm.tqdm(microbatches, "Reference", unit=" microbatches", disable=hide_progress):
                     check_stop()
                     self._write(file, microbatch.examples, scorer.reference_states(microbatch.batch).to("cpu", self.dtype))
                 os.fsync(file.fileno())
-            world.gather(None)  # all have written
+            world.gather(None)  # waits until all ranks have written
             world.from_first(lambda: os.replace(new, self.file))
         finally:
             if world.is_first and os.path.exists(new):
                 os.remove(new)
 
     def _create(self) -> str:
-        """A file of zeros with all its space, of this run alone: another one may compute the same at the same time.
+        """Create a file of full size, and return its path. Its name is this run's own: another run may compute the same states now.
 
         Raises:
-            UserError: the disk has not that much.
+            UserError: the disk has too little space, or cannot be written.
         """
         folder = os.path.dirname(self.file)
         own = f"{socket.gethostname()}-{os.getpid()}"
@@ -122,11 +127,11 @@ class ReferenceCache:
         except OSError as error:
             if os.path.exists(new):
                 os.remove(new)
-            raise UserError(f"reference_cache=true: {new} cannot be written: {error}; local_dirs names another disk") from None
+            raise UserError(f"reference_cache=true: {new} cannot be written: {error}; set local_dirs to another disk") from None
         return new
 
     def _remove_left_behind(self) -> None:
-        """Files of runs on this machine that were killed while they wrote them."""
+        """Remove files of runs on this machine that were killed while writing."""
         for file in glob.glob(f"{glob.escape(self.file)}.{socket.gethostname()}-*.new"):
             try:
                 os.kill(int(file.removesuffix(".new").rpartition("-")[2]), 0)
@@ -143,14 +148,14 @@ class ReferenceCache:
         """Map the file into memory.
 
         Raises:
-            UserError: this process does not see it.
+            UserError: this rank does not see the file.
         """
         self._check(self.file)
         values = torch.from_file(self.file, shared=False, size=self.positions * self.hidden, dtype=self.dtype)
         self._values = values.view(self.positions, self.hidden)
 
     def _write(self, file: BinaryIO, examples: Sequence[Example], states: torch.Tensor) -> None:
-        """The states of these examples, in their order, (N, hidden); what follows them is of an example that does not count."""
+        """Write the states (N, hidden) of these examples, in their order. States after theirs are a placeholder's, and are not written."""
         start = 0
         for example in examples:
             place = self._place(example)
@@ -160,10 +165,11 @@ class ReferenceCache:
             start += count
 
     def add_to(self, rows: SharedPrefixBatch, examples: Sequence[Example]) -> SharedPrefixBatch:
-        """The rows of these examples, with the reference's states."""
+        """Return the rows with the reference's states. `examples` are those of the rows, in their order."""
         return rows.with_reference(torch.cat([self._values[self._place(example)] for example in examples]))
 
     def _place(self, example: Example) -> slice:
+        """Return the positions of an example in the file."""
         index = self.split.index(example)
         return slice(int(self.stop[index] - self.counts[index]), int(self.stop[index]))
 

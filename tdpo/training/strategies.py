@@ -1,4 +1,4 @@
-"""What a trainer does on one device, and on several: where the models lie, how they compute, how gradients and sums are put together."""
+"""Strategies: what differs between one device and several, such as where models are placed and how gradients and sums are reduced."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,18 +15,18 @@ from tdpo.distributed.world import World
 from tdpo.scoring.scorer import Scorer
 from tdpo.utils import DTYPES, full_tensor
 
-Weights = Mapping[str, Callable[[], nn.Module]]  # functions that build {"policy", "reference"} with their weights, called on rank 0
+Weights = Mapping[str, Callable[[], nn.Module]]  # {"policy", "reference"}: functions that build the models, called on rank 0
 
 
 class SingleDevice:
-    """One process, on a GPU if there is one, else the CPU.
+    """One process, on a GPU if there is one, else on the CPU.
 
     Args:
         config: a checked config.
-        world: the processes that train together.
+        world: the ranks that train together.
     """
 
-    sharded = False  # whether `place` wants models on the meta device, and `weights`
+    sharded = False  # whether `place` takes models on the meta device, and fills them from `weights`
 
     def __init__(self, config: DictConfig, world: World):
         self.config, self.world = config, world
@@ -35,18 +35,22 @@ class SingleDevice:
 
     @classmethod
     def check_model(cls, policy: nn.Module, config: DictConfig, world: World) -> None:
-        """Raise UserError if this strategy cannot train such a model; weights play no part."""
+        """Raise UserError if this strategy cannot train such a model. The model may be on the meta device."""
 
     @property
     def data_rank(self) -> tuple[int, int]:
-        """(i, n): this process works on the i-th of n shards of every batch."""
+        """(i, n): this rank works on the i-th of n shards of every batch."""
         return 0, 1
 
     def place(self, scorer: Scorer, weights: Weights) -> str:
         """Put policy and reference where they will compute, in place.
 
+        Args:
+            scorer: holds policy and reference.
+            weights: functions that build the models with their weights; used if `sharded`.
+
         Returns:
-            a fingerprint of the reference's weights on rank 0, elsewhere or without a reference ''.
+            a fingerprint of the reference's weights; '' on ranks other than 0 or without a reference.
         """
         self.scorer = scorer
         identity = "" if scorer.reference is None else fingerprint(scorer.reference)
@@ -58,27 +62,31 @@ class SingleDevice:
         return cast_parameters(self.scorer.policy, self.compute_dtype)
 
     def gathered(self) -> AbstractContextManager:
-        """Return a context in which policy and reference can be called by themselves."""
+        """Return a context in which policy and reference can be called directly, not through the scorer."""
         return nullcontext()
 
     def before_backward(self, is_last: bool) -> None:
-        """Prepare a backward pass; `is_last`: of the step's microbatches."""
+        """Prepare the backward pass of a microbatch; `is_last`: of the step's last one."""
 
     def reduce(self, sums: torch.Tensor) -> torch.Tensor:
-        """Sum over the processes that have other examples."""
+        """Sum a tensor over the ranks that have other examples; the result is the same on all of them.
+
+        Args:
+            sums: any shape; may be changed in place.
+        """
         return sums
 
     def parameter_groups(self) -> list[list[nn.Parameter]]:
-        """The policy's parameters in groups that an optimizer may treat together."""
+        """Return the policy's parameters in groups that an optimizer may treat together."""
         return [list(self.scorer.policy.parameters())]
 
     def clip_gradient(self, max_norm: float) -> torch.Tensor:
-        """Scale the gradient down to max_norm; return its norm before, a scalar on the device."""
+        """Scale the gradient down to norm max_norm if it is larger; return the norm before, a scalar on the device."""
         return full_tensor(torch.nn.utils.clip_grad_norm_(self.scorer.policy.parameters(), max_norm))
 
 
 class FullySharded(SingleDevice):
-    """Several processes, on one or many nodes: each holds a shard of policy, reference, gradients and optimizer state (FSDP2)."""
+    """Several ranks, on one or more nodes; each holds a shard of policy, reference, gradients and optimizer state (FSDP2)."""
 
     sharded = True
 
@@ -106,7 +114,7 @@ class FullySharded(SingleDevice):
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """The scorer's own unit (embeddings, head); blocks are gathered one after another as they compute."""
+        """Gather the scorer's own unit (embeddings, head) within the block; transformer blocks are gathered one by one as they compute."""
         self.scorer.unshard()
         try:
             yield
@@ -118,11 +126,16 @@ class FullySharded(SingleDevice):
             self.scorer.set_requires_gradient_sync(is_last)
 
     def reduce(self, sums: torch.Tensor) -> torch.Tensor:
+        """Sum a tensor over all ranks.
+
+        Args:
+            sums: any shape; changed in place.
+        """
         return self.world.sum(sums)
 
 
 class TensorParallel(SingleDevice):
-    """Several processes that hold and multiply a part of every matrix each, and all work on the whole batch."""
+    """Several ranks; each holds a part of every matrix and multiplies with it, and all work on the whole batch."""
 
     sharded = True
 
@@ -141,14 +154,14 @@ class TensorParallel(SingleDevice):
         return load_weights(self.world, scorer.reference, weights["reference"])
 
     def parameter_groups(self) -> list[list[nn.Parameter]]:
-        """Split ones, and whole ones: neither optimizers nor norms take both together."""
+        """Return whole and split parameters as separate groups: neither optimizers nor norms accept both together."""
         groups = [], []
         for parameter in self.scorer.policy.parameters():
             groups[isinstance(parameter, DTensor)].append(parameter)
         return [group for group in groups if group]
 
     def clip_gradient(self, max_norm: float) -> torch.Tensor:
-        for parameter in self.partial:
+        for parameter in self.partial:  # each rank has computed only a part of their gradients
             self.world.sum(parameter.grad)
         groups = self.parameter_groups()
         norms = [full_tensor(torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])) for group in groups]
@@ -159,9 +172,9 @@ class TensorParallel(SingleDevice):
 
 
 def prepare_blocks(config: DictConfig, policy: nn.Module, reference_model: Optional[nn.Module]) -> None:
-    """Turn on activation checkpointing and compilation of the models' blocks, as the config asks for."""
+    """Turn on activation checkpointing and compile the models' blocks, in place, if the config asks for it."""
     if config.activation_checkpointing:
-        # Its name before Transformers 5.23, and since.
+        # Transformers 5.23 renamed gradient_checkpointing_enable.
         enable = getattr(policy, "activation_checkpointing_enable", policy.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
     if config.compile:
@@ -172,10 +185,14 @@ def prepare_blocks(config: DictConfig, policy: nn.Module, reference_model: Optio
 
 @contextmanager
 def cast_parameters(module: nn.Module, dtype: Optional[torch.dtype]) -> Iterator[None]:
-    """Within the block the module computes with copies of its parameters in `dtype`; their gradients reach the originals.
+    """Let the module compute, within the block, with copies of its parameters in `dtype`; gradients flow to the originals.
 
-    This is what FSDP's MixedPrecisionPolicy does: weights, gradients and optimizer state keep the parameters' own dtype. Autocast would
-    round other things than the reference does, so that log-ratio and KL would not start at 0. Buffers keep their dtype. None: nothing.
+    This is what FSDP's MixedPrecisionPolicy does: weights, gradients, optimizer state and buffers keep their own dtype. Autocast would
+    round differently from the reference, so that log-ratio and KL would not start at 0.
+
+    Args:
+        module: changed in place, and restored at the end of the block.
+        dtype: of floating-point parameters; None changes nothing.
     """
     if dtype is None:
         yield
@@ -194,6 +211,6 @@ def cast_parameters(module: nn.Module, dtype: Optional[torch.dtype]) -> Iterator
 
 
 def _cast(parameter: nn.Parameter, dtype: torch.dtype) -> torch.Tensor:
-    """A copy through which gradients flow; where none are wanted, a parameter, by which `generate` tells the module's dtype and device."""
+    """Return a copy through which gradients flow; under no_grad a parameter, from which `generate` reads the module's dtype and device."""
     copy = parameter.to(dtype) if parameter.is_floating_point() else parameter
     return copy if torch.is_grad_enabled() else nn.Parameter(copy, requires_grad=False)

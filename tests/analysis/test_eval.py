@@ -1,4 +1,4 @@
-"""eval.py: on the same pairs the same figures as the run's own eval; several runs in one table; what it refuses."""
+"""eval.py: agrees with a run's own eval on the same pairs, compares several runs in one table, and rejects invalid input."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def results(runs, tmp_path_factory):
     return evaluated(runs, f"out={out}"), json.loads(out.read_text())
 
 
-def test_the_runs_own_figures(runs, results):
+def test_agrees_with_the_eval_of_the_run(runs, results):
     log = logs_of(runs[0], "eval")[-1]
     found = {name: value.mean for name, value in results[0][str(runs[0])].items()}
     names = {
@@ -42,10 +42,10 @@ def test_the_runs_own_figures(runs, results):
     assert {name: found[name] for name in names} == pytest.approx({name: log[metric] for name, metric in names.items()}, rel=1e-4, abs=1e-5)
     dpo = results[0][str(runs[1])]
     assert dpo["accuracy/logit"].mean == pytest.approx(logs_of(runs[1], "eval")[-1]["logits_eval/accuracies"])
-    assert dpo["seqkl/chosen"].mean > 0.01  # which the run itself did not compute
+    assert dpo["seqkl/chosen"].mean > 0.01  # the run itself did not compute it
 
 
-def test_the_file_has_all(runs, results):
+def test_file_contains_all_measures(runs, results):
     table, written = results
     assert list(written["results"]) == [str(path) for path in runs]
     for name, measures in written["results"].items():
@@ -55,16 +55,16 @@ def test_the_file_has_all(runs, results):
             assert value["examples"] == 6 if measure.startswith("samples/") else 20 < value["examples"] <= 24
 
 
-def test_a_run_without_reference(tmp_path, capsys):
+def test_run_without_reference(tmp_path, capsys):
     sft = run(*DATA, "n_examples=8", "do_first_eval=false", f"local_run_dir={tmp_path}/sft")
     (measures,) = evaluated([sft]).values()
     assert "samples/kl" not in measures and "accuracy/logratio" not in measures and measures["samples/entropy"].mean > 1
-    assert "no reference is known, so nothing is compared with one: reference=<weights>" in capsys.readouterr().out
+    assert "no reference is known, so accuracies and divergences are left out: give reference=<weights>" in capsys.readouterr().out
     (measures,) = evaluated([sft], f"reference={sft}/LATEST/policy.pt", "n_prompts=0").values()
     assert measures["seqkl/chosen"].mean == 0 and "accuracy/logit" not in measures and "samples/entropy" not in measures
 
 
-def test_what_is_wrong_is_said(runs):
+def test_error_messages(runs):
     with pytest.raises(UserError, match="split=dev: must be 'train' or 'test'"):
         evaluated(runs, "split=dev")
     with pytest.raises(UserError, match="reward=/nowhere cannot be loaded"):
@@ -75,8 +75,8 @@ def test_what_is_wrong_is_said(runs):
         evaluated(runs, "out=/proc/nope/eval.json")
 
 
-def test_weights_that_are_no_longer_the_reference(tmp_path):
-    """The SFT model at the run's own path was trained again since."""
+def test_reference_weights_have_changed(tmp_path):
+    """The SFT model at the recorded path has been replaced since the run."""
     archive = tmp_path / "policy.pt"
     shutil.copy(MINI / "sft_policy.pt", archive)
     trained = run(*PREFERENCE, f"model.archive={archive}", "n_examples=8", "do_first_eval=false", f"local_run_dir={tmp_path}/run")
@@ -88,8 +88,8 @@ def test_weights_that_are_no_longer_the_reference(tmp_path):
     assert evaluated([trained], f"reference={MINI}/sft_policy.pt", "n_prompts=0")
 
 
-def test_pairs_of_a_prompt_are_one_example():
-    """Ten equal pairs a prompt say no more than one."""
+def test_pairs_of_a_prompt_count_as_one_example():
+    """Ten equal pairs per prompt give the same interval as one."""
     values = np.random.default_rng(0).normal(size=200)
     alone, repeated = estimate(values), estimate(*by_prompt(np.repeat(values, 10), np.repeat(np.arange(200), 10)))
     assert repeated == pytest.approx(alone)

@@ -1,4 +1,4 @@
-"""Measures against calculations by hand, and against exact enumeration of a model's texts."""
+"""Measures compared with calculations by hand, and with an exact enumeration of all texts of a model."""
 
 import itertools
 import json
@@ -31,7 +31,7 @@ from tdpo.utils import UserError, disable_dropout
 
 
 class Fixed(torch.nn.Module):
-    """A model that gives every token the same distribution of the next one."""
+    """A model that predicts the same next-token distribution at every position."""
 
     def __init__(self, *probabilities: float):
         super().__init__()
@@ -43,7 +43,7 @@ class Fixed(torch.nn.Module):
 
 
 P, Q = (0.5, 0.25, 0.25), (0.8, 0.1, 0.1)
-KL = sum(q * math.log(q / p) for p, q in zip(P, Q))  # of the reference's distribution from the policy's, as in SeqKL
+KL = sum(q * math.log(q / p) for p, q in zip(P, Q))  # KL(reference || policy), as in SeqKL
 REVERSE = sum(p * math.log(p / q) for p, q in zip(P, Q))
 ENTROPY = -sum(p * math.log(p) for p in P)
 
@@ -71,7 +71,7 @@ def rows(*prompts_and_texts) -> list[dict]:
 
 
 def test_measures_of_samples_by_hand():
-    """Two prompts of two and one tokens, two texts each of 1, 3 and 2, 2 tokens."""
+    """Two prompts (2 tokens and 1 token) with two texts each (1 and 3 tokens; 2 and 2 tokens)."""
     texts = rows(([0, 1], [(" good", [0]), (" bad", [1, 1, 1])]), ([2], [(" good", [0, 2]), (" good", [2, 2])]))
     measures = measure_samples(Fixed(*P), Fixed(*Q), texts, lambda texts: [float(text == "p good") for text in texts], False, 16)
     means = {name: values for name, (values, _) in measures.items()}
@@ -80,11 +80,11 @@ def test_measures_of_samples_by_hand():
     assert means["samples/kl"] == pytest.approx([2 * REVERSE, 2 * REVERSE])
     assert means["samples/entropy"] == pytest.approx([ENTROPY] * 2)
     whole = measure_whole_texts(Fixed(*P), texts, False, 16)
-    assert whole["samples/entropy_fdpo"][1].tolist() == [2 + 4, 2 + 2]  # every token but a text's first
+    assert whole["samples/entropy_fdpo"][1].tolist() == [2 + 4, 2 + 2]  # every token except the first of each text
 
 
 class ByToken(Fixed):
-    """The distribution of the next token depends on the last one: a table of rows."""
+    """A model whose next-token distribution depends on the last token: one row of the table per token."""
 
     def __init__(self, *table: tuple[float, ...]):
         super().__init__(*table[0])
@@ -95,13 +95,13 @@ class ByToken(Fixed):
 
 
 def test_measures_of_pairs_by_hand():
-    """Two pairs, prompt 0. Policy P after token 0 and Q after others; the reference Q after token 0 and P after others."""
+    """Two pairs with prompt [0]. The policy predicts P after token 0, otherwise Q; the reference predicts Q after token 0, otherwise P."""
     policy, reference = ByToken(P, Q, Q), ByToken(Q, P, P)
     pairs = {"a": TokenizedExample([0], [[1, 1], [0]], None, []), "b": TokenizedExample([0], [[0], [1, 1]], None, [])}
     split = SimpleNamespace(example=pairs.__getitem__)
     objective = get_objective("tdpo2", beta=0.5, alpha=0.5)
     found = measure_pairs(policy, reference, objective, split, ["a", "b"], False, 1)
-    # Of [1, 1]: log-ratio of the first token log(P1/Q1), of the second log(Q1/P1): 0 together; KL both ways. Of [0]: log(P0/Q0) < 0.
+    # Response [1, 1]: log-ratios log(P1/Q1) and log(Q1/P1), sum 0; its two KL terms are in both directions. Response [0]: log(P0/Q0) < 0.
     one = math.log(0.5 / 0.8)
     two_tokens = KL + REVERSE
     assert found["seqkl/chosen"] == pytest.approx([two_tokens, KL]) and found["seqkl/rejected"] == pytest.approx([KL, two_tokens])
@@ -115,11 +115,11 @@ def test_measures_of_pairs_by_hand():
     assert "accuracy/logit" not in measure_pairs(policy, reference, None, split, ["a"], False, 1)
 
 
-def test_entropy_is_the_mean_over_a_text_then_over_texts():
-    """Entropy that differs by position: the mean over a text's tokens, whatever its length; f-DPO's is over all tokens together."""
+def test_entropy_is_averaged_per_text_then_over_texts():
+    """Each text counts equally, whatever its length; f-DPO's entropy averages over all tokens together."""
 
     class Doubling(Fixed):
-        """Certain after token 0, undecided between three after another one."""
+        """A model with entropy 0 after token 0, and a uniform distribution over three tokens after any other."""
 
         def forward(self, input_ids, attention_mask, use_cache):
             sure, unsure = torch.tensor([0.0, -math.inf, -math.inf]).double(), torch.zeros(3).double()
@@ -135,8 +135,8 @@ def test_entropy_is_the_mean_over_a_text_then_over_texts():
 
 @pytest.mark.parametrize("fast", [False, True])
 def test_estimates_against_enumeration(fast):
-    """Five tokens, texts of at most three: the expectation of the summed position-wise KL is the KL of whole texts, and that of the
-    entropies the texts' entropy; the mean over samples lies within four standard errors of both."""
+    """All texts of at most three tokens with a vocabulary of five. The expected sum of the KL (entropy) over positions equals the KL
+    (entropy) of whole texts, and means over samples lie within four standard errors of the exact values."""
 
     def model(seed):
         torch.manual_seed(seed)
@@ -178,7 +178,7 @@ def test_fast_and_plain_statistics_agree():
 
 
 def test_intervals():
-    """The bootstrap's is near the normal one; weights weigh; one example has none."""
+    """The bootstrap interval is close to the normal one, weights are used, and a single example has no interval."""
     values = np.random.default_rng(0).normal(5, 2, 400)
     found = estimate(values)
     half = 1.96 * values.std() / 20

@@ -1,4 +1,4 @@
-"""sample.py: the same file however often it was interrupted, and by however many processes; what it refuses."""
+"""sample.py: writes the same file after interruptions and with any number of processes, and rejects invalid input."""
 
 import fcntl
 import json
@@ -35,12 +35,12 @@ def test_rows(whole, mini_tokenizer):
     assert [(row["index"], row["sample"]) for row in rows] == [(i, j) for i in range(10) for j in range(2)]
     assert all(0 < len(row["completion_ids"]) <= 6 and len(row["prompt_ids"]) <= 32 for row in rows)
     assert all(row["completion"] == text_of(mini_tokenizer, row["prompt_ids"], row["completion_ids"]) for row in rows)
-    assert len({tuple(row["completion_ids"]) for row in rows}) > 15  # drawn, and not the same each time
+    assert len({tuple(row["completion_ids"]) for row in rows}) > 15  # random, not the same for each prompt
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.55, 0.99])
-def test_an_interrupted_file_is_gone_on_with(share, trained, whole, tmp_path):
-    """Cut anywhere, in the midst of a line too."""
+def test_interrupted_file_is_resumed(share, trained, whole, tmp_path):
+    """Also if the file ends in the middle of a line."""
     out = tmp_path / "samples.jsonl"
     sampled(trained, out)
     out.write_text(whole[: int(share * len(whole))])
@@ -54,18 +54,18 @@ def test_several_processes_write_the_same(ranks, trained, whole, tmp_path):
     assert (tmp_path / "samples.jsonl").read_text() == whole
 
 
-def test_other_settings_do_not_go_on(trained, whole, tmp_path):
+def test_other_settings_are_rejected(trained, whole, tmp_path):
     out = tmp_path / "samples.jsonl"
     sampled(trained, out)
-    with pytest.raises(UserError, match="was begun with another seed, temperature: choose another file"):
+    with pytest.raises(UserError, match=r"was started with different settings \(seed, temperature\): give out="):
         sampled(trained, out, "seed=1", "temperature=0.5")
     assert out.read_text() == whole
     (tmp_path / "samples.jsonl.settings.json").unlink()
-    with pytest.raises(UserError, match="is none that sample.py has begun"):
+    with pytest.raises(UserError, match="exists but was not written by sample.py"):
         sampled(trained, out)
 
 
-def test_beams_are_not_drawn(trained, tmp_path):
+def test_beam_search_is_deterministic(trained, tmp_path):
     first, second = (sampled(trained, tmp_path / f"{seed}.jsonl", "num_beams=3", f"seed={seed}") for seed in (0, 1))
     assert first == second
     texts = [json.loads(line)["completion_ids"] for line in first.splitlines()]
@@ -74,21 +74,21 @@ def test_beams_are_not_drawn(trained, tmp_path):
         sampled(trained, tmp_path / "x.jsonl", "num_beams=3", "n=4")
 
 
-def test_prompts_of_a_file(trained, tmp_path):
+def test_prompts_from_a_file(trained, tmp_path):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "Human: hello"}\n{"prompt": "Human: what"}\n')
     rows = sampled(trained, tmp_path / "out.jsonl", f"prompts={tmp_path}/prompts.jsonl").splitlines()
     assert [json.loads(row)["prompt"] for row in rows] == ["Human: hello"] * 2 + ["Human: what"] * 2
     hf = trained / "LATEST" / "hf"
     again = sampled(hf, tmp_path / "hf.jsonl", f"prompts={tmp_path}/prompts.jsonl", "max_length=64", "max_prompt_length=32").splitlines()
     assert again == rows  # the same weights
-    with pytest.raises(UserError, match=r"is no run's folder, which would name its data: give datasets="):
+    with pytest.raises(UserError, match="is not a run folder, so its datasets are unknown: give datasets="):
         sampled(hf, tmp_path / "y.jsonl", "max_length=64", "max_prompt_length=32")
 
 
-def test_what_is_no_model(tmp_path):
+def test_path_without_a_model(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         sampled(tmp_path / "x", tmp_path / "out.jsonl")
-    with pytest.raises(UserError, match="neither a run's folder, nor one of its checkpoints, nor a Hugging Face folder"):
+    with pytest.raises(UserError, match="is not a run folder, a checkpoint or a Hugging Face folder"):
         sampled(tmp_path, tmp_path / "out.jsonl")
 
 
@@ -98,7 +98,7 @@ def test_prompts_that_cannot_be_continued(trained, tmp_path):
     with pytest.raises(UserError, match="prompts 2 have no tokens"):
         sampled(trained, tmp_path / "out.jsonl", f"prompts={prompts}")
     prompts.write_text('{"text": "Human: hello"}\n')
-    with pytest.raises(UserError, match=r"no field 'prompt': .*\n  mend or remove them"):
+    with pytest.raises(UserError, match=r"no field 'prompt': .*\n  fix or remove them"):
         sampled(trained, tmp_path / "out.jsonl", f"prompts={prompts}")
     with pytest.raises(UserError, match="max_prompt_length=32 leaves no room for a response: it must be below max_length=8"):
         sampled(trained, tmp_path / "out.jsonl", "max_length=8")
@@ -109,13 +109,13 @@ def test_one_process_at_a_time(trained, whole, tmp_path):
     sampled(trained, out)
     with open(f"{out}.settings.json") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another process writes it"):
+        with pytest.raises(UserError, match="is being written by another process"):
             sampled(trained, out)
     assert out.read_text() == whole
 
 
 @pytest.mark.processes
-def test_a_mistake_under_torchrun_is_said_once(tmp_path):
+def test_error_under_torchrun_is_printed_once(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "sample.py"), "run=/nope"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode and [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [

@@ -1,4 +1,4 @@
-"""token_report.py: its numbers, and the page in a real browser (Chromium with its driver; skipped where they are not installed)."""
+"""token_report.py: its numbers, and the page in a real browser (skipped if Chromium and its driver are not installed)."""
 
 import json
 import re
@@ -18,7 +18,7 @@ HOSTILE = "</script><script>throw 1</script> <b>&amp;"
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Two runs, of 16 pairs each, whose policies differ from their reference."""
+    """Two runs on 16 pairs each, whose policies differ from their reference."""
     folder = tmp_path_factory.mktemp("trained")
     options = [*PREFERENCE, "n_examples=16", "do_first_eval=false", "lr=5e-3", "warmup_steps=0"]
     return [run(*options, f"loss={loss}", f"local_run_dir={folder}/{loss}") for loss in ("dpo", "tdpo2")]
@@ -53,8 +53,8 @@ def test_numbers(page, trained, mini_tokenizer):
             assert values["kl"] == pytest.approx(statistics.kl.tolist(), abs=1e-3) and sum(values["kl"]) > 0.01
 
 
-def test_pieces_are_the_text(mini_tokenizer):
-    """Also where a character takes several tokens, and where spaces stand between tokens alone."""
+def test_pieces_join_to_the_text(mini_tokenizer):
+    """Also if the tokenizer writes spaces only between tokens; a character of several tokens still has one piece per token."""
     from tdpo.models.build import embedded_tokenizer
 
     for tokenizer, text in ((mini_tokenizer, "Human: what is it?"), (embedded_tokenizer(), "was very good . i loved it")):
@@ -65,13 +65,13 @@ def test_pieces_are_the_text(mini_tokenizer):
     assert len(token_report.pieces_of(mini_tokenizer, ids[0], ids[1:])) == len(ids) - 1
 
 
-def test_a_page_that_needs_nothing_else(page):
+def test_page_is_self_contained(page):
     with open(page) as file:
         text = file.read()
     assert len(text) < 2e6 and not re.search(r"https?://|@import|<link (?!rel=\"icon\" href=\"data:)|src=", text)
 
 
-def test_what_cannot_be_shown(trained, tmp_path):
+def test_models_without_a_reference_are_rejected(trained, tmp_path):
     with pytest.raises(UserError, match="no reference is known"):
         written(tmp_path / "x.html", [trained[0] / "LATEST" / "hf"], "datasets=[reviews]", "max_length=128", "max_prompt_length=64")
     sft = run(*DATA, "model.archive=null", "n_examples=8", "do_first_eval=false", f"local_run_dir={tmp_path}/sft")
@@ -96,7 +96,7 @@ def browser():
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_in_a_browser(scheme, browser, page, tmp_path):
+def test_page_in_a_browser(scheme, browser, page, tmp_path):
     from selenium.webdriver import ActionChains
 
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
@@ -112,7 +112,7 @@ def test_the_page_in_a_browser(scheme, browser, page, tmp_path):
     sums = browser.find_element("css selector", ".sums").text
     total = sum(data["runs"][0]["beta"] * (a - b) for a, b in zip(first["logps"], first["reference"]))
     assert f"reward {total:.3f}" in sums and f"{len(first['kl'])} tokens" in sums
-    # Text and page differ enough to read (WCAG's contrast ratio, at least 4.5), also on the strongest colour.
+    # The text is readable (WCAG contrast ratio of at least 4.5), also on the strongest colour.
     contrast = browser.execute_script(CONTRAST)
     assert contrast["page"] > 7 and contrast["gain"] > 4.5 and contrast["loss"] > 4.5, contrast
     assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
@@ -133,8 +133,8 @@ return { page: ratio(page, text), gain: ratio(over("--gain"), text), loss: ratio
 """
 
 
-def test_text_is_text(trained, browser, tmp_path):
-    """A prompt that looks like markup stays what it is."""
+def test_markup_in_texts_is_escaped(trained, browser, tmp_path):
+    """A prompt that looks like HTML is shown as text."""
     row = {"prompt": HOSTILE, "chosen": " <i>good</i>", "rejected": " </script>"}
     (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
     data = ["datasets=[jsonl]", f"datasets.jsonl.path={tmp_path}/pairs.jsonl", f"datasets.jsonl.eval_path={tmp_path}/pairs.jsonl"]

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, never unpickled unrestricted, and what loads them again."""
+"""Checkpoints are written completely or not at all, load without executing anything, and can be used as archives."""
 
 import os
 import pickle
@@ -27,22 +27,22 @@ def save(run_dir, examples, state=STATE, metrics=None, export=None):
     return save_checkpoint(World(), str(run_dir), state, {"policy": state}, progress, export)
 
 
-def test_a_checkpoint_is_the_published_file_and_latest_names_it(tmp_path):
+def test_a_checkpoint_has_the_published_format_and_latest_points_to_it(tmp_path):
     save(tmp_path, 8, metrics={"loss/eval": np.float64(0.5)})
     save(tmp_path, 16)
     content = torch.load(tmp_path / "LATEST" / "policy.pt", weights_only=True)
     assert set(content) == {"step_idx", "state", "metrics"} and content["step_idx"] == 16
     assert torch.load(tmp_path / "step-8" / "policy.pt", weights_only=True)["metrics"] == {"loss/eval": 0.5}
-    assert os.readlink(tmp_path / "LATEST") == "step-16"  # relative: the run folder may move
+    assert os.readlink(tmp_path / "LATEST") == "step-16"  # relative, because the run's folder may be moved
     assert sorted(os.listdir(tmp_path)) == ["LATEST", "step-16", "step-8"]
 
 
 @pytest.mark.parametrize("place", ["save", "rename", "export"])
-def test_a_failure_leaves_what_was_there(place, tmp_path, monkeypatch):
+def test_a_failed_save_leaves_the_last_checkpoint(place, tmp_path, monkeypatch):
     save(tmp_path, 8)
 
     def fail(*_, **__):
-        raise RuntimeError("unexpected pos 64 vs 0")  # what torch says of a full disk
+        raise RuntimeError("unexpected pos 64 vs 0")  # torch's message when the disk is full
 
     target = {"save": (torch, "save"), "rename": (os, "rename"), "export": (checkpoints, "_sync")}[place]
     monkeypatch.setattr(*target, fail)
@@ -52,7 +52,7 @@ def test_a_failure_leaves_what_was_there(place, tmp_path, monkeypatch):
 
 
 def test_a_failed_export_does_not_cost_the_weights(tmp_path, capsys):
-    """Transformers refuses to save some models, for the generation settings they came with."""
+    """Transformers refuses to save some models because of their generation settings."""
 
     def export(folder):
         os.mkdir(folder)
@@ -62,14 +62,14 @@ def test_a_failed_export_does_not_cost_the_weights(tmp_path, capsys):
     assert sorted(os.listdir(tmp_path / "LATEST")) == FILES and "no Hugging Face folder" in capsys.readouterr().out
 
 
-def test_a_full_disk_is_noticed_before(tmp_path, monkeypatch):
+def test_a_full_disk_is_noticed_before_writing(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})())
     with pytest.raises(RunError, match="needs .* GB, .* GB are free"):
         save(tmp_path, 8)
     assert os.listdir(tmp_path) == []
 
 
-def test_a_stale_temporary_folder_is_replaced_and_a_checkpoint_never(tmp_path):
+def test_a_stale_temporary_folder_is_replaced_but_never_a_checkpoint(tmp_path):
     (tmp_path / "step-8.tmp").mkdir()
     (tmp_path / "step-8.tmp" / "rest").touch()
     save(tmp_path, 8)
@@ -78,7 +78,7 @@ def test_a_stale_temporary_folder_is_replaced_and_a_checkpoint_never(tmp_path):
         save(tmp_path, 8)
 
 
-def test_a_latest_folder_of_an_old_run_is_left_alone(tmp_path):
+def test_a_latest_folder_of_the_published_code_is_left_alone(tmp_path):
     (tmp_path / "LATEST").mkdir()
     with pytest.raises(RunError, match="LATEST is a folder"):
         save(tmp_path, 8)
@@ -91,21 +91,21 @@ class Malicious:
 
 
 @pytest.mark.parametrize("content", [{"step_idx": 0, "state": {"weight": Malicious()}, "metrics": {}}, {"state_dict": {}}, [1]])
-def test_an_archive_is_never_run(content, tmp_path, monkeypatch):
+def test_code_in_an_archive_is_never_executed(content, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save(content, "policy.pt")
-    with pytest.raises(UserError, match="is no policy.pt"):
+    with pytest.raises(UserError, match="is not a policy.pt"):
         read_archive("policy.pt")
     with open("raw.pt", "wb") as file:
         pickle.dump(content, file)
-    with pytest.raises(UserError, match="is no policy.pt"):
+    with pytest.raises(UserError, match="is not a policy.pt"):
         read_archive("raw.pt")
     assert sorted(os.listdir(tmp_path)) == ["policy.pt", "raw.pt"]
 
 
 @pytest.mark.parametrize("where", ["index", "item"])
-def test_a_state_is_never_run(where, tmp_path, monkeypatch):
-    """Distributed checkpoints have a pickle as their index, and may hold pickled items."""
+def test_code_in_a_state_is_never_executed(where, tmp_path, monkeypatch):
+    """The index of a distributed checkpoint is a pickle, and its items may be pickled too."""
     monkeypatch.chdir(tmp_path)
     folder = save(tmp_path, 8)
     if where == "index":
@@ -131,7 +131,7 @@ def test_a_state_that_does_not_fit_is_not_cast(tensor, tmp_path):
     assert torch.equal(found["policy"]["weight"], STATE["weight"])
 
 
-def test_archives_of_2023_carry_buffers_that_are_gone(tmp_path):
+def test_buffers_in_archives_of_2023_are_ignored(tmp_path):
     state = torch.load(MINI / "sft_policy.pt", weights_only=True)["state"]
     old = {f"_orig_mod.{name}": tensor for name, tensor in state.items()}
     for layer in range(2):
@@ -143,8 +143,8 @@ def test_archives_of_2023_carry_buffers_that_are_gone(tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_weights_of_every_family_come_back(family, tmp_path):
-    """GPT-2's attn.c_attn.bias, for one, ends like a buffer that is gone."""
+def test_weights_of_every_family_are_read_back(family, tmp_path):
+    """Some names look like those of ignored buffers, for example GPT-2's attn.c_attn.bias."""
     state = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **FAMILIES[family])).state_dict()
     save(tmp_path, 8, state)
     read = read_archive(str(tmp_path / "LATEST" / "policy.pt"))
@@ -175,8 +175,8 @@ def model_of(*overrides: str):
     return build_model(config, model_config, torch.float32, None, check_model(config, model_config, tokenizer, 64))
 
 
-def test_a_run_exports_what_transformers_loads_and_both_are_archives(tmp_path):
-    """policy.pt, hf/, and models built from either have the same weights; so has one that starts from them."""
+def test_policy_file_and_hugging_face_folder_hold_the_same_weights(tmp_path):
+    """Transformers loads hf/, and models that are built from policy.pt or from hf/ as archive have the same weights."""
     data = ["datasets=[hh]", f"datasets.hh.path={MINI}/data", "max_length=64", "max_prompt_length=32", "batch_size=8", "n_examples=16"]
     run_dir = run("model=blank_model", f"model.name_or_path={MINI}/model", *data, "lr=1e-3", f"local_run_dir={tmp_path}/run")
     policy = torch.load(run_dir / "LATEST" / "policy.pt", weights_only=True)
@@ -193,8 +193,8 @@ def test_a_run_exports_what_transformers_loads_and_both_are_archives(tmp_path):
     assert os.listdir(run_dir / "step-16") and holds_a_run(str(run_dir))
 
 
-def test_models_of_one_archive_share_nothing():
-    """Training the policy must not move the reference, nor the file."""
+def test_models_of_one_archive_share_no_memory():
+    """Training the policy must change neither the reference nor the archive."""
     options = ["model=blank_model", f"model.name_or_path={MINI}/model", f"model.archive={MINI}/sft_policy.pt"]
     config = compose("exp_name=x", *options).model
     tokenizer = load_tokenizer(config, None)
@@ -207,7 +207,7 @@ def test_models_of_one_archive_share_nothing():
         torch.nn.init.ones_(parameter)
     assert all(torch.equal(tensor, saved[name]) for name, tensor in reference.state_dict().items())
     assert all(torch.equal(archive[name], tensor) for name, tensor in saved.items())
-    tiny = compose("exp_name=x").model  # random weights are drawn once, for both
+    tiny = compose("exp_name=x").model  # random weights: drawn once, for both models
     tokenizer = load_tokenizer(tiny, None)
     models = Models(tiny, load_model_config(tiny, tokenizer, None), None, None, needs_reference=True)
     policy, reference = models.policy(), models.reference()
@@ -215,7 +215,7 @@ def test_models_of_one_archive_share_nothing():
         assert torch.equal(a, b) and a.data_ptr() != b.data_ptr(), name
 
 
-def test_a_hugging_face_folder_that_does_not_fit(tmp_path):
+def test_a_hugging_face_folder_of_another_family_is_refused(tmp_path):
     GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=64, n_embd=8, n_layer=1, n_head=2)).save_pretrained(tmp_path / "other")
     with pytest.raises(UserError, match="do not fit the model: missing: gpt_neox"):
         model_of(f"model.archive={tmp_path}/other")
@@ -237,10 +237,10 @@ def test_a_hugging_face_folder_of_other_sizes_names_the_keys(field, value, messa
         model_of(f"model.archive={tmp_path}/other")
 
 
-def test_a_run_folder_as_archive_is_answered_with_its_policy(tmp_path):
+def test_a_run_folder_as_archive_suggests_its_policy_file(tmp_path):
     save(tmp_path, 8)
     for folder, file in ((tmp_path, "LATEST/policy.pt"), (tmp_path / "step-8", "policy.pt")):
-        with pytest.raises(UserError, match=rf"is no Hugging Face folder, it has no config.json \(did you mean {folder}/{file}\?\)"):
+        with pytest.raises(UserError, match=rf"is not a Hugging Face folder: it has no config.json \(did you mean {folder}/{file}\?\)"):
             model_of(f"model.archive={folder}")
 
 

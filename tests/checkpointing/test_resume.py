@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped or extended, and go on: as if they had not been, or not at all."""
+"""Runs that are stopped, damaged or extended, and then resumed: they give the same results as uninterrupted runs, or are refused."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from trainers import BasicTrainer
 
 
 @pytest.mark.parametrize("where,signum", [("train", signal.SIGTERM), ("eval", signal.SIGUSR1), ("sample", signal.SIGINT)])
-def test_a_signal_saves_the_step_under_way(where, signum, tmp_path, monkeypatch):
+def test_a_signal_saves_the_current_step(where, signum, tmp_path, monkeypatch):
     options = [*PREFERENCE, "n_examples=48", "eval_every=24", "eval_batch_size=4", "n_eval_examples=8"]
     options += ["sample_during_eval=true", "n_eval_model_samples=8"]
     straight = run(*options, f"local_run_dir={tmp_path}/straight")
@@ -43,8 +43,8 @@ def test_a_signal_saves_the_step_under_way(where, signum, tmp_path, monkeypatch)
     assert_same_run(run(*options, f"resume={tmp_path}/run"), straight)
 
 
-def test_another_number_of_ranks_and_another_trainer(ranks, tmp_path):
-    """Two ranks, then one, then four, then tensor parallelism, then the trainer of one device: the metrics of a run by one process."""
+def test_resume_with_another_number_of_ranks_and_another_trainer(ranks, tmp_path):
+    """Two ranks, one, four, tensor parallelism, BasicTrainer, one after another: the metrics are those of a run by one process."""
     options = [*PREFERENCE, "n_epochs=null", "eval_every=40", "n_eval_examples=7"]
     straight = run(*options, "n_examples=120", f"local_run_dir={tmp_path}/straight")
     first = ranks(2).run(*options, *SHARDED, "n_examples=24", f"local_run_dir={tmp_path}/run")
@@ -64,8 +64,8 @@ def test_another_number_of_ranks_and_another_trainer(ranks, tmp_path):
                 assert log[name] == pytest.approx(value, rel=1e-4, abs=1e-5), (log["counters/examples"], name)
 
 
-def test_every_example_is_seen_as_often_as_there_are_epochs(tmp_path, monkeypatch):
-    """Over a run that stops amid its second epoch and goes on: the same ids in the same order as in one go."""
+def test_every_example_is_seen_once_per_epoch(tmp_path, monkeypatch):
+    """A run that stops in its second epoch and is resumed sees the same ids in the same order as an uninterrupted one."""
     seen = []
     step = BasicTrainer.train_step
 
@@ -83,7 +83,7 @@ def test_every_example_is_seen_as_often_as_there_are_epochs(tmp_path, monkeypatc
     assert {ids.count(example) for example in ids} == {3} and len(set(ids)) == 96
 
 
-def test_the_stream_goes_on_anywhere():
+def test_the_batch_stream_resumes_after_any_batch():
     class Split:
         def __len__(self):
             return 10
@@ -100,7 +100,7 @@ def test_the_stream_goes_on_anywhere():
             assert list(stream.after(n)) == list(stream)[n:]
 
 
-def test_a_finished_run_can_be_extended_and_is_otherwise_left_as_it_is(tmp_path):
+def test_a_finished_run_can_be_extended_and_is_otherwise_unchanged(tmp_path):
     run_dir = run(*DATA, "n_epochs=1", f"local_run_dir={tmp_path}/run")
     before = {path: path.stat().st_mtime_ns for path in (run_dir / "LATEST").rglob("*") if path.is_file()}
     run(*DATA, "n_epochs=1", f"resume={run_dir}")
@@ -112,8 +112,8 @@ def test_a_finished_run_can_be_extended_and_is_otherwise_left_as_it_is(tmp_path)
     assert all(torch.equal(tensor, weights_of(straight)[name]) for name, tensor in weights_of(run_dir).items())
 
 
-def test_a_run_that_was_stopped_before_its_end_gets_its_export(tmp_path, monkeypatch):
-    """A signal during the last eval: the checkpoint of the last step has no hf/ yet."""
+def test_a_run_that_was_stopped_in_its_last_eval_gets_its_export(tmp_path, monkeypatch):
+    """At that time the checkpoint of the last step has no hf/ yet."""
     score = BasicTrainer.score
 
     def interrupted(self, examples, sums, split):
@@ -134,8 +134,8 @@ TIED = ["model.from_config.model_type=gpt2", "model.block_name=GPT2Block", "n_ev
 
 
 @pytest.mark.parametrize("model", [DATA, TIED], ids=["", "tied weights"])
-def test_optimizers_and_learning_rates_go_on(model, tmp_path):
-    """AdamW has more state than RMSprop; amid warm-up the schedule goes on too."""
+def test_optimizer_state_and_learning_rate_are_resumed(model, tmp_path):
+    """With AdamW, which has more state than RMSprop, and during warm-up."""
     options = [*model, "optimizer=AdamW", "warmup_steps=8", "save_every=8", "n_epochs=null"]
     straight = run(*options, "n_examples=64", f"local_run_dir={tmp_path}/straight")
     run_dir = run(*options, "n_examples=32", f"local_run_dir={tmp_path}/run")
@@ -154,7 +154,7 @@ def made_once(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run_dir(made_once, tmp_path) -> Path:
-    """A copy of a run with four checkpoints."""
+    """A copy of a run's folder with four checkpoints."""
     return copied(made_once, tmp_path / "run")
 
 
@@ -175,21 +175,21 @@ def damage_bytes(folder: Path) -> None:
     ],
     ids=["bytes", "empty", "missing", "manifest"],
 )
-def test_a_damaged_checkpoint_is_passed_over(damage, capsys, run_dir):
+def test_a_damaged_checkpoint_is_skipped(damage, capsys, run_dir):
     straight = losses_of(run_dir), weights_of(run_dir)
     damage(run_dir / "step-32")
     (run_dir / "step-999999").mkdir()
     run(*SHORT, f"resume={run_dir}")
     printed = capsys.readouterr().out
     assert f"warning: {run_dir}/step-32 is damaged" in printed and f"resumed from {run_dir}/step-24" in printed
-    assert "step-999999 is not a whole checkpoint" in printed and (run_dir / "step-32.old").is_dir()
+    assert "step-999999 is not a complete checkpoint" in printed and (run_dir / "step-32.old").is_dir()
     assert losses_of(run_dir) == straight[0]
     assert all(torch.equal(tensor, straight[1][name]) for name, tensor in weights_of(run_dir).items())
 
 
-def test_another_config_is_refused_by_its_keys(run_dir):
+def test_another_config_is_refused_and_its_keys_are_named(run_dir):
     before = sorted(path for path in run_dir.rglob("*"))
-    with pytest.raises(UserError, match=r"is a run of another config: seed=3 \(was 0\), loss.beta=0.5 \(was 0.1\)\nnothing was changed"):
+    with pytest.raises(UserError, match=r"is a run with another config: seed=3 \(was 0\), loss.beta=0.5 \(was 0.1\)\nnothing was changed"):
         run(*SHORT, "seed=3", "loss.beta=0.5", "lr=1e-5", f"resume={run_dir}")
     with pytest.raises(UserError, match=r"another config: loss.name=sft \(was tdpo\), loss.if_tdpo2=None \(was True\), "):
         run(*DATA, "n_epochs=null", "n_examples=32", f"resume={run_dir}")
@@ -198,7 +198,7 @@ def test_another_config_is_refused_by_its_keys(run_dir):
 
 def test_a_learning_rate_may_change(capsys, run_dir):
     run(*SHORT, "lr=1e-3", "n_examples=40", f"resume={run_dir}")
-    assert "warning: lr=0.001, until now 0.0005" in capsys.readouterr().out
+    assert "warning: lr changed from 0.0005 to 0.001" in capsys.readouterr().out
     assert logs_of(run_dir, "train")[-1]["lr"] == 1e-3
 
 
@@ -229,8 +229,8 @@ def _write(path: Path, rows: list[dict]) -> None:
 
 
 @pytest.mark.parametrize("n", [1, 2])
-def test_the_reference_is_the_one_it_started_with(n, ranks, tmp_path):
-    """`model.archive` named LATEST, which since moved on; then the file itself is another."""
+def test_a_resumed_run_keeps_its_first_reference(n, ranks, tmp_path):
+    """LATEST in model.archive points elsewhere by now: the recorded file is used. Other weights, or a lost file, are refused."""
     archives = tmp_path / "sft"
     for step in ("step-1", "step-2"):
         (archives / step).mkdir(parents=True)
@@ -255,28 +255,28 @@ def test_the_reference_is_the_one_it_started_with(n, ranks, tmp_path):
         make(*options, "n_examples=40", f"resume={run_dir}")
 
 
-def test_auto_starts_where_there_is_nothing_and_must_does_not(tmp_path, capsys):
+def test_resume_auto_may_start_a_new_run_and_must_may_not(tmp_path, capsys):
     here = f"local_run_dir={tmp_path}/run"
     with pytest.raises(UserError, match="resume=must: .*/run does not exist"):
         run(*SHORT, "resume=must", here)
     assert not (tmp_path / "run").exists()
     first = losses_of(run(*SHORT, "resume=auto", here, "n_examples=16"))
     for folder in (tmp_path / "run").glob("step-*"):
-        (folder / "manifest.json").unlink()  # it died before its first checkpoint was whole
-    assert "starts anew" not in capsys.readouterr().out
+        (folder / "manifest.json").unlink()  # as if the run was killed before its first checkpoint was complete
+    assert "starts from scratch" not in capsys.readouterr().out
     assert losses_of(run(*SHORT, "resume=auto", here, "n_examples=16")) == first
-    assert "warning: no sound checkpoint in" in capsys.readouterr().out
+    assert "warning: no undamaged checkpoint in" in capsys.readouterr().out
     assert len((tmp_path / "run" / "metrics.jsonl.old").read_text().splitlines()) == len(first)
     run(*SHORT, "resume=must", here, "n_examples=24")
     with pytest.raises(UserError, match="already holds a run; choose another folder, or resume="):
         run(*SHORT, here)
 
 
-def test_a_folder_that_another_run_trains_into_is_left_alone(monkeypatch, run_dir):
+def test_a_folder_in_use_by_another_run_is_refused(monkeypatch, run_dir):
     before = losses_of(run_dir)
     monkeypatch.setattr(resume, "LOCK_PATIENCE", 0.2)
     lock = resume.FolderLock(str(run_dir))
-    with pytest.raises(UserError, match="another run trains into"):
+    with pytest.raises(UserError, match="another run writes into"):
         run(*SHORT, "n_examples=40", f"resume={run_dir}")
     lock.release()
     assert losses_of(run_dir) == before
@@ -284,12 +284,12 @@ def test_a_folder_that_another_run_trains_into_is_left_alone(monkeypatch, run_di
     assert len(logs_of(run_dir, "train")) == 5
 
 
-def test_the_newest_checkpoints_stay(tmp_path):
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
     run_dir = run(*SHORT, "keep_checkpoints=2", f"local_run_dir={tmp_path}/run")
     assert sorted(path.name for path in run_dir.glob("step-*")) == ["step-24", "step-32"]
 
 
-def test_what_a_dying_run_left_is_cleared(run_dir):
+def test_unfinished_files_of_a_killed_run_are_removed(run_dir):
     straight = losses_of(run_dir)
     (run_dir / "step-40.tmp" / "state").mkdir(parents=True)
     with open(run_dir / "metrics.jsonl", "a") as file:
@@ -298,7 +298,7 @@ def test_what_a_dying_run_left_is_cleared(run_dir):
     assert losses_of(run_dir) == straight and not (run_dir / "step-40.tmp").exists()
 
 
-def test_wandb_goes_on_with_the_same_run(tmp_path, monkeypatch):
+def test_wandb_continues_the_same_run(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     seen = []
     init = wandb.init

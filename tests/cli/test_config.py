@@ -1,8 +1,7 @@
-"""The command line: what composes, what is refused, and how it says so."""
+"""The command line: which configs compose, which are refused, and with which message."""
 
 import os
 import re
-import shlex
 
 import pytest
 import torch
@@ -18,30 +17,11 @@ from tdpo.utils import UserError
 MODELS = sorted(file.stem for file in (ROOT / "config" / "model").glob("*.yaml"))
 
 
-def commands_of(document: str, program: str) -> list[list[str]]:
-    """The arguments of every `python ... <program>` command that a document shows."""
-    text = (ROOT / document).read_text().replace("\\\n", " ")
-    lines = [line.strip() for line in text.splitlines() if re.match(rf"\s*(\$ )?python (-u )?{program}", line.strip())]
-    return [shlex.split(line.split(program, 1)[1], comments=True) for line in lines]
-
-
-@pytest.mark.parametrize("arguments", commands_of("README.md", "train.py"), ids=" ".join)
-def test_every_command_of_the_readme_composes(arguments):
-    if "--multirun" in arguments:  # its first job
-        arguments = [argument.split(",")[0] for argument in arguments if argument != "--multirun"]
-    config = compose(*arguments)
-    check_config(config, arguments)
-
-
 TOOLS = {"sample": config_schema.Sample, "eval": config_schema.Evaluation, "token_report": config_schema.TokenReport}
 
 
 @pytest.mark.parametrize("tool", TOOLS)
-def test_tools_commands_and_keys(tool):
-    commands = commands_of("README.md", f"{tool}.py")
-    assert commands
-    for arguments in commands:
-        check_tool_config(compose(*arguments, name=tool), TOOLS[tool])
+def test_keys_of_the_other_commands(tool):
     config = OmegaConf.to_container(compose("run=x", name=tool))
     assert set(TOOLS[tool].model_fields) - {"datasets"} == set(config)
     with pytest.raises(UserError, match=r"missing: run=\.\.\."):
@@ -63,7 +43,7 @@ PUBLISHED = (
     ],
 )
 def test_published_commands(arguments, variant):
-    """Vance0124's README."""
+    """The commands of the published README (Vance0124) compose, and select the right loss."""
     overrides = (PUBLISHED + arguments).split()
     config = compose(*overrides)
     check_config(config, overrides)
@@ -72,7 +52,7 @@ def test_published_commands(arguments, variant):
 
 
 def test_published_defaults():
-    """Every key of the published config keeps its default; those that UPSTREAM's defects changed are named here."""
+    """Every key of the published config keeps its default, except those with a comment below."""
     config = compose("exp_name=x", "model=blank_model", "model.name_or_path=x", "datasets=[hh]")
     published = {
         "seed": 0, "batch_size": 4, "eval_batch_size": 16, "debug": False, "fsdp_port": None, "sample_during_eval": True,
@@ -85,7 +65,7 @@ def test_published_defaults():
     assert list(config.local_dirs) == ["/scr-ssd", "/scr", ".cache"]
     assert dict(config.wandb) == {"enabled": True, "entity": None, "project": "token-level-direct-preference-optimization"}
     assert config.loss.name == "sft" and list(config.datasets) == ["hh"]
-    assert config.local_run_dir is None  # published: a resolver that makes the folder
+    assert config.local_run_dir is None  # published: a resolver that creates the folder
     assert config.model.reference_dtype is None  # published: float16, which differs from the policy at the first step
     tdpo = compose("exp_name=x", "loss=tdpo").loss
     assert dict(tdpo) == {"name": "tdpo", "if_tdpo2": True, "alpha": 0.5, "beta": 0.1, "reference_free": False}
@@ -93,7 +73,7 @@ def test_published_defaults():
 
 @pytest.mark.parametrize("model", MODELS)
 def test_models(model):
-    """Every model file is complete, with its block's class; published names keep their weights."""
+    """Every model file is complete and names the class of its block; published names keep their weights."""
     overrides = ["exp_name=x", f"model={model}"] + (["model.name_or_path=x"] if model == "blank_model" else [])
     config = compose(*overrides)
     check_config(config)
@@ -143,10 +123,10 @@ REFUSED = {
     "exp_name=x lr=0": "lr=0: must be greater than 0",
     "exp_name=x batch_size=2.5": "batch_size=2.5: must be a valid integer",
     "exp_name=x debug=2": "debug=2: must be a valid boolean",
-    "exp_name=../x": "exp_name='../x': letters, digits",
-    "exp_name=..": "exp_name='..': '..' is no part of a name",
+    "exp_name=../x": "exp_name='../x': must have only letters, digits",
+    "exp_name=..": "exp_name='..': must not contain '..'",
     "exp_name=x trainer=Trainer": "trainer=Trainer: must be 'BasicTrainer', 'FSDPTrainer' or 'TensorParallelTrainer'",
-    "exp_name=x nproc_per_node=2": "nproc_per_node=2: trainer=BasicTrainer is one process; several are trainer=FSDPTrainer",
+    "exp_name=x nproc_per_node=2": "nproc_per_node=2: trainer=BasicTrainer runs in one process; use trainer=FSDPTrainer",
     "exp_name=x parallel.replicas=2": "parallel.replicas=2 needs trainer=FSDPTrainer",
     "exp_name=x resume=auto": "resume=auto needs local_run_dir",
     "exp_name=x resume=must": "resume=must needs local_run_dir",
@@ -154,9 +134,9 @@ REFUSED = {
     "exp_name=x resume=runs/x/step-64": "runs/x/step-64 does not exist (did you mean resume=runs/x?)",
     "exp_name=x trainer=FSDPTrainer model.block_name=GPT2Block": "model.block_name=GPT2Block: GPTNeoXForCausalLM has no such module; "
     "its layers are GPTNeoXLayer",
-    "exp_name=x trainer=FSDPTrainer parallel.replicas=2": "parallel.replicas=2 does not divide 1 processes",
-    "exp_name=x optimizer=rmsprop": "optimizer=rmsprop: not in torch.optim (did you mean RMSprop?)",
-    "exp_name=x optimizer=LBFGS": "optimizer=LBFGS: not in torch.optim",
+    "exp_name=x trainer=FSDPTrainer parallel.replicas=2": "parallel.replicas=2 does not divide the number of processes, 1; use 1",
+    "exp_name=x optimizer=rmsprop": "optimizer=rmsprop: not a supported optimizer of torch.optim (did you mean RMSprop?)",
+    "exp_name=x optimizer=LBFGS": "optimizer=LBFGS: not a supported optimizer of torch.optim",
     "exp_name=x model.policy_dtype=fp16": "model.policy_dtype=fp16: must be 'float32', 'bfloat16', 'float16' or 'float64'",
     "exp_name=x loss=dpo loss.beta=-1": "loss.beta=-1: must be greater than 0",
     "exp_name=x loss=dpo loss.label_smoothing=0.5": "loss.label_smoothing=0.5: must be less than 0.5",
@@ -166,27 +146,27 @@ REFUSED = {
     "exp_name=x datasets=[]": "missing: datasets=...",
     "exp_name=x lr=inf": "lr=inf: must be a finite number",
     "exp_name=x seed=4294967296": "seed=4294967296: must be less than 4294967296",
-    "exp_name=x optimizer=Muon": "optimizer=Muon: not in torch.optim",
+    "exp_name=x optimizer=Muon": "optimizer=Muon: not a supported optimizer of torch.optim",
     "exp_name=x model.name_or_path=gpt2": "model.name_or_path=gpt2 and model.from_config exclude each other",
     "exp_name=x model.from_config.num_attention_heads=3": "model from_config cannot be loaded: ",
     "exp_name=x model.from_config.model_type=t5": "causal language model",
-    "exp_name=x loss=tdpo model.archive={root}/tests": "tests is no Hugging Face folder, it has no config.json",
+    "exp_name=x loss=tdpo model.archive={root}/tests": "tests is not a Hugging Face folder: it has no config.json",
     "exp_name=x datasets.reviews.invalid_rows=maybe": "datasets.reviews.invalid_rows=maybe: must be 'error', 'skip' or 'keep'",
     "exp_name=x datasets.reviews.n_train=9999": "datasets.reviews.n_train=9999: must be less than or equal to 2856",
     "exp_name=x datasets=[jsonl]": "missing: datasets.jsonl.path=...",
-    "exp_name=x datasets=[jsonl] datasets.jsonl.path=/nowhere.jsonl": "data path /nowhere.jsonl does not exist",
-    "exp_name=x datasets=[hh] datasets.hh.path={root}/tests": "tests holds no split 'train'",
-    "exp_name=x batch_size=10 gradient_accumulation_steps=4": "batch_size=10 does not divide by gradient_accumulation_steps=4",
+    "exp_name=x datasets=[jsonl] datasets.jsonl.path=/nowhere.jsonl": "data path '/nowhere.jsonl' does not exist",
+    "exp_name=x datasets=[hh] datasets.hh.path={root}/tests": "tests' has no split 'train'",
+    "exp_name=x batch_size=10 gradient_accumulation_steps=4": "batch_size=10 is not divisible by gradient_accumulation_steps=4",
     "exp_name=x max_prompt_length=64": "max_prompt_length=64 leaves no room for a response: it must be below max_length=64",
     "exp_name=x max_length=129": "max_length=129 exceeds the model's 128 positions",
     "exp_name=x eval_every=2": "eval_every=2 is less than batch_size=4",
     "exp_name=x n_epochs=null": "n_epochs and n_examples are both null",
     "exp_name=x batch_size=4096": "2,816 train examples, fewer than batch_size=4096",
     "exp_name=x model=blank_model": "missing: model.name_or_path=...",
-    "exp_name=x model=blank_model model.name_or_path=/no/model": "model or tokenizer /no/model does not exist",
-    "exp_name=x model=pythia160m": "tokenizer EleutherAI/pythia-160m cannot be loaded",
+    "exp_name=x model=blank_model model.name_or_path=/no/model": "model or tokenizer '/no/model' does not exist",
+    "exp_name=x model=pythia160m": "tokenizer 'EleutherAI/pythia-160m' cannot be loaded",
     "exp_name=x loss=tdpo model.archive=/no/policy.pt": "model.archive=/no/policy.pt does not exist",
-    "exp_name=x loss=tdpo model.archive={root}/README.md": "README.md is no policy.pt",
+    "exp_name=x loss=tdpo model.archive={root}/README.md": "README.md is not a policy.pt",
     "exp_name=x loss=tdpo model.archive={mini}/sft_policy.pt": "other shape: gpt_neox.embed_in.weight (300, 32) (model: (138, 128))",
 }
 
@@ -202,7 +182,7 @@ def test_refused_in_a_line_with_exit_code_2(arguments, command, tmp_path, monkey
     assert not torch.distributed.is_initialized()
 
 
-def test_everything_wrong_is_said_at_once(command):
+def test_all_problems_are_reported_at_once(command):
     code, _, err = command("exp_name=x", "lr=abc", "batch_size=-1", "optimizer=foo", "loss=dpo", "loss.beta=0", "model.policy_dtype=x")
     assert code == 2 and len(err.splitlines()) == 5
     for key in ("lr=abc", "batch_size=-1", "optimizer=foo", "loss.beta=0", "model.policy_dtype=x"):
@@ -215,8 +195,8 @@ def test_cfg_job_prints_and_writes_nothing(command, tmp_path, monkeypatch):
     assert code == 0 and "exp_name: x" in out and os.listdir(tmp_path) == []
 
 
-def test_values_get_their_types_and_references_their_values():
-    """What was checked is what runs, and what config.yaml of a run holds."""
+def test_values_get_their_types_and_references_are_resolved():
+    """The run and its config.yaml use the values that were checked."""
     overrides = [
         "exp_name=2024",
         "batch_size=4.0",
@@ -234,12 +214,12 @@ def test_values_get_their_types_and_references_their_values():
     assert OmegaConf.to_container(config, resolve=False)["wandb"]["project"] == "p-2024"
 
 
-def test_what_is_adjusted_or_ignored_is_said():
+def test_adjusted_and_ignored_values_are_reported():
     overrides = ["exp_name=x", "loss=tdpo", "loss.if_tdpo2=false", "loss.alpha=0.3", "batch_size=64", "save_every=100"]
     config = compose(*overrides)
     notes = "\n".join(check_config(config, overrides).notes)
     assert (
         config.eval_every == 19_968 and "eval_every=20000 rounded down to 19968" in notes
-    )  # 20,000 with batch 64, as the README's command
+    )  # 20,000 is the default, and 64 the batch_size of the published commands
     assert config.save_every == 64 and "TDPO1 has no alpha" in notes and "without model.archive" in notes
     assert check_config(compose("exp_name=x")).notes == []

@@ -1,4 +1,4 @@
-"""Tokens, truncation, order of the examples, batches."""
+"""Truncation, batch elements, the order of the examples, global batches and microbatches."""
 
 import random
 import threading
@@ -26,7 +26,7 @@ from tdpo.utils import UserError
         (8, (3, 2), "keep_start", (range(4), 3, 2)),
         (3, (9, 2), "keep_end", (range(3), 6, 2)),  # a short prompt stays; responses are cut to 10 - 4
         (9, (9, 7), "keep_start", (range(4), 6, 6)),
-        (2, (1, 9), "keep_end", (range(2), 1, 6)),  # by the longer response, though 2 + 8 would fit
+        (2, (1, 9), "keep_end", (range(2), 1, 6)),  # the rule goes by the longest response; all are cut to 10 - 4
     ],
 )
 def test_truncation(prompt, responses, mode, expected):
@@ -48,7 +48,7 @@ def test_tokenize_batch_element(mini_tokenizer):
     assert (element["chosen"], element["rejected_response_only"]) == ("wind help boat", " a lake")
     with pytest.raises(ValueError, match="end-of-sequence"):
         tokenize_batch_element("a", " b<|endoftext|>", " c", "keep_end", mini_tokenizer, 64, 32)
-    with pytest.raises(ValueError, match="truncation mode"):
+    with pytest.raises(ValueError, match="truncation_mode='keep_middle'"):
         tokenize_batch_element("a", " b", " c", "keep_middle", mini_tokenizer, 64, 32)
 
 
@@ -82,8 +82,8 @@ def test_beginning_of_sequence_is_added_once(chat_tokenizer):
     assert split.prompts[0]["prompt_ids"].count(130) == 1
 
 
-def test_training_passes_the_models_add_bos(mini_tokenizer):
-    """Through train.py's loading, also where the prompt is cut at its start."""
+def test_training_uses_the_models_add_bos(mini_tokenizer):
+    """Also for prompts that are cut at their start; loaded as train.py does."""
     options = [f"model.name_or_path={MINI}/model", "datasets=[hh]", f"datasets.hh.path={MINI}/data", "max_length=24", "max_prompt_length=6"]
     for add_bos in (True, False):
         config = compose("exp_name=x", "model=blank_model", *options, f"model.add_bos={add_bos}")
@@ -96,7 +96,7 @@ def test_training_passes_the_models_add_bos(mini_tokenizer):
 # --- batches ---
 
 
-def test_every_example_once_an_epoch_in_another_order(mini_tokenizer):
+def test_each_epoch_has_every_example_once_in_a_new_order(mini_tokenizer):
     split = make_split(mini_tokenizer, n_prompts=12, pairs=2)
     batches = list(BatchStream(split, batch_size=8, seed=1, n_epochs=2))
     assert [len(batch) for batch in batches] == [8] * 6 and len(BatchStream(split, 8, 1, n_epochs=2)) == 6
@@ -123,27 +123,27 @@ def test_the_order_is_a_function_of_the_seed(mini_tokenizer):
         ({"n_examples": 11, "drop_last": False}, [4, 4, 2, 4]),
     ],
 )
-def test_sizes_of_batches(options, sizes, mini_tokenizer):
+def test_batch_sizes(options, sizes, mini_tokenizer):
     stream = BatchStream(make_split(mini_tokenizer), batch_size=4, seed=0, **options)
     assert [len(batch) for batch in stream] == sizes and len(stream) == len(sizes)
     assert stream.dropped == (0 if options.get("drop_last") is False else 2)
     assert BatchStream(make_split(mini_tokenizer), batch_size=4, seed=0, n_examples=4).dropped == 0  # no epoch ends
 
 
-def test_a_split_smaller_than_a_batch_is_refused_at_once(mini_tokenizer):
+def test_a_split_smaller_than_a_batch_is_an_error(mini_tokenizer):
     with pytest.raises(UserError, match="fewer than batch_size=16"):
         BatchStream(make_split(mini_tokenizer), 16, seed=0, n_examples=100)
     with pytest.raises(UserError, match="both null"):
         BatchStream(make_split(mini_tokenizer), 4, seed=0)
 
 
-def test_sft_has_one_example_a_prompt(mini_tokenizer):
+def test_sft_has_one_example_per_prompt(mini_tokenizer):
     split = make_split(mini_tokenizer, pairs=3, sft_mode=True)
     element = split.element(next(split.epochs(0))[0])
     assert len(split) == 10 and not any("rejected" in key for key in element)
 
 
-def test_counts_are_described(mini_tokenizer):
+def test_describe_counts_examples_and_truncations(mini_tokenizer):
     data = contract(2)
     data["wind " * 60] = {"responses": [" b " * 60, " c"], "pairs": [(0, 1)], "sft_target": " c"}
     split = tokenized({"jsonl": (data, default_options("jsonl"))}, mini_tokenizer)
@@ -153,7 +153,7 @@ def test_counts_are_described(mini_tokenizer):
 
 
 def test_unknown_words_are_counted():
-    """Hundreds of them: the tokenizer is that of another task."""
+    """Hundreds of unknown words mean that the tokenizer belongs to another task."""
     tokenizer = embedded_tokenizer()
     data = {"this drama": {"responses": [" was splendiferous", " was good"], "pairs": [(0, 1)], "sft_target": " was good"}}
     split = tokenized({"jsonl": (data, default_options("jsonl"))}, tokenizer)
@@ -161,7 +161,7 @@ def test_unknown_words_are_counted():
 
 
 def test_the_order_is_the_published_one(mini_tokenizer):
-    """NumPy's legacy draws below 2**31 seed one shuffle an epoch, each of the order before."""
+    """A draw of NumPy's legacy generator below 2**31 seeds each epoch's shuffle of the order before."""
     split = make_split(mini_tokenizer, n_prompts=20)
     seeds = np.random.RandomState(3).randint(0, 2**31, size=1_000_000)
     expected = list(range(20))
@@ -174,21 +174,21 @@ def test_the_order_is_the_published_one(mini_tokenizer):
 
 
 def lengths(n: int) -> list[int]:
-    """Long-tailed, as dialogues are."""
+    """Return n example lengths with a long tail, as dialogues have."""
     return np.random.RandomState(n).geometric(0.01, n).clip(4, 600).tolist()
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 8])
 @pytest.mark.parametrize("parts", [1, 2, 4])
 @pytest.mark.parametrize("n", [64, 61])
-def test_parts_of_about_equal_tokens(n, parts, ranks):
-    """Every example once; as many microbatches on each rank; no cut of the sorted examples has a smaller largest part."""
+def test_microbatches_of_about_equal_cost(n, parts, ranks):
+    """Every example once, equally many microbatches per rank, and the largest cost is the least that cutting the sorted examples allows."""
     sizes = lengths(n)
     rounds = cut_into_microbatches(sizes, ranks, parts)
     assert len(rounds) == parts and all(len(some) == ranks for some in rounds)
     assert sorted(i for some in rounds for part in some for i in part) == list(range(n))
     descending = sorted(sizes, reverse=True)
-    least = [0.0] + [float("inf")] * n  # of the first i of them, cut into any number of parts up to the round's
+    least = [0.0] + [float("inf")] * n  # least[i]: the largest cost when the first i examples are cut into the parts so far
     for _ in range(parts * ranks):
         least = [0.0] + [min(max(least[j], (i - j) * descending[j]) for j in range(i)) for i in range(1, n + 1)]
     assert max(len(part) * max(sizes[i] for i in part) for some in rounds for part in some) == least[n]
@@ -196,9 +196,9 @@ def test_parts_of_about_equal_tokens(n, parts, ranks):
 
 @pytest.mark.parametrize("ranks", [1, 2, 8])
 @pytest.mark.parametrize("tokens", [1, 300, 2000, 10**6])
-def test_parts_of_at_most_so_many_tokens(tokens, ranks):
+def test_microbatches_within_a_token_budget(tokens, ranks):
     sizes = lengths(64)
-    rounds = cut_into_microbatches(sizes, ranks, microbatches=3, budget=tokens)  # microbatches play no role
+    rounds = cut_into_microbatches(sizes, ranks, microbatches=3, budget=tokens)  # microbatches is ignored
     assert all(len(some) == ranks for some in rounds)
     assert sorted(i for some in rounds for part in some for i in part) == list(range(64))
     for part in (part for some in rounds for part in some):
@@ -209,8 +209,8 @@ def test_parts_of_at_most_so_many_tokens(tokens, ranks):
         assert len(rounds) == 64 // ranks
 
 
-def test_fewer_examples_than_parts():
-    """A rank without an example takes part; a round without any is left out."""
+def test_fewer_examples_than_microbatches():
+    """A rank without an example gets an empty microbatch; a round without any example is omitted."""
     assert cut_into_microbatches([5, 9, 7], ranks=2, microbatches=4) == [[[1], [2]], [[0], []]]
     assert cut_into_microbatches([5], ranks=2, microbatches=1) == [[[0], []]]
 
@@ -221,7 +221,7 @@ def test_the_next_item_is_prepared_while_this_one_is_used():
     def prepare(item):
         started.append(item)
         if item == 2:
-            assert used.wait(10)  # the caller has item 1 meanwhile
+            assert used.wait(10)  # the caller uses item 1 meanwhile
         return item * 10
 
     results = []
@@ -230,5 +230,5 @@ def test_the_next_item_is_prepared_while_this_one_is_used():
         used.set()
     assert results == [(1, 10), (2, 20), (3, 30)] and started == [1, 2, 3]
     assert list(prefetched(prepare, [])) == []
-    with pytest.raises(ZeroDivisionError):  # where it would be used
+    with pytest.raises(ZeroDivisionError):  # raised when the item is used
         list(prefetched(lambda item: 1 / item, [1, 0]))

@@ -1,4 +1,4 @@
-"""What other losses want of the data: scores, labels, SFT targets, segments of conversations."""
+"""What losses need besides pairs: ratings, labels, SFT targets, segments of conversations; and which options exclude each other."""
 
 import gzip
 import json
@@ -32,10 +32,10 @@ def completion(prompt, text, **more):
     return {"prompt": prompt, "completion": text, **more}
 
 
-# --- scores ---
+# --- ratings ---
 
 
-def test_scores_of_pairs_reach_the_loss_in_the_order_of_roles(tmp_path, mini_tokenizer):
+def test_ratings_of_pairs_are_annotations_in_the_order_of_roles(tmp_path, mini_tokenizer):
     rows = [pair("one", " a", " b", chosen_score=3, rejected_score=1.5), pair("one", " c", " d", chosen_score=-1, rejected_score=-2)]
     split = split_of(tmp_path, rows, RATED, mini_tokenizer)
     assert [split.example(Example(0, i)).annotations for i in (0, 1)] == [[3.0, 1.5], [-1.0, -2.0]]
@@ -47,7 +47,7 @@ def test_scores_of_pairs_reach_the_loss_in_the_order_of_roles(tmp_path, mini_tok
 @pytest.mark.parametrize(
     "scores", [{}, {"chosen_score": 1}, {"chosen_score": 1, "rejected_score": 1}, {"chosen_score": 1, "rejected_score": 2}]
 )
-def test_a_pair_without_scores_in_order_is_a_defect_where_they_are_needed(scores, tmp_path, mini_tokenizer):
+def test_pairs_without_ordered_ratings_are_defects_if_ratings_are_needed(scores, tmp_path, mini_tokenizer):
     rows = [pair("one", chosen_score=2, rejected_score=1), pair("two", **scores)]
     what = "must be numbers, the first one greater" if scores else "which this loss needs"
     with pytest.raises(UserError, match=f"chosen_score and rejected_score,? {what}: .*rows.jsonl row 2"):
@@ -56,17 +56,17 @@ def test_a_pair_without_scores_in_order_is_a_defect_where_they_are_needed(scores
     assert len(split_of(tmp_path, rows, PAIRS, mini_tokenizer)) == 2
 
 
-def test_votes_are_scores_and_ties_are_left_out(tmp_path, mini_tokenizer, capsys):
+def test_votes_are_ratings_and_ties_are_dropped(tmp_path, mini_tokenizer, capsys):
     answers = [{"text": f"<p>{word}</p>", "pm_score": score} for word, score in (("a", 2), ("b", 5), ("c", 2))]
     write_lines(tmp_path / "train.jsonl", [{"question": "<p>why</p>", "answers": answers}])
     options = {"se": {**default_options("se"), "path": str(tmp_path)}}
     split = load_split(options, "train", mini_tokenizer, 64, 16, RATED)
-    assert "1 pair of equal scores left out" in capsys.readouterr().out
+    assert "1 pair with equal scores dropped" in capsys.readouterr().out
     assert [split.example(Example(0, i)).annotations for i in range(len(split))] == [[5.0, 2.0], [5.0, 2.0]]
     assert len(load_split(options, "train", mini_tokenizer, 64, 16, PAIRS, silent=True)) == 3  # as published
 
 
-def test_gold_rewards_are_scores_and_a_dataset_without_is_refused(mini_tokenizer):
+def test_gold_rewards_are_ratings_and_a_dataset_without_ratings_is_an_error(mini_tokenizer):
     reviews = {**default_options("reviews"), "n_train": 4}
     split = load_split({"reviews": reviews}, "train", mini_tokenizer, 64, 16, RATED, silent=True)
     chosen, rejected = split.example(Example(0, 0)).annotations
@@ -79,7 +79,7 @@ def test_scored_completions_become_pairs_by_score(tmp_path, mini_tokenizer):
     rows = [completion("p", f" {word}", score=score) for word, score in (("a", 0.1), ("b", 0.9), ("c", 0.5), ("b", 0.2))]
     rows.append(completion("q", " lone", score=1))
     data = load("jsonl", path=write_lines(tmp_path / "a.jsonl", rows), eval_path="x", rows="scored", min_margin=0.2)
-    better = {(1, 0): 0.8, (1, 2): 0.4, (2, 0): 0.4, (2, 3): 0.3}  # not (1, 3), equal texts; not (3, 0), whose margin is 0.1
+    better = {(1, 0): 0.8, (1, 2): 0.4, (2, 0): 0.4, (2, 3): 0.3}  # not (1, 3): equal texts; not (3, 0): its margin is 0.1
     assert sorted(data["p"]["pairs"]) == sorted(better) and data["q"]["pairs"] == []
     assert data["p"]["sft_target"] == " b"
     data = load("jsonl", path=str(tmp_path / "a.jsonl"), eval_path="x", rows="scored", pairs_by="extremes")
@@ -125,7 +125,7 @@ def test_labelled_completions(tmp_path, mini_tokenizer):
     assert len(split_of(tmp_path, rows, SFT, mini_tokenizer, rows="labelled")) == 1  # q has nothing desirable
     with pytest.raises(UserError, match="'label' must be true or false: .*row 1"):
         split_of(tmp_path, [completion("p", " x", label="yes")], COMPLETIONS, mini_tokenizer, rows="labelled")
-    with pytest.raises(UserError, match="single responses with labels, which are for loss=kto; pairs are needed here"):
+    with pytest.raises(UserError, match="single responses with labels, but this loss needs pairs: use loss=kto"):
         split_of(tmp_path, rows, PAIRS, mini_tokenizer, rows="labelled")
 
 
@@ -136,16 +136,16 @@ def test_labelled_chat_rows(tmp_path, chat_tokenizer):
     assert split.element(Example(0, 0, (0, 0)))["completion"] == "<|start|>user\nhi<|end|>\n<|start|>assistant\nyes<|end|>"
 
 
-def test_a_pair_unpaired_is_two_examples(tmp_path, mini_tokenizer):
+def test_unpair_makes_two_examples_of_a_pair(tmp_path, mini_tokenizer):
     rows = [pair("p", " a", " b"), pair("p", " c", " a"), pair("q", " d", " e")]
     split = split_of(tmp_path, rows, COMPLETIONS, mini_tokenizer, unpair=True)
     found = [(split.element(example)["completion"], split.example(example).annotations) for example in next(split.epochs(0, shuffle=False))]
     assert found == [("p a", [1]), ("p b", [0]), ("p c", [1]), ("p a", [0]), ("q d", [1]), ("q e", [0])]
-    with pytest.raises(UserError, match=r"jsonl has pairs, this loss takes single responses: datasets.jsonl.unpair=true"):
+    with pytest.raises(UserError, match=r"jsonl has pairs, but this loss takes single responses: datasets.jsonl.unpair=true"):
         split_of(tmp_path, rows, COMPLETIONS, mini_tokenizer)
 
 
-def test_partners_have_another_prompt_and_come_next():
+def test_partners_are_the_next_examples_with_another_prompt():
     order = [Example(0, 0), Example(0, 1), Example(1, 0), Example(2, 0), Example(2, 1)]
     assert [example.partner for example in with_partners(order)] == [(1, 0), (1, 0), (2, 0), (0, 0), (0, 0)]
 
@@ -160,7 +160,7 @@ def test_z0_of_a_batch_needs_a_second_prompt(tmp_path):
         "datasets.jsonl.unpair=true",
     ]
     options = [*data, f"datasets.jsonl.eval_path={path}", "loss=kto", "batch_size=4", f"local_run_dir={tmp_path}/run"]
-    with pytest.raises(UserError, match="the train split has one prompt alone: loss.z0=batch needs responses to other ones"):
+    with pytest.raises(UserError, match="the train split has only one prompt, but loss.z0=batch needs several"):
         run(*options)
     assert logs_of(run(*options, "loss.z0=0"), "train")[0]["loss/train"] == pytest.approx(0.5)
 
@@ -185,7 +185,7 @@ def test_prompts_of_a_file_may_be_messages(tmp_path, chat_tokenizer):
         load_prompts({}, "train", chat_tokenizer, 64, path=write_lines(tmp_path / "bad.jsonl", [{"prompt": [{"content": "hi"}]}]))
 
 
-# --- the SFT target beside a pair ---
+# --- pairs with the SFT target ---
 
 
 def test_pairs_with_their_target(tmp_path, mini_tokenizer):
@@ -199,7 +199,7 @@ def test_pairs_with_their_target(tmp_path, mini_tokenizer):
 # --- segments ---
 
 
-def test_only_a_segments_turns_are_scored(tmp_path, chat_tokenizer):
+def test_only_the_turns_of_a_segment_are_in_the_loss(tmp_path, chat_tokenizer):
     split = split_of(tmp_path, [SEGMENTS], PAIRS, chat_tokenizer, 200, rows="segments")
     example = Example(0, 0)
     prompt, responses, masks, _ = split.example(example)
@@ -207,14 +207,14 @@ def test_only_a_segments_turns_are_scored(tmp_path, chat_tokenizer):
     assert "".join(decoded(prompt)).endswith("<|start|>user\na<|end|>\n<|start|>assistant\n")
     scored = [[t for t, m in zip(decoded(ids), mask) if m] for ids, mask in zip(responses, masks)]
     assert scored == [["b", "c", "<|end|>", "e", "<|end|>"], ["f", "<|end|>", "i", "j", "<|end|>"]]
-    assert "".join(decoded(responses[0])) == "bc<|end|>\n<|start|>user\nd<|end|>\n<|start|>assistant\ne<|end|>"  # nothing after it
+    assert "".join(decoded(responses[0])) == "bc<|end|>\n<|start|>user\nd<|end|>\n<|start|>assistant\ne<|end|>"  # nothing after this
     element = split.element(example)
     assert [x for x in element["chosen_labels"] if x != -100] == [i for i, m in zip(responses[0], masks[0]) if m]
     assert split.response_tokens().tolist() == [10]
 
 
-def test_a_segment_is_scored_as_its_turns_one_by_one(tmp_path, chat_tokenizer):
-    """Both ways of scoring, against the model's log-probability of each turn after its history."""
+def test_a_segments_score_is_the_sum_over_its_turns(tmp_path, chat_tokenizer):
+    """Plain and fast scoring, against the model's log-probability of each turn after its history."""
     split = split_of(tmp_path, [SEGMENTS], PAIRS, chat_tokenizer, 200, rows="segments")
     torch.manual_seed(0)
     config = AutoModelForCausalLM.from_pretrained(MINI / "model").config
@@ -247,14 +247,14 @@ def test_segments_of_unequal_length(tmp_path, chat_tokenizer, capsys):
     split = split_of(tmp_path, [short], PAIRS, chat_tokenizer, 200, rows="segments", segments="cut")
     decoded = chat_tokenizer.convert_ids_to_tokens
     assert ["".join(decoded(ids)) for ids in split.example(Example(0, 0)).responses] == ["bc<|end|>", "f<|end|>"]
-    with pytest.raises(UserError, match=r'need turns of the assistant marked \{"segment": true\}'):
+    with pytest.raises(UserError, match=r'need assistant turns marked \{"segment": true\}'):
         split_of(tmp_path, [{**SEGMENTS, "rejected": HISTORY}], PAIRS, chat_tokenizer, 200, rows="segments")
-    for length in (30, 40):  # no turn of the segment is left, or one of two
-        with pytest.raises(UserError, match=rf"1 example \(0\) of 1 have turns to be scored beyond max_length={length}"):
+    for length in (30, 40):  # truncation leaves no turn of the segment, or one of two
+        with pytest.raises(UserError, match=rf"1 example \(0\) of 1 have segment turns beyond max_length={length}"):
             split_of(tmp_path, [SEGMENTS], PAIRS, chat_tokenizer, length, rows="segments")
 
 
-def test_a_loss_of_segments_wants_them_and_sft_heeds_them(tmp_path, chat_tokenizer, mini_tokenizer):
+def test_losses_that_need_segments_and_other_losses_on_segments(tmp_path, chat_tokenizer, mini_tokenizer):
     with pytest.raises(UserError, match="jsonl has no segments, which this loss needs"):
         split_of(tmp_path, [pair()], PAIRS._replace(segments=True), mini_tokenizer)
     split = split_of(tmp_path, [SEGMENTS], SFT, chat_tokenizer, 200, rows="segments")
@@ -274,7 +274,7 @@ def test_a_loss_of_segments_wants_them_and_sft_heeds_them(tmp_path, chat_tokeniz
         assert unpaired.example(example._replace(mismatched=True)).masks == unpaired.example(Example(*example.partner)).masks
 
 
-def test_data_without_what_is_wanted(tmp_path, mini_tokenizer):
+def test_data_without_targets_or_pairs(tmp_path, mini_tokenizer):
     with pytest.raises(UserError, match="jsonl has no SFT target: none of its responses is labelled desirable"):
         split_of(tmp_path, [completion("p", " a", label=False)], SFT, mini_tokenizer, rows="labelled")
     with pytest.raises(UserError, match="no scores differ by more than datasets.jsonl.min_margin"):
@@ -282,47 +282,47 @@ def test_data_without_what_is_wanted(tmp_path, mini_tokenizer):
         split_of(tmp_path, rows, PAIRS, mini_tokenizer, rows="scored", min_margin=5)
 
 
-def test_votes_against_the_label_are_a_defect_where_scores_are_needed(tmp_path, mini_tokenizer, capsys):
+def test_votes_against_the_label_are_defects_if_ratings_are_needed(tmp_path, mini_tokenizer, capsys):
     texts = {"history": "h", "human_ref_A": "a", "human_ref_B": "b"}
     rows = [{**texts, "score_A": 10, "score_B": 2, "labels": 1}, {**texts, "score_A": 3, "score_B": 3, "labels": 1}]
     options = {"shp": {**default_options("shp"), "path": str(tmp_path)}}
     write_lines(tmp_path / "train.jsonl", rows)
     assert load_split(options, "train", mini_tokenizer, 64, 16, RATED).example(Example(0, 0)).annotations == [10, 2]
-    assert "1 pair of equal scores left out" in capsys.readouterr().out
+    assert "1 pair with equal scores dropped" in capsys.readouterr().out
     write_lines(tmp_path / "train.jsonl", [*rows, {**texts, "score_A": 10, "score_B": 2, "labels": 0}])
     with pytest.raises(UserError, match="the preferred response has the lower score: .*row 3"):
         load_split(options, "train", mini_tokenizer, 64, 16, RATED, silent=True)
 
 
-def test_metrics_of_some_examples_alone():
-    """Means over those that count, among the first `counted`; of none there is no mean."""
+def test_metrics_that_some_examples_do_not_have():
+    """Means are over the first `counted` examples with a nonzero weight; a metric without any has no mean."""
     sums = MetricSums()
     sums.add({"x": Weighted(torch.tensor([1.0, 7.0, 5.0, 9.0]), torch.tensor([True, False, True, True]))}, counted=3)
     sums.add({"x": Weighted(torch.tensor([6.0]), torch.tensor([True])), "y": Weighted(torch.ones(2), torch.zeros(2, dtype=torch.bool))})
     assert sums.means() == {"x": 4.0}
 
 
-# --- what goes together ---
+# --- options that exclude each other ---
 
 
 @pytest.mark.parametrize(
     "overrides,message",
     [
-        (["loss=kto", "batch_size=1"], "batch_size=1: loss=kto takes z0 over the batch's other examples"),
-        (["loss=kto", "reference_cache=true"], "loss=kto asks the reference for other responses too"),
+        (["loss=kto", "batch_size=1"], "batch_size=1: loss=kto computes z0 from the batch's other examples"),
+        (["loss=kto", "reference_cache=true"], "loss=kto needs the reference for mismatched responses too"),
         (["loss=simpo", "reference.update_every=2"], "reference.update_every=2: loss=simpo has no reference"),
-        (["loss=dpo", "reference.update_every=2", "reference_cache=true"], "reference_cache=true is for a reference that stays as it is"),
-        (["loss=sdpo_stepwise", "n_epochs=null", "n_examples=8"], "loss=sdpo_stepwise replaces the reference after n_epochs of each part"),
+        (["loss=dpo", "reference.update_every=2", "reference_cache=true"], "reference_cache=true needs a fixed reference"),
+        (["loss=sdpo_stepwise", "n_epochs=null", "n_examples=8"], "loss=sdpo_stepwise replaces the reference after n_epochs of each stage"),
         (["loss=rdpo", "loss.label_smoothing=0.5"], "loss.label_smoothing=0.5: must be less than 0.5"),
         (["loss=kto", "loss.z0=1"], "loss.z0=1: must be"),
         (["reference.mixup=0"], "reference.mixup=0: must be greater than 0"),
         (["loss=sdpo_stepwise", "loss.parts=1"], "loss.parts=1: must be greater than or equal to 2"),
     ],
 )
-def test_what_does_not_go_together(overrides, message):
+def test_options_that_exclude_each_other(overrides, message):
     with pytest.raises(UserError, match=message):
         check_config(compose("exp_name=x", *overrides))
 
 
-def test_tdpo2_with_alpha_0_is_said_to_be_dpo():
+def test_tdpo2_with_alpha_0_is_reported_as_dpo():
     assert "loss=tdpo2 with loss.alpha=0 is DPO" in check_config(compose("exp_name=x", "loss=tdpo2", "loss.alpha=0")).notes

@@ -1,4 +1,4 @@
-"""Loaders, chat templates, and rows that are wrong."""
+"""Loaders, chat templates, and invalid rows."""
 
 import copy
 import gzip
@@ -28,10 +28,10 @@ def test_hh(tmp_path):
     write_lines(tmp_path / "train.jsonl.gz", rows)
     data = load("hh", path=str(tmp_path))
     assert data[first] == {"responses": [" yes", " no", " sure", " nah"], "pairs": [(0, 1), (2, 3)], "sft_target": " sure"}
-    # As published: the rejected text is cut by the length of chosen's prompt, unchecked.
+    # As published, the length of chosen's prompt is cut from rejected, without a check.
     assert data["\n\nHuman: x\n\nAssistant:"]["responses"] == [" y", " long reply"]
     assert list(load("hh", path=str(tmp_path), invalid_rows="skip")) == [first]
-    with pytest.raises(UserError, match=r"rejected has another prompt than chosen: .*train.jsonl.gz row 3"):
+    with pytest.raises(UserError, match=r"chosen and rejected have different prompts: .*train.jsonl.gz row 3"):
         load("hh", path=str(tmp_path), invalid_rows="error")
 
 
@@ -69,7 +69,7 @@ def test_se_pairs_by_score_and_splits_off_1_percent(tmp_path):
     assert list(test) == [f"\n\nHuman: q{i}\n\nAssistant:" for i in shuffled[:3]]
     entry = train[f"\n\nHuman: q{shuffled[3]}\n\nAssistant:"]
     assert entry["responses"] == [" x", " y", " z"] and entry["sft_target"] == " y"
-    assert entry["pairs"] == [(1, 0), (2, 0), (1, 2)]  # of a tie the later one is chosen, as published
+    assert entry["pairs"] == [(1, 0), (2, 0), (1, 2)]  # in a tie the second is chosen, as published
 
 
 def test_strip_html_keeps_code():
@@ -99,8 +99,8 @@ def test_jsonl_from_every_kind_of_file(tmp_path):
     assert len(load("jsonl", path=str(single), eval_path=plain)) == 40
 
 
-def test_eval_fraction_is_by_prompt_seeded_and_stable(tmp_path):
-    """By a hash of the prompt, so that neither other rows nor their order move a prompt to the other side."""
+def test_eval_fraction_is_by_prompt_and_stable(tmp_path):
+    """By a hash of the prompt, so neither other rows nor their order move a prompt to the other split."""
     rows = [pair(f"p{i % 100}", f" a{i}") for i in range(200)]
     path = write_lines(tmp_path / "a.jsonl", rows)
     train, test = (load("jsonl", split, path=path, eval_fraction=0.1) for split in ("train", "test"))
@@ -112,7 +112,7 @@ def test_eval_fraction_is_by_prompt_seeded_and_stable(tmp_path):
     assert len(load("jsonl", "test", path=write_lines(tmp_path / "c.jsonl", rows[:3]), eval_fraction=0.001)) == 1
 
 
-def test_an_eval_split_that_was_asked_for_must_be_there(tmp_path, capsys):
+def test_a_requested_eval_split_must_exist(tmp_path, capsys):
     folder = tmp_path / "folder"
     folder.mkdir()
     write_lines(folder / "train.jsonl", [pair(f"p{i}") for i in range(30)])
@@ -122,13 +122,13 @@ def test_an_eval_split_that_was_asked_for_must_be_there(tmp_path, capsys):
     assert list(load("jsonl", "test", path=str(folder), eval_split="validation")) == ["v"]
     options = {**default_options("jsonl"), "path": str(folder)}
     get_dataset("jsonl", "test", options=options)
-    assert "no eval split: " in capsys.readouterr().out  # and says which prompts it takes instead
-    with pytest.raises(UserError, match="1 prompt cannot be parted"):
+    assert "no eval split: " in capsys.readouterr().out  # and how many prompts are taken instead
+    with pytest.raises(UserError, match="1 prompt cannot be split into train and eval"):
         load("jsonl", "train", path=write_lines(tmp_path / "one.jsonl", [pair()]))
 
 
 def test_the_eval_split_of_chat_rows_does_not_depend_on_what_the_template_adds(tmp_path, chat_tokenizer):
-    """Some templates write the date: SFT today and TDPO tomorrow must keep the same prompts apart."""
+    """Some templates write the date: SFT today and TDPO tomorrow must hold out the same prompts."""
     rows = [{"prompt": [{"role": "user", "content": f"p{i}"}], "chosen": "yes", "rejected": "no"} for i in range(60)]
     path = write_lines(tmp_path / "a.jsonl", rows)
     tests = []
@@ -156,7 +156,7 @@ CHAT_FORMS = {
         "chosen": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}],
         "rejected": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "no"}],
     },
-    "whole conversations beside a prompt": {
+    "whole conversations with a prompt field": {
         "prompt": "hi",
         "chosen": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}],
         "rejected": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "no"}],
@@ -178,7 +178,7 @@ def test_chat_rows_are_rendered_by_the_template(form, tmp_path, chat_tokenizer):
     split = tokenized({"jsonl": (data, default_options("jsonl"))}, chat_tokenizer)
     element = split.element(next(split.epochs(0))[0])
     response = [i for i, label in zip(element["chosen_input_ids"], element["chosen_labels"]) if label != -100]
-    # One end of sequence, the template's own, and nothing after it.
+    # One end-of-sequence, the template's own, and nothing after it.
     assert chat_tokenizer.convert_ids_to_tokens(response) == ["y", "e", "s", "<|end|>"]
     assert element["prompt_input_ids"][0] == 128 and element["prompt_input_ids"].count(129) == 1
 
@@ -199,7 +199,7 @@ def test_multi_turn_conversations_share_their_beginning(tmp_path, chat_tokenizer
     assert prompt.endswith("c<|end|>\n<|start|>assistant\n") and "b<|end|>" in prompt
 
 
-def test_chat_rows_that_are_wrong(tmp_path, chat_tokenizer):
+def test_invalid_chat_rows(tmp_path, chat_tokenizer):
     user, reply = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
     rows = [
         {"chosen": [user, reply], "rejected": [{"role": "user", "content": "ho"}, reply]},
@@ -217,15 +217,15 @@ def test_chat_rows_that_are_wrong(tmp_path, chat_tokenizer):
         load("jsonl", path=path, eval_path=path, tokenizer=chat_tokenizer)
     message = str(error.value)
     for defect, row in {
-        "another prompt than chosen": 1,
+        "chosen and rejected have different prompts": 1,
         "empty rejected": 2,
         "special token '<|end|>' inside \"content of 'rejected'\"": 3,
         "no field 'prompt'": 4,
         "a message of 'chosen' has no role": 5,
         "chosen and rejected are equal": 6,
         "content of 'chosen'\" is null": 7,
-        "'rejected' is no list of messages": 8,
-        "a user's turn within the response": 9,
+        "'rejected' is not a list of messages": 8,
+        "user turn within a response": 9,
     }.items():
         assert defect.replace('"', "") in message.replace('"', "") and f"row {row}" in message
     with pytest.raises(UserError, match="escape_special_tokens=true would escape the chat template's own"):
@@ -234,7 +234,7 @@ def test_chat_rows_that_are_wrong(tmp_path, chat_tokenizer):
         load("jsonl", path=path, eval_path=path, tokenizer=embedded_tokenizer())
 
 
-# --- rows that are wrong ---
+# --- invalid rows ---
 
 BAD_ROWS = [
     (pair(prompt=" "), "empty prompt"),
@@ -245,14 +245,14 @@ BAD_ROWS = [
     (pair(chosen=3), "'chosen' is int, not text"),
     (pair(chosen=None), "'chosen' is null, not text"),
     (pair(prompt="a<|endoftext|>b"), "special token '<|endoftext|>' inside 'prompt'"),
-    ('{"prompt": "a", "chos', "cut or broken JSON"),
+    ('{"prompt": "a", "chos', "truncated or malformed JSON"),
     ("[1, 2]", "not a JSON object"),
     ('{"prompt": "\\ud800", "chosen": "a", "rejected": "b"}', "'prompt' holds a lone surrogate"),
 ]
-KEPT = 4  # of BAD_ROWS: what the published code trains on
+KEPT = 4  # the first ones of BAD_ROWS, on which the published code trains
 
 
-def test_every_bad_row_is_reported_at_once(tmp_path, mini_tokenizer):
+def test_all_bad_rows_are_reported_together(tmp_path, mini_tokenizer):
     rows = [pair("good"), *(row for row, _ in BAD_ROWS), "", pair("good too")]
     path = write_lines(tmp_path / "a.jsonl", rows)
     with pytest.raises(UserError) as error:
@@ -262,7 +262,7 @@ def test_every_bad_row_is_reported_at_once(tmp_path, mini_tokenizer):
     assert "datasets.jsonl.invalid_rows=skip" in str(error.value) and "good" not in str(error.value)
 
 
-def test_skip_drops_them_and_counts_them(tmp_path, mini_tokenizer, capsys):
+def test_skip_drops_and_counts_bad_rows(tmp_path, mini_tokenizer, capsys):
     path = write_lines(tmp_path / "a.jsonl", [pair("good"), *(row for row, _ in BAD_ROWS)])
     options = {**default_options("jsonl"), "path": path, "eval_path": path, "invalid_rows": "skip"}
     assert list(get_dataset("jsonl", "train", options=options, tokenizer=mini_tokenizer)) == ["good"]
@@ -270,7 +270,7 @@ def test_skip_drops_them_and_counts_them(tmp_path, mini_tokenizer, capsys):
     assert f"{len(BAD_ROWS) + 1} rows read, 1 kept" in printed and "dropped" in printed and "empty chosen" in printed
 
 
-def test_keep_trains_on_what_the_published_code_does_and_refuses_the_rest(tmp_path, mini_tokenizer, capsys):
+def test_keep_keeps_what_the_published_code_trains_on_and_refuses_the_rest(tmp_path, mini_tokenizer, capsys):
     path = write_lines(tmp_path / "a.jsonl", [row for row, _ in BAD_ROWS[:KEPT]])
     options = {**default_options("jsonl"), "path": path, "eval_path": path, "invalid_rows": "keep"}
     data = get_dataset("jsonl", "train", options=options, tokenizer=mini_tokenizer)
@@ -297,11 +297,11 @@ def test_special_tokens_can_be_escaped(tmp_path, mini_tokenizer):
     [
         (b"", "no rows"),
         (b"\n\n", "no rows"),
-        (gzip.compress(b'{"prompt": "a"}\n' * 400, mtime=0)[:30], "cut or broken"),
+        (gzip.compress(b'{"prompt": "a"}\n' * 400, mtime=0)[:30], "truncated or corrupt"),
         (b'{"prompt": "caf\xe9"}', "not UTF-8 text"),
     ],
 )
-def test_files_that_are_no_data(content, message, tmp_path):
+def test_files_without_valid_rows(content, message, tmp_path):
     file = tmp_path / ("a.jsonl.gz" if content[:2] == b"\x1f\x8b" else "a.jsonl")
     file.write_bytes(content)
     with pytest.raises(UserError, match=message):
@@ -314,10 +314,10 @@ def test_files_that_are_no_data(content, message, tmp_path):
         ("missing.jsonl", "does not exist"),
         ("folder", "no split 'train'"),
         ("a.csv", "expected one of"),
-        ("b.parquet", "no readable parquet"),
+        ("b.parquet", "is not a readable parquet file"),
     ],
 )
-def test_paths_that_are_no_data(path, message, tmp_path):
+def test_paths_without_data(path, message, tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "a.csv").write_text("x")
     (tmp_path / "b.parquet").write_text("x")
@@ -328,7 +328,7 @@ def test_paths_that_are_no_data(path, message, tmp_path):
 def test_unknown_datasets():
     with pytest.raises(UserError, match="unknown dataset 'revews'.*did you mean reviews"):
         get_dataset("revews", "train")
-    with pytest.raises(UserError, match="neither a local path nor a dataset"):
+    with pytest.raises(UserError, match="neither a local path nor an accessible dataset on the hub"):
         load("jsonl", path="nobody/nothing")
 
 
@@ -337,12 +337,12 @@ def test_mini_data_is_what_the_golden_runs_read():
     assert sum(len(entry["pairs"]) for entry in data.values()) == 96
 
 
-def test_imdb_prompts_are_how_reviews_begin(tmp_path, capsys):
+def test_imdb_prompts_are_the_first_words(tmp_path, capsys):
     texts = ["one two three four five", "one two three and more", "a b", "x y z  w"]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": text, "label": 1}) + "\n" for text in texts))
     options = {**default_options("imdb"), "path": str(tmp_path), "prefix_words": 3}
     data = get_dataset("imdb", "train", options=options)
     assert {prompt: entry["sft_target"] for prompt, entry in data.items()} == {"one two three": " and more", "a": " b", "x y z": " w"}
-    assert "4 rows read, 4 kept; 1 review left out, because others begin with the same words" in capsys.readouterr().out
-    with pytest.raises(UserError, match="imdb has no pairs: it is for loss=sft"):
+    assert "4 rows read, 4 kept; 1 review dropped: later ones begin with the same words" in capsys.readouterr().out
+    with pytest.raises(UserError, match="imdb has no pairs: use it with loss=sft"):
         load_split({"imdb": options}, "train", None, 64, 32, silent=True)

@@ -1,4 +1,4 @@
-"""The embedded task: its reward is the stated function, its data are seeded and disjoint."""
+"""The embedded task: its reward is the documented function, and its data are seeded, with disjoint splits."""
 
 import math
 
@@ -18,7 +18,7 @@ def logistic(x):
         ("this french drama", 0.0),
         ("this drama was good .", 0.6),
         ("this drama was not good .", -0.6),
-        ("i never really liked it", -0.6),  # a negation reaches two words far
+        ("i never really liked it", -0.6),  # a negation reaches two words
         ("not a very good plot", 0.6 * 1.5),  # and no further
         ("it was very dull and rather charming", -0.8 * 1.5 + 0.8 * 0.7),
         ("i would avoid it . i hated the plot", -1.0 - 1.2),
@@ -39,7 +39,7 @@ def test_pairs():
         assert pair.chosen.startswith(" ") and pair.chosen.endswith(" .") and "  " not in pair.chosen
     assert pairs == list(reviews.review_pairs("train", 500, seed=0, min_margin=0.3))
     assert pairs != list(reviews.review_pairs("train", 500, seed=1, min_margin=0.3))
-    # What SFT learns is not yet what is preferred.
+    # SFT targets are no more often chosen than rejected, so SFT does not learn the preference.
     assert 0.45 < sum(pair.sft_target == pair.chosen for pair in pairs) / len(pairs) < 0.55
 
 

@@ -1,4 +1,4 @@
-"""Tokens are made once, by several processes, and found again."""
+"""Texts are tokenized once, by several processes, and the next run finds the tokens."""
 
 import json
 import shutil
@@ -21,13 +21,13 @@ from tdpo.utils import UserError
 
 @pytest.fixture
 def data(tmp_path):
-    """A folder of HH-like rows that is the test's own."""
+    """A folder of HH-like rows that the test may change."""
     return shutil.copytree(MINI / "data", tmp_path / "data")
 
 
 @pytest.fixture
 def load(data, tmp_path, mini_tokenizer, monkeypatch):
-    """load_split of that folder, with a cache also for these few rows."""
+    """load_split of that folder; its few rows are cached too."""
     monkeypatch.setattr(preference_datasets, "TEXTS_A_CORE", 1)
 
     def call(tokenizer=mini_tokenizer, form=PAIRS, split="train", name="hh", add_bos=False, cache_dir=str(tmp_path / "cache"), **options):
@@ -59,7 +59,7 @@ def test_the_second_run_neither_reads_nor_tokenizes(load, no_reading, capsys):
     assert second.describe() == first.describe() and second.element(Example(3, 0)) == first.element(Example(3, 0))
 
 
-def test_it_is_what_tokenizing_in_memory_gives(load):
+def test_cached_tokens_equal_those_made_in_memory(load):
     kept, fresh = load(), load(cache_dir=None)
     assert not fresh.files and all_tokens(kept) == all_tokens(fresh) and kept.fingerprint == fresh.fingerprint
     moved = kept.in_memory()
@@ -67,7 +67,7 @@ def test_it_is_what_tokenizing_in_memory_gives(load):
 
 
 @pytest.mark.parametrize("change", ["rows", "split", "options", "name", "tokenizer", "template", "sft", "bos", "code"])
-def test_what_tokens_depend_on_makes_other_ones(change, load, no_reading, data, tmp_path, mini_tokenizer, monkeypatch):
+def test_the_key_has_all_that_tokens_depend_on(change, load, no_reading, data, tmp_path, mini_tokenizer, monkeypatch):
     load()
     no_reading()
     arguments = {}
@@ -94,14 +94,14 @@ def test_what_tokens_depend_on_makes_other_ones(change, load, no_reading, data, 
         load(**arguments)
 
 
-def test_rows_may_move(load, no_reading, data, tmp_path):
+def test_rows_in_another_folder_are_found(load, no_reading, data, tmp_path):
     load()
     no_reading()
     assert load(path=str(shutil.copytree(data, tmp_path / "elsewhere"))).files
 
 
 @pytest.mark.parametrize("damage", ["no table", "no lines", "cut table"])
-def test_what_cannot_be_read_is_made_again(damage, load, tmp_path):
+def test_an_unreadable_cache_is_made_again(damage, load, tmp_path):
     expected = all_tokens(load())
     (folder,) = (tmp_path / "cache" / "tokens").iterdir()
     if damage == "no table":
@@ -115,20 +115,20 @@ def test_what_cannot_be_read_is_made_again(damage, load, tmp_path):
     assert again.files and all_tokens(again) == expected
 
 
-def test_a_disk_that_takes_nothing(load, tmp_path, capsys):
+def test_a_cache_that_cannot_be_written(load, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     split = load(cache_dir=str(tmp_path / "file"))
-    assert "tokens are not kept for the next run" in capsys.readouterr().out and not split.files and len(split) == 96
+    assert "tokens are not cached for the next run" in capsys.readouterr().out and not split.files and len(split) == 96
 
 
-def test_few_rows_are_not_kept(tmp_path, mini_tokenizer):
+def test_few_rows_are_not_cached(tmp_path, mini_tokenizer):
     load_split(
         {"hh": {**default_options("hh"), "path": str(MINI / "data")}}, "train", mini_tokenizer, 64, 32, PAIRS, cache_dir=str(tmp_path)
     )
     assert not list(tmp_path.iterdir())
 
 
-def test_several_processes_make_the_same(mini_tokenizer, monkeypatch):
+def test_several_processes_make_the_same_tokens(mini_tokenizer, monkeypatch):
     contract = get_dataset("hh", "train", silent=True, options={**default_options("hh"), "path": str(MINI / "data")})
     alone = tokenized({"hh": (contract, default_options("hh"))}, mini_tokenizer)
     monkeypatch.setattr(token_cache, "TEXTS_A_CORE", 40)
@@ -139,7 +139,7 @@ def test_several_processes_make_the_same(mini_tokenizer, monkeypatch):
     assert all_tokens(together) == all_tokens(alone) and together.fingerprint == alone.fingerprint
 
 
-def test_an_error_of_another_process_is_the_same_error(chat_tokenizer, monkeypatch):
+def test_an_error_in_a_worker_process_is_raised(chat_tokenizer, monkeypatch):
     monkeypatch.setattr(token_cache, "TEXTS_A_CORE", 2)
     monkeypatch.setattr(token_cache, "cores", lambda: 2)
     entry = {"responses": [" a", " b"], "pairs": [(0, 1)], "sft_target": " a"}
@@ -147,7 +147,7 @@ def test_an_error_of_another_process_is_the_same_error(chat_tokenizer, monkeypat
         tokenized({"hh": ({"p": entry, "": entry}, default_options("hh"))}, chat_tokenizer)
 
 
-def test_ranks_that_do_not_see_the_files_are_sent_the_tokens(data, tmp_path, monkeypatch):
+def test_ranks_that_cannot_read_the_files_are_sent_the_tokens(data, tmp_path, monkeypatch):
     monkeypatch.setattr(preference_datasets, "TEXTS_A_CORE", 1)
     options = [
         "model=blank_model",

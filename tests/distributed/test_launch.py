@@ -1,4 +1,4 @@
-"""Starting processes, or joining those that a launcher has started: what is refused, and where they meet."""
+"""Starting ranks, or joining those that a launcher has started: what is refused, and where the ranks meet."""
 
 import os
 import socket
@@ -15,12 +15,12 @@ from tdpo.utils import UserError
 @pytest.mark.parametrize(
     "arguments,message",
     [
-        (["nproc_per_node=2", "batch_size=6", "gradient_accumulation_steps=2"], "batch_size=6 does not divide by 2 processes x"),
-        (["nproc_per_node=4", "batch_size=2"], "batch_size=2 does not divide by 4 processes x gradient_accumulation_steps=1"),
-        (["nproc_per_node=2", "parallel.replicas=3"], "parallel.replicas=3 does not divide 2 processes"),
+        (["nproc_per_node=2", "batch_size=6", "gradient_accumulation_steps=2"], "batch_size=6 is not divisible by 2 processes x"),
+        (["nproc_per_node=4", "batch_size=2"], "batch_size=2 is not divisible by 4 processes x gradient_accumulation_steps=1"),
+        (["nproc_per_node=2", "parallel.replicas=3"], "parallel.replicas=3 does not divide the number of processes, 2"),
     ],
 )
-def test_what_cannot_be_divided_is_refused_before_anything_starts(arguments, message, tmp_path):
+def test_indivisible_values_are_refused_before_anything_starts(arguments, message, tmp_path):
     with pytest.raises(UserError, match=message):
         run(*DATA, *SHARDED, *arguments, f"local_run_dir={tmp_path}/run")
     assert not (tmp_path / "run").exists()
@@ -31,12 +31,12 @@ def test_a_port_in_use(tmp_path):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=rf"fsdp_port={port} cannot be used \(Address already in use\): null takes one that is free"):
+        with pytest.raises(UserError, match=rf"fsdp_port={port} cannot be used \(Address already in use\); fsdp_port=null picks a free"):
             run(*DATA, *SHARDED, "nproc_per_node=2", f"fsdp_port={port}", f"local_run_dir={tmp_path}/run")
     assert not (tmp_path / "run").exists()
 
 
-def test_our_rendezvous_listens_on_the_loopback_interface_alone():
+def test_our_store_listens_only_on_the_loopback_interface():
     store = launch._loopback_store(2, None)
     listening = [line.split() for file in ("tcp", "tcp6") for line in Path(f"/proc/net/{file}").read_text().splitlines()[1:]]
     addresses = [fields[1] for fields in listening if fields[3] == "0A" and fields[1].endswith(f":{store.port:04X}")]
@@ -50,8 +50,8 @@ def test_the_first_node_of_a_slurm_list(nodes, first):
     assert first_node(nodes) == first
 
 
-def test_a_world_that_slurm_made(monkeypatch, tmp_path):
-    """One task is a process by itself; several find each other at the first node."""
+def test_the_environment_of_slurm(monkeypatch, tmp_path):
+    """One task is a single process; several tasks are ranks that meet on the first node."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)

@@ -1,4 +1,4 @@
-"""experiments/frontier: envelopes and ratios by hand, pairs by reward, and the whole of it in small."""
+"""experiments/frontier: envelopes and ratios by hand, pairs by reward, and the whole pipeline at a small size."""
 
 import importlib.util
 import json
@@ -23,7 +23,7 @@ report = module("report")
 
 
 def forked_script(script: str, *arguments: str, output=None, environment=None) -> int:
-    """As experiments.scripts.run_script, but forked, which takes less time."""
+    """Like experiments.scripts.run_script, but forked, which is faster."""
     command = Command(script, *arguments, env=environment, output=output and Path(output.name))
     printed, _ = command.communicate()
     assert command.returncode == 0, printed[-3000:]
@@ -35,21 +35,21 @@ def a_run(method: str, seed: int, *points: tuple[float, float]):
 
 
 def test_kl_at_a_reward_by_hand():
-    """Between two measurements on the line through them; of several runs, and several crossings, the least."""
+    """Interpolated linearly between two measurements; the lowest KL over several runs and crossings."""
     runs = [a_run("DPO", 0, (0, 0.5), (2, 0.7), (6, 0.9)), a_run("DPO", 0, (0, 0.5), (3, 0.85), (4, 0.75), (9, 0.95))]
     assert report.least_kl(runs[:1], 0.8) == pytest.approx(4.0)
     assert report.least_kl(runs, 0.8) == pytest.approx(3 * 0.3 / 0.35)
-    assert report.least_kl([a_run("DPO", 0, (0, 0.7), (1, 0.8))], 0.65) == 0  # where it starts
+    assert report.least_kl([a_run("DPO", 0, (0, 0.7), (1, 0.8))], 0.65) == 0  # the SFT model already has it
     assert report.least_kl(runs, 0.9) == pytest.approx(6.0) and report.least_kl(runs, 0.96) is None
 
 
-def test_ratios_are_of_the_same_seed():
+def test_ratios_are_taken_seed_by_seed():
     base = {"0.8": {0: 4.0, 1: 2.0, 2: 5.0}, "0.9": {0: 8.0, 1: None, 2: None}}
     other = {"0.8": {0: 2.0, 1: 1.0, 2: 2.5}, "0.9": {0: 2.0, 1: 1.0, 2: None}}
     ratios = report.ratio_to(base, other)
     assert ratios["0.8"] == pytest.approx({"mean": 0.5, "low": 0.5, "high": 0.5, "seeds": 3})
-    assert ratios["0.9"] is None  # one seed has no spread
-    assert report.ratio_to({"0.6": {0: 0.0, 1: 2.0, 2: 1.0}}, {"0.6": {0: 0.0, 1: 1.0, 2: 0.5}})["0.6"]["seeds"] == 2  # one starts there
+    assert ratios["0.9"] is None  # a single seed gives no interval
+    assert report.ratio_to({"0.6": {0: 0.0, 1: 2.0, 2: 1.0}}, {"0.6": {0: 0.0, 1: 1.0, 2: 0.5}})["0.6"]["seeds"] == 2  # one has it at KL 0
     spread = report.interval([0.4, 0.5, 0.6])
     assert spread["high"] - spread["mean"] == pytest.approx(4.302653 * 0.1 / 3**0.5)  # Student's t with two degrees of freedom
 
@@ -67,8 +67,8 @@ def test_pairs_are_best_and_worst(tmp_path):
 
 
 @pytest.mark.processes
-def test_the_whole_in_small(monkeypatch, tmp_path):
-    """One method, one seed: the reward rises, KL with it, and the start is the reference."""
+def test_whole_pipeline_at_a_small_size(monkeypatch, tmp_path):
+    """One method, one seed: reward and KL rise, and the first point is the reference itself."""
     data = "datasets.reviews.n_train=320,datasets.reviews.n_test=32"
     small = [
         f"common=[model=tiny,'datasets=[reviews]',{data},eval_batch_size=64,n_eval_examples=32,sample_during_eval=false,wandb.enabled=false]"
@@ -98,7 +98,7 @@ def test_the_whole_in_small(monkeypatch, tmp_path):
     last = points[-1]
     row = f"| TDPO2 0.5 | {last['samples/reward']:.3f}"
     assert row in (tmp_path / "table.md").read_text()
-    # A run that was interrupted has a checkpoint that the others have not.
+    # An interrupted run has a checkpoint that the others do not have.
     other = tmp_path / "tdpo2_0.5" / "beta0.1_lr0.001_seed1"
     other.mkdir()
     content = json.loads(measured.read_text())

@@ -1,4 +1,4 @@
-"""The computed memory of a device against measured peaks of small models on the CPU."""
+"""The estimated memory of a device against measured peaks of small models on the CPU."""
 
 import os
 import re
@@ -17,8 +17,8 @@ from tdpo.models import memory_estimate
 from tdpo.models.build import embedded_tokenizer
 from tdpo.models.memory_estimate import ModelShape, device_memory
 
-STATES = {"hidden_size": 768, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 3072}  # weights decide
-# The vocabulary decides; with plain scoring, because fast scoring's part of it is too small to be measured so (see scoring/test_scorer.py).
+STATES = {"hidden_size": 768, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 3072}  # weights dominate
+# Logits dominate. Scored plain, because fast scoring's logits are too small to be measured this way (see scoring/test_scorer.py).
 LOGITS = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 
 
@@ -36,7 +36,7 @@ def measured(sizes: dict, loss: str, batch_size: int, ranks: int, microbatches: 
         f"local_run_dir={folder}/run",
         *(["trainer=FSDPTrainer"] if ranks > 1 else []),
     ]
-    # Large tensors go back to the system when they are freed, so that the peak is that of what is in use.
+    # Freed large tensors go back to the system, so that the peak counts only memory in use.
     environment = {**os.environ, **ENVIRONMENT, "MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [*program, str(WORKERS / "measured_memory.py"), *options]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
@@ -82,17 +82,17 @@ def computed(sizes: dict, loss: str, batch_size: int, ranks: int, microbatches: 
     ],
     ids=["weights", "weights, two shards, whole gradients", "weights, no reference", "logits"],
 )
-def test_computed_is_measured(sizes, loss, batch_size, ranks, microbatches, tmp_path):
-    """Within 20%: the interpreter, the tokens and the allocator take 10 to 40 MB of these 500 to 1,000, and PyTorch's versions differ."""
+def test_estimate_matches_the_measured_peak(sizes, loss, batch_size, ranks, microbatches, tmp_path):
+    """Within 20%: interpreter, tokens and allocator take 10 to 40 MB of these 500 to 1,000 MB, and versions of PyTorch differ."""
     case = (sizes, loss, batch_size, ranks, microbatches)
     assert computed(*case) == pytest.approx(measured(*case, tmp_path), rel=0.2)
 
 
-def test_the_tables_of_the_document_are_the_functions():
+def test_tables_in_docs_are_up_to_date():
     assert memory_estimate.tables() in (ROOT / "docs" / "scaling.md").read_text()
 
 
-def test_parameters_of_the_documents_models():
-    """Their papers' counts: Pythia 2.8B has 2.78 billion with both embeddings, Llama 3 has 8.03 and 70.6."""
+def test_parameter_counts_of_the_documented_models():
+    """The counts in their papers: Pythia 2.8B has 2.78 billion parameters with both embeddings, Llama 3 has 8.03 and 70.6 billion."""
     sizes = {name: ModelShape.of(config).parameters / 1e9 for name, config in memory_estimate.MODELS.items()}
     assert sizes == pytest.approx({"Pythia 2.8B": 2.775, "Llama 3 8B": 8.030, "Llama 3 70B": 70.554}, abs=1e-3)

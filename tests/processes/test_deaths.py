@@ -1,4 +1,4 @@
-"""Processes that are started, killed, stopped or hang: what the others do, and what is said."""
+"""Processes that are started, killed, stopped or hang: what the other ranks do, and what is printed."""
 
 import json
 import os
@@ -25,13 +25,13 @@ from helpers import (
 pytestmark = pytest.mark.processes
 
 
-def test_processes_that_it_starts_repeat_the_recorded_run(tmp_path):
+def test_ranks_started_by_train_py_repeat_the_recorded_run(tmp_path):
     golden, arguments = recorded("tdpo2")
     assert_recorded_logs(golden, run(*arguments, *SHARDED, "nproc_per_node=2", f"local_run_dir={tmp_path}/run"))
 
 
 def test_two_nodes(tmp_path):
-    """Two launchers that know of each other by address alone. When one rank is killed, the other node's names it."""
+    """Two launchers that know each other only by address. When the rank of one is killed, the rank of the other names it."""
     port = free_port()
     arguments = [*DATA, *SHARDED, "n_epochs=1000", f"local_run_dir={tmp_path}/run"]
     nodes = []
@@ -42,7 +42,7 @@ def test_two_nodes(tmp_path):
     os.kill(ranks_of(tmp_path / "run")[1], signal.SIGKILL)
     outputs = [node.communicate(timeout=60)[0] for node in nodes]
     assert all(node.returncode != 0 for node in nodes)
-    assert "error: rank 0: no sign of life of rank 1; what was saved is kept" in outputs[0]
+    assert "error: rank 0: no heartbeat from rank 1; saved checkpoints are kept" in outputs[0]
     assert ranks_of(tmp_path / "run") == {}
 
 
@@ -56,18 +56,18 @@ def test_a_rank_that_is_killed_ends_the_run_and_is_named(tmp_path):
     assert "was killed by SIGKILL" in errors[0] and ranks_of(tmp_path / "run") == {}
 
 
-def test_the_end_of_the_process_that_has_the_rendezvous_is_noticed(tmp_path):
+def test_the_death_of_the_rank_that_holds_the_store_is_noticed(tmp_path):
     ranks = start_unsupervised("train.py", [*QUIET, *DATA, *SHARDED, "n_epochs=1000", f"local_run_dir={tmp_path}/run"])
     wait_for(lambda: has_steps(tmp_path / "run", 3))
     ranks[0].kill()
     output, _ = ranks[1].communicate(timeout=60)
     ranks[0].communicate()
     assert ranks[1].returncode == 1 and "error: rank 1: " in output and "Traceback" not in output, output
-    assert "no sign of life of rank 0" in output or "the rendezvous is gone: rank 0" in output
+    assert "no heartbeat from rank 0" in output or "the rendezvous store is gone: rank 0" in output
 
 
 def test_a_signal_ends_unsupervised_ranks_with_its_number(tmp_path):
-    """So that a Slurm script can tell a run that stopped from one that ended."""
+    """The exit code is 128 + signal, so that a Slurm script can tell a stopped run from a finished one."""
     ranks = start_unsupervised("train.py", [*QUIET, *DATA, *SHARDED, "n_epochs=1000", f"local_run_dir={tmp_path}/run"])
     wait_for(lambda: has_steps(tmp_path / "run", 3))
     ranks[1].send_signal(signal.SIGUSR1)
@@ -83,7 +83,7 @@ def test_a_rank_that_hangs_is_named(tmp_path):
     output, _ = ranks[0].communicate(timeout=60)
     ranks[1].kill()
     ranks[1].communicate()
-    assert ranks[0].returncode == 1 and "error: rank 0: no sign of life of rank 1" in output and "Traceback" not in output, output
+    assert ranks[0].returncode == 1 and "error: rank 0: no heartbeat from rank 1" in output and "Traceback" not in output, output
 
 
 def test_no_rank_outlives_its_launcher(tmp_path):
@@ -95,7 +95,7 @@ def test_no_rank_outlives_its_launcher(tmp_path):
 
 
 def test_an_error_of_one_rank_is_shown_once(tmp_path, monkeypatch, capfd):
-    """Data that are wrong are read by one rank, and end all."""
+    """Only rank 0 reads the data; if they are invalid, all ranks end and one error is printed."""
     (tmp_path / "bad.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "b"}) + "\n")
     data = ["datasets=[jsonl]", f"datasets.jsonl.path={tmp_path}/bad.jsonl"]
     with pytest.raises(SystemExit) as exit:
@@ -107,5 +107,5 @@ def test_an_error_of_one_rank_is_shown_once(tmp_path, monkeypatch, capfd):
 def test_a_single_trainer_under_a_launcher_is_refused(tmp_path):
     process = start([*DATA, f"local_run_dir={tmp_path}/run"], STANDALONE)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 1 and output.count("error: trainer=BasicTrainer is one process, and this is one of several") == 1
+    assert process.returncode == 1 and output.count("error: trainer=BasicTrainer runs in one process, but this one is one of several") == 1
     assert not (tmp_path / "run").exists()

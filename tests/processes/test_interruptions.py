@@ -1,4 +1,4 @@
-"""Runs in processes that are killed or told to end, and are resumed: as if they had not been."""
+"""Runs whose processes are killed or told to stop: resumed, they end as if they had never been interrupted."""
 
 import os
 import random
@@ -17,7 +17,7 @@ LONG = [*PREFERENCE, "n_epochs=null", "n_examples=480", "save_every=16", "eval_e
 
 
 def kill_at_random(options: list[str], run_dir: Path, kills: int, steps: int) -> None:
-    """Start the same command again and again, and end it with SIGKILL, its ranks too, after a step more."""
+    """Start the same command `kills` times; each time kill it after at least one more step, and wait until its ranks have ended too."""
     moments = random.Random(0)
     for kill in range(kills):
         done = len(logs_of(run_dir, "train")) if kill else 0
@@ -31,7 +31,7 @@ def kill_at_random(options: list[str], run_dir: Path, kills: int, steps: int) ->
 
 
 def test_a_run_killed_at_random_moments_ends_with_the_same_weights(tmp_path):
-    """A run that saves every two steps, started again by the same command."""
+    """The run saves every two steps, and is restarted with the same command."""
     options = [*LONG, "n_examples=640"]
     straight = run(*options, f"local_run_dir={tmp_path}/straight")
     options += [f"local_run_dir={tmp_path}/run", "resume=auto"]
@@ -52,7 +52,7 @@ def test_ranks_killed_at_a_random_moment_end_with_the_same_weights(ranks, tmp_pa
     [([], signal.SIGTERM, 143), ([*SHARDED, "nproc_per_node=2"], signal.SIGUSR1, 138)],
     ids=["one process", "two ranks"],
 )
-def test_a_process_that_is_told_to_end_saves_and_exits(extra, signum, code, tmp_path):
+def test_a_stop_signal_saves_a_checkpoint_and_exits(extra, signum, code, tmp_path):
     options = [*LONG, *extra, "n_examples=80000", "eval_every=80000", f"local_run_dir={tmp_path}/run"]
     process = start(options)
     wait_for(lambda: has_steps(tmp_path / "run", 5))
@@ -60,18 +60,18 @@ def test_a_process_that_is_told_to_end_saves_and_exits(extra, signum, code, tmp_
     process.send_signal(signum)
     output, _ = process.communicate(timeout=30)
     assert process.returncode == code and time.monotonic() - told < 30
-    assert output.count(f"stopped by {signum.name}; resume={tmp_path}/run goes on from here") == 1
+    assert output.count(f"stopped by {signum.name}; to continue: resume={tmp_path}/run") == 1
     trained = logs_of(tmp_path / "run", "train")[-1]["counters/examples"]
     assert os.readlink(tmp_path / "run" / "LATEST") == f"step-{trained}"
     assert not subprocess.run(["pgrep", "-f", f"local_run_dir={tmp_path}/run"], capture_output=True).stdout
     if extra:
-        return  # that ranks go on exactly is shown above
+        return  # the test above shows that ranks resume exactly
     at = f"n_examples={trained + 16}"
     ended = run(*[option for option in options if not option.startswith("local_run_dir")], at, f"resume={tmp_path}/run")
     assert_same_run(ended, run(*options[:-1], at, f"local_run_dir={tmp_path}/straight"))
 
 
-def test_under_torchrun_it_saves_and_the_launcher_decides_the_exit_code(tmp_path):
+def test_under_torchrun_a_stop_signal_saves_and_torchrun_decides_the_exit_code(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     process = start([*LONG, *SHARDED, "n_examples=80000", f"local_run_dir={tmp_path}/run"], command)
     wait_for(lambda: has_steps(tmp_path / "run", 5))
@@ -81,8 +81,8 @@ def test_under_torchrun_it_saves_and_the_launcher_decides_the_exit_code(tmp_path
     assert process.returncode == 1 and os.readlink(tmp_path / "run" / "LATEST") == f"step-{trained}", output
 
 
-def test_a_disk_that_fills_up_costs_nothing_that_was_saved(ranks, tmp_path):
-    """A limit on the size of files, as a disk without room: every rank ends, in a line, and the checkpoint before stays whole."""
+def test_a_full_disk_leaves_the_last_checkpoint_intact(ranks, tmp_path):
+    """A limit on the size of files stands in for a full disk: every rank ends with a one-line error, the last checkpoint stays intact."""
     options = [*LONG, *SHARDED, "nproc_per_node=2", f"local_run_dir={tmp_path}/run"]
     short_run = ranks(2).run(*options, "n_examples=16")
     size = max(path.stat().st_size for path in short_run.rglob("*") if path.is_file())

@@ -1,4 +1,4 @@
-"""Several processes: the same trajectory as one, on gloo as on NCCL. The processes stay for the whole test run (helpers.Ranks)."""
+"""Several ranks have the same trajectory as one process. The ranks live for the whole test run (helpers.Ranks)."""
 
 import json
 
@@ -29,7 +29,7 @@ def test_two_ranks_repeat_the_recorded_runs(name, options, ranks, tmp_path):
 
 
 def test_four_ranks_repeat_the_recorded_run(ranks, tmp_path):
-    """As two replicas of two shards. Five eval pairs a batch: ranks without a row take part."""
+    """Two replicas of two shards. With five eval pairs per batch, some ranks have no example in some passes, but must take part."""
     golden, arguments = recorded("tdpo2")
     hybrid = [*SHARDED, "eval_batch_size=5", "parallel.replicas=2", "parallel.reduce_once_a_step=false", "reference_cache=true"]
     assert_recorded_logs(golden, ranks(4).run(*arguments, *hybrid, f"local_run_dir={tmp_path}/run", f"local_dirs=[{tmp_path}]"))
@@ -41,7 +41,7 @@ def test_one_sharded_process_repeats_the_recorded_run(tmp_path):
 
 
 def test_sharded_gradients_of_every_family_are_those_of_the_whole_model(ranks):
-    """In float64: shards, replicas, tensor parallelism where Transformers has a plan."""
+    """In float64, for shards, replicas, and tensor parallelism where Transformers has a plan."""
     lines = ranks(2).call("check_families", "shard", "hybrid", "tensor")[0]
     assert sum(line.startswith("equal") for line in lines) == 7 + 7 + 5, lines
     for family, model in (("gpt2", "GPT2LMHeadModel"), ("gptj", "GPTJForCausalLM")):
@@ -50,7 +50,7 @@ def test_sharded_gradients_of_every_family_are_those_of_the_whole_model(ranks):
 
 
 def test_weights_do_not_depend_on_the_number_of_ranks(ranks, tmp_path):
-    """Batches of 40, 40 and 16 pairs, the last cut into 20 microbatches of which four are empty: SGD in float64 hides nothing."""
+    """Batches of 40, 40 and 16 pairs, the last in 20 microbatches of which four are empty. SGD in float64 hides no difference."""
     one, four = run(*EXACT, f"local_run_dir={tmp_path}/one"), ranks(4).run(*EXACT, *SHARDED, f"local_run_dir={tmp_path}/four")
     assert weights_of(four).keys() == weights_of(one).keys()
     for name, tensor in weights_of(one).items():
@@ -62,8 +62,11 @@ def test_weights_do_not_depend_on_the_number_of_ranks(ranks, tmp_path):
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_mixed_precision_is_that_of_one_device(whole, ranks, tmp_path):
-    """bfloat16 copies compute, float32 weights are trained, gradients are summed in float32: with the same microbatches (and threads, by
-    whose number bfloat16 kernels round) the gradient's norm is the same to float32's rounding; a sum in bfloat16 is off by 1e-5."""
+    """bfloat16 copies compute, float32 weights are trained, and gradients are summed in float32.
+
+    With the same microbatches and number of threads (on which the rounding of bfloat16 kernels depends), the gradient norm is the same to
+    float32 rounding; a sum in bfloat16 would be off by 1e-5.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -95,8 +98,8 @@ def test_a_step_that_is_not_finite_names_examples_and_ranks(ranks, tmp_path):
     assert [log["counters/examples"] for log in logs_of(tmp_path / "run", "train")] == [8]
 
 
-def test_samples_of_several_ranks_are_each_prompts_once(ranks, tmp_path):
-    """In order, in batches that leave a rank without one; texts of different lengths end together."""
+def test_several_ranks_sample_each_prompt_once(ranks, tmp_path):
+    """Prompts stay in order, although some batches leave a rank without a prompt; ranks wait for the longest text of a batch."""
     one, two = run(*SAMPLING, f"local_run_dir={tmp_path}/one"), ranks(2).run(*SAMPLING, *SHARDED, f"local_run_dir={tmp_path}/two")
     ours, theirs = ([json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()] for folder in (one, two))
     assert [row["prompt"] for row in ours] == [row["prompt"] for row in theirs] and len(ours) == 12

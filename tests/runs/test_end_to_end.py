@@ -1,4 +1,4 @@
-"""SFT, then preference training, on the embedded task: what the README's first commands do, with the numbers that they must reach."""
+"""SFT, then preference training, on the embedded task: the README's first commands in small, with the numbers that they must reach."""
 
 import json
 import statistics
@@ -26,7 +26,7 @@ def logs_of(run_dir, split):
 
 def test_sft_learns_the_grammar(sft):
     first, last = logs_of(sft, "eval")[0], logs_of(sft, "eval")[-1]
-    assert first["loss/eval"] > 80 and last["loss/eval"] < 28  # 84.8 and 26.4 nats a review when this was written
+    assert first["loss/eval"] > 80 and last["loss/eval"] < 28  # nats per review; 84.8 and 26.4 when this was written
 
 
 @pytest.mark.parametrize("loss,beta", [("ipo", 0.1), ("tdpo2", 0.5)])
@@ -53,7 +53,7 @@ def test_preference_training_learns_the_reward(loss, beta, sft, tmp_path):
 
 
 @pytest.mark.processes
-def test_a_sweep_goes_on_after_a_job_that_fails(tmp_path):
+def test_a_sweep_continues_after_a_failed_job(tmp_path):
     folder = f"local_run_dir='{tmp_path}/lr${{lr}}'"
     sweep = Command("train.py", "--multirun", "exp_name=x", "lr=-1,1e-3,2e-3", folder, *SMALL, cwd=tmp_path)
     output, _ = sweep.communicate()
@@ -62,4 +62,4 @@ def test_a_sweep_goes_on_after_a_job_that_fails(tmp_path):
     assert "lr=-1" in errors[0] and "lr=-1: must be greater than 0" in errors[0] and "1 job of the sweep failed" in errors[1]
     assert sorted(path.name for path in tmp_path.iterdir()) == [".cache", "lr0.001", "lr0.002"]
     losses = [logs_of(tmp_path / name, "eval")[-1]["loss/eval"] for name in ("lr0.001", "lr0.002")]
-    assert losses[0] > losses[1] + 0.1  # each with its own
+    assert losses[0] > losses[1] + 0.1  # each job with its own lr

@@ -1,4 +1,4 @@
-"""Every loss in training: both ways of scoring, one process and two, stopped and resumed; references that move; self-play."""
+"""Training with every loss: fast and plain scoring, one and two ranks, stopped and resumed; moving references; self-play."""
 
 import importlib.util
 import os
@@ -43,7 +43,7 @@ LENGTH = ["n_examples=40", "n_eval_examples=13", "eval_batch_size=5", "eval_ever
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, chat_tokenizer):
-    """Data in the forms that some losses want: {name: path}."""
+    """Data files in the forms that some losses need, and a tokenizer: {name: path}."""
     folder = tmp_path_factory.mktemp("data")
     rows = [row.fields for row in read_rows(str(MINI / "data"), "train", None, None)][:48]
     cut = [(row["chosen"].rpartition("\n\nAssistant:"), row["rejected"].rpartition("\n\nAssistant:")) for row in rows]
@@ -98,7 +98,7 @@ NAMES = ["rdpo", "dpop", "simpo", "slic", "odpo", "kto", "sdpo_stepwise", "sdpo_
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, files, ranks):
-    """Folders by (name, scoring, ranks)."""
+    """Run folders by (name, scoring, number of ranks)."""
     folder = tmp_path_factory.mktemp("runs")
     found = {}
     for name in NAMES:
@@ -110,7 +110,7 @@ def runs(tmp_path_factory, files, ranks):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_same_trajectory_both_ways_and_sharded(name, runs):
+def test_fast_plain_and_sharded_runs_have_the_same_logs(name, runs):
     for scoring, ranks in (("plain", 1), ("fast", 2), ("plain", 2)):
         assert_close_logs(logs_of(runs[name, "fast", 1]), logs_of(runs[name, scoring, ranks]))
     first, last = logs_of(runs[name, "fast", 1], "train")[0], logs_of(runs[name, "fast", 1], "train")[-1]
@@ -118,7 +118,7 @@ def test_the_same_trajectory_both_ways_and_sharded(name, runs):
 
 
 @pytest.mark.parametrize("name", ["kto", "odpo", "sdpo_segment", "trdpo"])
-def test_stopped_and_resumed_it_ends_with_the_same_weights(name, runs, files, tmp_path):
+def test_a_resumed_run_ends_with_the_same_weights(name, runs, files, tmp_path):
     options = [*options_of(name, files), *LENGTH, "gradient_accumulation_steps=2", "scoring=fast"]
     first = run(*options, "n_examples=24", f"local_run_dir={tmp_path}/run")
     run(*options, f"resume={first}")
@@ -127,7 +127,7 @@ def test_stopped_and_resumed_it_ends_with_the_same_weights(name, runs, files, tm
 
 
 def test_a_loss_without_beta_trains_and_logs(tmp_path, monkeypatch):
-    """An entry as the README's recipe has it; nothing else knows its hyperparameters."""
+    """An entry in OBJECTIVES is all that a new loss needs; no other code knows its hyperparameters."""
 
     def hinge(scores, margin: float):
         logits = scores["chosen"].log_ratio - scores["rejected"].log_ratio
@@ -153,7 +153,7 @@ def test_a_loss_without_beta_trains_and_logs(tmp_path, monkeypatch):
     assert page.stat().st_size > 1000
 
 
-# --- looked at afterwards ---
+# --- evaluation of finished runs ---
 
 
 def evaluated(run_dir, *overrides):
@@ -161,8 +161,8 @@ def evaluated(run_dir, *overrides):
     return measures
 
 
-def test_eval_of_segments_is_that_of_training(files, tmp_path):
-    """Over the segment's turns alone."""
+def test_eval_of_segments_equals_the_eval_of_training(files, tmp_path):
+    """Both count the turns of the segment only."""
     options = [*options_of("sdpo_segment", files), "n_examples=4", "n_eval_examples=13", "log_kl=true"]
     start = run(*options, f"local_run_dir={tmp_path}/start")
     archive = f"{start}/LATEST/policy.pt"
@@ -178,25 +178,25 @@ def test_eval_of_segments_is_that_of_training(files, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["simpo", "slic"])
-def test_a_run_without_a_reference_is_compared_with_what_it_started_from(name, runs):
+def test_a_run_without_a_reference_is_compared_with_its_starting_weights(name, runs):
     found = evaluated(runs[name, "fast", 1])
     assert found["seqkl/chosen"].mean > 1e-4
     if name == "simpo":
         assert found["accuracy/logit"].mean == pytest.approx(logs_of(runs[name, "fast", 1], "eval")[-1]["logits_eval/accuracies"], abs=0.01)
 
 
-def test_eval_says_that_a_reference_has_moved(runs, capsys):
+def test_eval_warns_that_the_reference_has_moved(runs, capsys):
     evaluated(runs["trdpo", "fast", 1])
-    assert "its reference has moved while it was trained" in capsys.readouterr().out
+    assert "its reference was updated during training" in capsys.readouterr().out
 
 
 # --- kto ---
 
 
-def test_z0_by_hand_and_whatever_the_cut(tmp_path, mini_tokenizer):
-    """Of the second batch, from the checkpoint before it and Transformers' own forward pass; eval's from the whole split."""
+def test_z0_by_hand_however_the_batch_is_cut(tmp_path, mini_tokenizer):
+    """z0 of the second batch, and of an eval over all its examples, computed from a checkpoint by Transformers' own forward pass."""
     options = [*options_of("kto", {}), "n_examples=16", "lr=1e-2", "warmup_steps=0", "save_every=8", "loss.beta=1", "n_eval_examples=10"]
-    # From a model without SFT, so that all responses get likelier, and z0 is not 0.
+    # Start from a model without SFT: all responses become more likely, so z0 is not 0.
     options = [option for option in [*options, "loss.undesirable_weight=0"] if option != ARCHIVE]
     options += ["model.policy_dtype=float64", "eval_every=8", "do_first_eval=false"]
     whole = run(*options, f"local_run_dir={tmp_path}/whole")
@@ -227,18 +227,18 @@ def test_z0_by_hand_and_whatever_the_cut(tmp_path, mini_tokenizer):
     assert z0 > 0.1 and logs_of(whole, "eval")[0]["kl_eval/baseline"] == pytest.approx(z0, rel=1e-6, abs=1e-9)
 
 
-def test_z0_of_0_and_weights(tmp_path):
-    """Without z0 no baseline is logged; a weight of 0 leaves one kind of response without gradient."""
+def test_kto_without_z0_and_with_a_weight_of_0(tmp_path):
+    """Without z0 no baseline is logged; a weight of 0 takes one kind of response out of the loss."""
     options = [*options_of("kto", {}), "n_examples=8", "loss.z0=0", "loss.undesirable_weight=0"]
     log = logs_of(run(*options, f"local_run_dir={tmp_path}/run"), "train")[0]
-    assert "kl_train/baseline" not in log and log["loss/train"] == pytest.approx(0.25)  # half of them desirable, at sigmoid(0)
+    assert "kl_train/baseline" not in log and log["loss/train"] == pytest.approx(0.25)  # half of them desirable: 0.5 sigmoid(0)
 
 
-# --- references that move ---
+# --- moving references ---
 
 
 def reference_in(folder) -> dict[str, torch.Tensor]:
-    """Of a checkpoint's state."""
+    """Return the reference's weights in a checkpoint's state."""
     state = AutoModelForCausalLM.from_pretrained(MINI / "model").state_dict()
     for tensor in state.values():
         tensor.fill_(7)
@@ -246,8 +246,8 @@ def reference_in(folder) -> dict[str, torch.Tensor]:
     return state
 
 
-def test_a_reference_that_moves_by_hand(tmp_path):
-    """After steps 2 and 4: 0.3 of the policy, the rest what it was; the rewards of step 3 are those of the moved one."""
+def test_a_moving_reference_by_hand(tmp_path):
+    """After steps 2 and 4 it is 0.3 times the policy plus 0.7 times the reference before."""
     options = [*DATA, ARCHIVE, "loss=dpo", "reference.update_every=2", "reference.mixup=0.3", "save_every=8", "n_examples=40"]
     run_dir = run(*options, f"local_run_dir={tmp_path}/run")
     expected = torch.load(MINI / "sft_policy.pt", weights_only=True)["state"]
@@ -260,8 +260,8 @@ def test_a_reference_that_moves_by_hand(tmp_path):
             torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-7)
 
 
-def test_stepwise_replaces_the_reference_after_each_part(tmp_path, mini_tokenizer):
-    """96 pairs in three parts of four batches, easiest first: at the first step of each part policy and reference are the same."""
+def test_stepwise_replaces_the_reference_after_each_stage(tmp_path, mini_tokenizer):
+    """96 pairs in three stages of four batches, easiest first: policy and reference are equal at the first step of each stage."""
     options = [*DATA, ARCHIVE, "loss=sdpo_stepwise", "loss.order=easy_to_hard", "n_epochs=1", "eval_batch_size=7", "log_kl=true"]
     run_dir = run(*options, f"local_run_dir={tmp_path}/run")
     logs = logs_of(run_dir, "train")
@@ -289,20 +289,20 @@ def test_stepwise_replaces_the_reference_after_each_part(tmp_path, mini_tokenize
 def test_stepwise_resumed_has_the_order_and_the_reference(tmp_path):
     options = [*DATA, ARCHIVE, "loss=sdpo_stepwise", "loss.order=easy_to_hard", "loss.parts=3", "n_epochs=1"]
     straight = run(*options, f"local_run_dir={tmp_path}/straight")
-    for stop in (32, 56):  # at the end of a part, and within one
+    for stop in (32, 56):  # at the end of a stage, and within one
         first = run(*options, f"n_examples={stop}", f"resume={tmp_path}/run" if stop > 32 else f"local_run_dir={tmp_path}/run")
     run(*options, f"resume={first}")
     for name, tensor in weights_of(straight).items():
         assert torch.equal(weights_of(first)[name], tensor)
 
 
-# --- a loop ---
+# --- self-play ---
 
 FEW = ["datasets.reviews.n_train=512", "datasets.reviews.n_test=16"]
 
 
 def test_self_play(tmp_path, monkeypatch):
-    """Two iterations: each trains against what the one before has written; interrupted, it goes on; done, it changes nothing."""
+    """Two iterations, each against samples of the model before. An interrupted loop is resumed by the same command."""
     spec = importlib.util.spec_from_file_location("spin", ROOT / "experiments" / "spin.py")
     spin = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(spin)
@@ -312,7 +312,7 @@ def test_self_play(tmp_path, monkeypatch):
     called = []
 
     def in_this_process(script, *arguments):
-        """The fifth call, the second iteration's test prompts, is interrupted."""
+        """Run the script in this process; the fifth call (the second iteration's test prompts) raises KeyboardInterrupt."""
         called.append(script)
         if len(called) == 5:
             raise KeyboardInterrupt
@@ -344,8 +344,8 @@ def test_self_play(tmp_path, monkeypatch):
 
 
 @pytest.mark.processes
-def test_a_signal_goes_on_to_what_self_play_runs(tmp_path):
-    """The training under way saves, and the loop ends with the signal's exit code."""
+def test_a_signal_is_forwarded_to_the_training_of_self_play(tmp_path):
+    """The training run saves a checkpoint, and the loop ends with the signal's exit code."""
     sft = run("model=tiny", "n_examples=64", "batch_size=32", *FEW, f"local_run_dir={tmp_path}/sft")
     options = [f"run={sft}", f"out={tmp_path}/spin", "iterations=1", "n_prompts=32"]
     train = [*QUIET[1:], "model=tiny", "batch_size=8", "n_epochs=2000", "eval_every=1000000"]

@@ -1,4 +1,4 @@
-"""Runs of the published code, recorded (tests/golden/README.md), reproduced through the command line's config."""
+"""Recorded runs of the published code (tests/golden/README.md), reproduced with the same config keys."""
 
 import hashlib
 import itertools
@@ -27,22 +27,22 @@ def test_mini(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["sft", "tdpo2", "ipo"])
 def test_mini_plain(name, tmp_path):
-    """Scored as published; test_mini scores fast."""
+    """With scoring as in the published code; test_mini uses fast scoring."""
     golden, arguments = recorded(name)
     run_dir = run(*arguments, "scoring=plain", f"local_run_dir={tmp_path}/run")
     assert_recorded_logs(golden, run_dir)
 
 
 @pytest.mark.parametrize("tokens", [1, 200, 10_000])
-def test_mini_with_so_many_tokens_a_microbatch(tokens, tmp_path):
+def test_mini_with_tokens_per_microbatch(tokens, tmp_path):
     golden, arguments = recorded("tdpo2")
     cut = [f"tokens_per_microbatch={tokens}", "scoring=fast", f"local_run_dir={tmp_path}/run"]
     assert_recorded_logs(golden, run(*arguments, *cut))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_mini_with_another_cut_of_the_batch(name, tmp_path):
-    """The trajectory does not depend on how a batch is cut into microbatches, nor the eval on its batch size."""
+def test_mini_with_other_microbatches(name, tmp_path):
+    """Training does not depend on how a batch is cut into microbatches, nor the eval on its batch size."""
     golden, arguments = recorded(name)
     cut = ["gradient_accumulation_steps=8", "eval_batch_size=5", f"local_run_dir={tmp_path}/run"]
     assert_recorded_logs(golden, run(*arguments, *cut))
@@ -50,7 +50,7 @@ def test_mini_with_another_cut_of_the_batch(name, tmp_path):
 
 @pytest.mark.processes
 def test_the_command_itself(tmp_path):
-    """train.py as a process, from another folder, without a network; its last line names the run's folder."""
+    """train.py in a process of its own, from another folder, without a network. Its last line names the run's folder."""
     golden, arguments = recorded("tdpo2")
     quiet = [
         "exp_name=x",
@@ -63,7 +63,7 @@ def test_the_command_itself(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"done: {tmp_path}/run"
-    assert sorted(os.listdir(tmp_path)) == ["run"]  # no outputs/, no log of Hydra's, no cache
+    assert sorted(os.listdir(tmp_path)) == ["run"]  # no outputs/, no log file of Hydra, no cache
     assert_recorded_logs(golden, tmp_path / "run")
 
 
@@ -75,7 +75,7 @@ def test_hh_rows(name, tmp_path):
 
 
 @needs_shared
-def test_hh_rows_in_another_cut_from_a_reference_cache(tmp_path):
+def test_hh_rows_with_other_microbatches_and_a_reference_cache(tmp_path):
     golden, arguments = recorded("tdpo2", *ON_HH)
     other = ["tokens_per_microbatch=1000", "reference_cache=true", f"local_dirs=[{tmp_path}]", f"local_run_dir={tmp_path}/run"]
     assert_recorded_logs(golden, run(*arguments, *other))

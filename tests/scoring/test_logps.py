@@ -1,4 +1,4 @@
-"""Scores of the plain path: what must not reach them, and computing in another dtype."""
+"""Scores of plain scoring: values against the oracle, masked positions, and computing in another dtype."""
 
 import copy
 import math
@@ -46,8 +46,8 @@ def perturbed(model, scale: float = 0.1):
     return other
 
 
-def test_scores_of_a_model_are_the_oracles(model, batch):
-    """Policy and reference in float64, each sequence alone and without padding, through loops."""
+def test_plain_scores_match_the_oracle(model, batch):
+    """The oracle loops over each sequence separately, without padding; policy and reference are in float64."""
     policy, reference = copy.deepcopy(model).double(), perturbed(model).double()
     scores = Scorer(policy, reference, get_objective("tdpo2", beta=0.1))(batch).scores
     for role in ("chosen", "rejected"):
@@ -65,7 +65,7 @@ def test_scores_of_a_model_are_the_oracles(model, batch):
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
-def test_a_masked_position_changes_nothing(poison):
+def test_masked_positions_have_no_effect(poison):
     torch.manual_seed(0)
     logits, reference = torch.randn(2, 6, 5, requires_grad=True), torch.randn(2, 6, 5)
     labels = torch.tensor([[-100, -100, 1, 4, -100, -100], [-100, 2, 0, 3, 1, -100]])
@@ -84,7 +84,7 @@ def test_a_masked_position_changes_nothing(poison):
 
 
 def test_logits_200_apart_give_a_finite_loss_and_gradient():
-    """exp(-200) is 0 in float32: the published softmax().log() gives 0 * -inf = NaN here."""
+    """exp(-200) is 0 in float32, so the published softmax().log() gives 0 * -inf = NaN here."""
     logits = torch.tensor([[[0.0, 200.0, -200.0], [0.0, 0.0, 0.0]]], requires_grad=True)
     reference = torch.tensor([[[200.0, 0.0, -200.0], [0.0, 0.0, 0.0]]])
     margin, kl, logps = _tdpo_get_batch_logps(logits, reference, torch.tensor([[-100, 0]]))
@@ -114,12 +114,12 @@ def test_concatenated_inputs_pads_to_the_longer(batch):
 
 
 def test_labels_that_do_not_fit_the_logits_are_refused():
-    with pytest.raises(ValueError, match="do not belong together"):
+    with pytest.raises(ValueError, match="do not match labels"):
         _get_batch_logps(torch.zeros(1, 3, 4), torch.zeros(1, 4, dtype=torch.long))
 
 
 def test_gradients_of_a_cast_policy_reach_its_float32_weights(model, batch):
-    """Computing in bfloat16 equals a bfloat16 model, and leaves float32 weights with float32 gradients."""
+    """Computing in bfloat16 gives what a bfloat16 model gives; weights and gradients stay in float32."""
     objective = get_objective("sft")
     policy, half = copy.deepcopy(model), load(torch.bfloat16)
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
@@ -157,8 +157,8 @@ def test_tied_weights_stay_tied_in_a_cast():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_trains_and_samples_in_another_dtype(family):
-    """Scores in bfloat16 with gradients in float32, and a sample, of each model family in config/model."""
+def test_every_family_trains_and_samples_in_bfloat16(family):
+    """Each model family in config/model scores in bfloat16, gets float32 gradients, and samples."""
     torch.manual_seed(0)
     ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     policy = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **FAMILIES[family], **ids), dtype=torch.float32)
@@ -172,7 +172,7 @@ def test_every_family_trains_and_samples_in_another_dtype(family):
     with cast_parameters(policy, torch.bfloat16):
         scored = scorer(batch)
         scored.loss.backward()
-    torch.testing.assert_close(scored.output.losses, exact, rtol=0.02, atol=0.02)  # bfloat16 has 8 bits
+    torch.testing.assert_close(scored.output.losses, exact, rtol=0.02, atol=0.02)  # bfloat16 has 8 significant bits
     assert all(p.grad is None or p.grad.dtype == torch.float32 for p in policy.parameters())
     assert sum(p.grad is not None and bool(p.grad.any()) for p in policy.parameters()) > 5
     with torch.no_grad(), cast_parameters(policy, torch.bfloat16):
@@ -182,7 +182,7 @@ def test_every_family_trains_and_samples_in_another_dtype(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_policy_and_reference_of_every_family_agree_exactly_in_bfloat16(family):
-    """As a run builds them: the policy computes with cast weights, the reference has them; no buffer may differ."""
+    """Both are built as in a run: the policy computes with cast weights, the reference's weights are bfloat16. Buffers must agree too."""
     config = compose("exp_name=x", "model.fsdp_policy_mp=bfloat16").model
     OmegaConf.set_struct(config, False)
     config.from_config = {"model_type": family, **{key: value for key, value in FAMILIES[family].items() if key != "vocab_size"}}

@@ -1,4 +1,4 @@
-"""Fast scoring against plain scoring: the same loss, metrics and gradients, for every family; and what the trial at the start finds."""
+"""Fast scoring against plain scoring: equal loss, metrics and gradients for every model family; and the test of a model at the start."""
 
 import copy
 import math
@@ -29,7 +29,7 @@ GPT_NEO = {
     "window_size": 16,
     "attention_types": [[["global", "local"], 1]],
 }
-# Beside those of config/model: a head with a bias, tied and not, and more ways of windows and caps.
+# Besides the families of config/model: heads with a bias, tied and untied heads, and more kinds of windows and soft caps.
 MORE = {
     "phi": SIZES,
     "qwen2": {**SIZES, "num_key_value_heads": 1, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
@@ -40,15 +40,15 @@ CASES = {
     "gpt_neox, tied": ("gpt_neox", {**SIZES, "tie_word_embeddings": True}),
     "gpt2, untied": ("gpt2", {**FAMILIES["gpt2"], "tie_word_embeddings": False}),
     "llama, tied": ("llama", {**FAMILIES["llama"], "tie_word_embeddings": True}),
-    # Plain scoring of Gemma 2 is NaN where a row has more padding than its window.
+    # Plain scoring of Gemma 2 gives NaN if a row has more padding than the window.
     "gemma2": ("gemma2", {**FAMILIES["gemma2"], "sliding_window": 12, "final_logit_softcapping": 3.0}),
 }
-# One of each kind of need; the others train both ways in test_family.py.
+# At least one loss for each kind of need; test_family.py trains the other losses both ways.
 LOSSES = {"sft": {}, "dpo": {"beta": 0.5}, "ipo": {"beta": 0.5, "average_log_prob": True}, "tdpo1": {"beta": 0.5}, "tdpo2": {"beta": 0.5}}
 LOSSES["simpo"] = {}
 
 
-EQUAL = 3  # the pair of equal responses
+EQUAL = 3  # index of the pair with equal responses
 
 
 def tokens(*lengths: int) -> list[list[int]]:
@@ -57,14 +57,14 @@ def tokens(*lengths: int) -> list[list[int]]:
 
 
 def pairs() -> list[tuple[list[int], list[list[int]]]]:
-    """Ragged; prompts and responses of one token; chosen and rejected alike; longer than every window."""
+    """Return pairs of different lengths: with prompts and responses of one token, equal responses, and longer than every window."""
     (same,) = tokens(4)
     rows = [tokens(5, 6, 3), tokens(1, 1, 7), tokens(9, 1, 1), [*tokens(3), same, same], tokens(2, 9, 8), tokens(1, 14, 2)]
     return [(prompt, responses) for prompt, *responses in rows]
 
 
 def padded(rows) -> dict[str, torch.Tensor]:
-    """The same as a collated batch."""
+    """Return the pairs as a collated batch."""
     batch = {}
     for i, role in enumerate(("chosen", "rejected")):
         whole = [torch.tensor(prompt + responses[i]) for prompt, responses in rows]
@@ -79,14 +79,14 @@ def build(case: str, seed: int, dtype: torch.dtype = torch.float32) -> torch.nn.
     family, sizes = CASES[case]
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, bos_token_id=0, eos_token_id=0, **sizes), dtype=dtype)
-    for parameter in model.parameters():  # also those that start at 0 or 1
+    for parameter in model.parameters():  # also those that are initialised to 0 or 1
         torch.nn.init.normal_(parameter, std=0.2)
     disable_dropout(model)
     return model
 
 
 class AllInFloat64(TorchFunctionMode):
-    """Some families compute norms and attention in float32 whatever their dtype; within this what is float64 stays so."""
+    """A mode in which float64 tensors stay float64: some families cast to float32 in norms and attention, whatever their dtype."""
 
     def __torch_function__(self, function, types, arguments=(), keywords=None):
         keywords = dict(keywords or {})
@@ -101,7 +101,7 @@ class AllInFloat64(TorchFunctionMode):
 
 
 def results(scorer: Scorer, batch) -> tuple[torch.Tensor, dict, dict]:
-    """Loss, every metric, and every parameter's gradient."""
+    """Return the loss, every metric, and every parameter's gradient."""
     scorer.zero_grad()
     scored = scorer(batch)
     (scored.loss / 7).backward()
@@ -112,8 +112,8 @@ def results(scorer: Scorer, batch) -> tuple[torch.Tensor, dict, dict]:
 @pytest.mark.parametrize("chunk", [512, 5], ids=["one chunk", "rows of several chunks"])
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["float64", "float32"])
 @pytest.mark.parametrize("case", CASES)
-def test_fast_is_plain(case, dtype, tolerance, chunk, monkeypatch):
-    """Gradients relative to their norm; those that are zero but for rounding, as a key's bias, to a thousandth of the whole one."""
+def test_fast_scoring_equals_plain_scoring(case, dtype, tolerance, chunk, monkeypatch):
+    """Gradients are compared relative to their norm, or to 1/1000 of the total norm if they are only rounding, such as a key's bias."""
     monkeypatch.setitem(chunked_head.CHUNK, "cpu", chunk)
     policy, reference = build(case, 0, dtype), build(case, 1, dtype)
     with AllInFloat64():
@@ -125,7 +125,7 @@ def test_fast_is_plain(case, dtype, tolerance, chunk, monkeypatch):
             fast_loss, fast_metrics, fast_gradients = results(scorer, shared_prefix_batch(rows))
             torch.testing.assert_close(fast_loss, loss, rtol=tolerance, atol=0)
             for metric, values in metrics.items():
-                if metric.endswith("/accuracies"):  # of the pair of equal responses it is the sign of rounding
+                if metric.endswith("/accuracies"):  # for the pair with equal responses the sign is rounding
                     values[EQUAL] = fast_metrics[metric][EQUAL]
                 torch.testing.assert_close(fast_metrics[metric], values, rtol=tolerance, atol=10 * tolerance)
             whole = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm()
@@ -135,7 +135,7 @@ def test_fast_is_plain(case, dtype, tolerance, chunk, monkeypatch):
 
 
 def test_gradients_in_half_precision_are_summed_over_chunks(monkeypatch):
-    """Against plain scoring in the same dtype, to its rounding."""
+    """The result agrees with plain scoring in the same dtype, up to rounding."""
     scorer = Scorer(build("phi", 0, torch.bfloat16), build("phi", 1, torch.bfloat16), get_objective("tdpo2", beta=0.5))
     _, _, plain = results(scorer, padded(pairs()))
     monkeypatch.setitem(chunked_head.CHUNK, "cpu", 5)
@@ -146,8 +146,8 @@ def test_gradients_in_half_precision_are_summed_over_chunks(monkeypatch):
 
 
 @pytest.mark.parametrize("case", ["phi", "gemma2", "gpt2"])
-def test_known_states_and_the_head_are_the_reference(case):
-    """Also with a bias, a soft cap and tied weights; the model itself is gone."""
+def test_cached_states_and_the_head_replace_the_reference(case):
+    """Cached states and the head replace the reference, also with a bias, a soft cap or tied weights. The model's memory is freed."""
     objective = get_objective("tdpo2", beta=0.5)
     scorer = Scorer(build(case, 0), build(case, 1), objective)
     rows = shared_prefix_batch(pairs())
@@ -175,8 +175,8 @@ def test_without_gradients_the_scores_are_the_same(name, monkeypatch):
 
 
 @pytest.mark.parametrize("counted", [0, 1, 4])
-def test_examples_that_do_not_count(counted, monkeypatch):
-    """They have scores, and no part in loss or gradient, in whichever group of rows they are."""
+def test_uncounted_examples_enter_neither_loss_nor_gradient(counted, monkeypatch):
+    """Examples that are not counted get scores, but enter neither loss nor gradient, in whichever group of rows they are."""
     monkeypatch.setitem(chunked_head.CHUNK, "cpu", 16)
     scorer = Scorer(build("llama", 0), build("llama", 1), get_objective("tdpo2", beta=0.5))
     rows = pairs()
@@ -195,7 +195,7 @@ def test_examples_that_do_not_count(counted, monkeypatch):
 
 def test_rows_of_one_prompt_and_two_responses():
     rows = shared_prefix_batch([([5, 6], [[7, 8, 9], [10]]), ([3], [[4], [11, 12]])])
-    assert rows.input_ids.tolist() == [[5, 6, 7, 8], [3, 11, 0, 0]]  # the last token of a response predicts nothing
+    assert rows.input_ids.tolist() == [[5, 6, 7, 8], [3, 11, 0, 0]]  # nothing is predicted from a response's last token
     assert rows.position_ids[0].tolist() == [0, 1, 2, 3] and rows.position_ids[1, :2].tolist() == [0, 1]
     assert rows.segments.tolist() == [[0, 0, 1, 1], [0, 2, -1, -1]]
     assert rows.states.tolist() == [1, 2, 3, 1, 4, 4, 5] and rows.labels.tolist() == [7, 8, 9, 10, 4, 11, 12]
@@ -203,17 +203,17 @@ def test_rows_of_one_prompt_and_two_responses():
     assert rows.num_tokens.tolist() == [[3, 1], [1, 2]] and rows.counts == (4, 3)
 
 
-def test_a_response_sees_the_prompt_and_itself_alone():
+def test_a_response_sees_only_the_prompt_and_itself():
     rows = shared_prefix_batch([([5, 6], [[7, 8, 9], [10, 11, 12]]), ([3], [[4], [11, 12]])])
     yes = [[j for j in range(6) if visible[j]] for visible in rows.visible()[0].tolist()]
     assert yes == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4], [0, 1, 4, 5]]
     near = [[j for j in range(6) if visible[j]] for visible in rows.visible(window=2)[0].tolist()]
-    assert near == [[0], [0, 1], [1, 2], [2, 3], [1, 4], [4, 5]]  # by position, not by place in the row
-    assert rows.visible(window=1).any(-1).all()  # nothing, not even padding, sees nothing: that would be NaN
+    assert near == [[0], [0, 1], [1, 2], [2, 3], [1, 4], [4, 5]]  # distances of positions, not of places in the row
+    assert rows.visible(window=1).any(-1).all()  # every position, even padding, sees something: else NaN
 
 
-def test_masks_of_flex_attention_say_the_same():
-    """As blocks, which skip what is not visible."""
+def test_flex_attention_masks_agree():
+    """FlexAttention's block masks define the same visibility."""
     rows = shared_prefix_batch(pairs())
     config = build("qwen2", 0).config
     config._attn_implementation = "flex_attention"
@@ -226,7 +226,7 @@ def test_masks_of_flex_attention_say_the_same():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_trial_finds_nothing_against_the_families(case):
+def test_fast_scoring_is_accepted_for_every_family(case):
     objective = get_objective("sft")
     with torch.no_grad():
         assert fast_scoring_problem(Scorer(build(case, 0), None, objective), max_length=30) is None
@@ -244,12 +244,12 @@ def test_the_trial_finds_nothing_against_the_families(case):
             "gpt_neo",
             {**GPT_NEO, "max_position_embeddings": 64},
             "differ",
-        ),  # a window by places of the row, of which its config says nothing
-        ("gpt_neo", {**GPT_NEO, "max_position_embeddings": 32}, "it cannot compute"),  # no row longer than its positions
+        ),  # its window counts places in the row, and is not in its config under a known name
+        ("gpt_neo", {**GPT_NEO, "max_position_embeddings": 32}, "it cannot compute"),  # the row is longer than its positions
         ("cohere", {**SIZES, "logit_scale": 0.3}, "differ"),
     ],
 )
-def test_the_trial_finds_models_that_cannot(family, sizes, why):
+def test_fast_scoring_is_refused_for_unsupported_models(family, sizes, why):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, bos_token_id=0, eos_token_id=0, pad_token_id=0, **sizes))
     with torch.no_grad():
@@ -258,19 +258,19 @@ def test_the_trial_finds_models_that_cannot(family, sizes, why):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_trial_finds_a_window_that_the_mask_lacks(dtype):
-    """As of a model whose config names its window in another way; a pair shorter than the window could not show it."""
+def test_fast_scoring_is_refused_if_the_mask_lacks_a_window(dtype):
+    """The config hides the model's window, as if it had an unknown name. Texts shorter than the window would not reveal it."""
     scorer = Scorer(build("mistral", 0, dtype), None, get_objective("sft"))
     with torch.no_grad():
         assert fast_scoring_problem(scorer, max_length=30) is None
         config = scorer.policy.config
         hidden = copy.deepcopy(config)
         hidden.sliding_window = None
-        scorer.policy.config = hidden  # the layers and the mask of the model itself keep their own
+        scorer.policy.config = hidden  # the model's layers and its own mask keep the window
         assert "differ" in fast_scoring_problem(scorer, max_length=30)
 
 
-def test_scoring_is_chosen_and_said(tmp_path, capsys, monkeypatch):
+def test_scoring_is_chosen_and_printed(tmp_path, capsys, monkeypatch):
     options = [*PREFERENCE, "n_examples=8"]
     fast = run(*options, f"local_run_dir={tmp_path}/fast")
     plain = run(*options, "scoring=plain", f"local_run_dir={tmp_path}/plain")
@@ -294,7 +294,7 @@ def one_row(positions: int, vocabulary: int, hidden: int = 8):
 
 
 def test_logits_200_apart_and_probabilities_of_0():
-    """What plain scoring bears (test_logps.py): exp(-200) is 0 in float32; an entry at -inf in both models adds nothing."""
+    """As for plain scoring (test_logps.py): exp(-200) is 0 in float32, and an entry with -inf in both models adds nothing."""
     rows = shared_prefix_batch([([1], [[0], [0]])])
     bias = torch.tensor([0.0, 0.0, 0.0, -math.inf])
     states = torch.tensor([[0.0, 200.0, -200.0, 0.0]] * 2, requires_grad=True)
@@ -306,7 +306,7 @@ def test_logits_200_apart_and_probabilities_of_0():
     assert states.grad.isfinite().all() and states.grad.any() and head.weight.grad.isfinite().all()
 
 
-def test_a_model_that_is_not_a_number_shows():
+def test_nan_of_a_model_reaches_the_loss():
     for poisoned in ("policy", "reference"):
         states, head, reference, rows = one_row(8, 16)
         with torch.no_grad():
@@ -315,7 +315,7 @@ def test_a_model_that_is_not_a_number_shows():
         assert loss.isnan()
 
 
-def test_the_gradient_can_be_had_once():
+def test_the_loss_can_be_differentiated_once():
     states, head, reference, rows = one_row(8, 16)
     loss, *_ = loss_of_rows(states, head, reference, rows, get_objective("tdpo2", beta=0.1), 1)
     loss.backward(retain_graph=True)
@@ -324,7 +324,7 @@ def test_the_gradient_can_be_had_once():
 
 
 class LiveBytes(TorchDispatchMode):
-    """The largest number of bytes that tensors made within it held at once."""
+    """A mode that records `peak`: the most bytes that tensors created in it held at the same time."""
 
     def __init__(self):
         super().__init__()
@@ -348,7 +348,7 @@ class LiveBytes(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_memory_does_not_grow_with_positions_times_vocabulary(name):
-    """8 times the positions, less than 1.5 times the peak, of which the workspace is the larger part."""
+    """8 times the positions need less than 1.5 times the peak, most of which is the workspace."""
     objective = get_objective(name, **LOSSES[name])
 
     def peak(positions: int) -> int:

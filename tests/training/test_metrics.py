@@ -1,4 +1,4 @@
-"""metrics.jsonl, wandb without a key or a network, curves."""
+"""Means and metrics of examples, wandb without a key or a network, and the curves of plot.py."""
 
 import json
 import os
@@ -23,8 +23,8 @@ def test_means_are_over_examples_not_batches():
     assert MetricSums().means() == {}
 
 
-def test_metrics_of_an_example():
-    """By hand: chosen log-ratio 1, KL 0.5; rejected log-ratio 2, KL 0; beta 1: the reward ranks 1.5 < 2, and so does the log-ratio."""
+def test_example_metrics_by_hand():
+    """Chosen: log-ratio 1, KL 0.5; rejected: log-ratio 2, KL 0; beta 1. Rewards (1.5 < 2) and log-ratios (1 < 2) rank the pair alike."""
     scores = {
         "chosen": ResponseScores(torch.tensor([-4.0]), torch.tensor([2]), torch.tensor([-5.0]), torch.tensor([0.5])),
         "rejected": ResponseScores(torch.tensor([-1.0]), torch.tensor([2]), torch.tensor([-3.0]), torch.tensor([0.0])),
@@ -63,7 +63,7 @@ def test_wandb_without_a_key_logs_offline(tmp_path):
 
 @pytest.mark.processes
 def test_wandb_without_a_network_logs_offline(tmp_path):
-    """A key, and a server that cannot be reached: a port of this machine on which nothing listens."""
+    """There is a key, but the server cannot be reached: nothing listens on the port."""
     done = wandb_run(tmp_path, WANDB_API_KEY="0" * 40, WANDB_BASE_URL="http://127.0.0.1:9")
     assert done.returncode == 0, done.stderr
     assert (
@@ -73,14 +73,14 @@ def test_wandb_without_a_network_logs_offline(tmp_path):
     )
 
 
-def test_a_run_goes_on_without_wandb(tmp_path, monkeypatch, capsys):
+def test_a_run_without_wandb_installed_trains(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)
     run_dir = run(*OPTIONS, "wandb.enabled=true", f"local_run_dir={tmp_path}/run")
     assert "wandb is not installed" in capsys.readouterr().out and (run_dir / "LATEST" / "policy.pt").exists()
 
 
 def test_no_secret_is_written(tmp_path, monkeypatch):
-    """The config of a run holds the config, and nothing of the environment."""
+    """config.yaml of a run contains nothing from the environment."""
     monkeypatch.setenv("WANDB_API_KEY", "secret-token")
     monkeypatch.setenv("HF_TOKEN", "secret-token")
     run_dir = run(*OPTIONS, f"local_run_dir={tmp_path}/run")
@@ -94,7 +94,7 @@ def write_run(folder, split_values):
     return str(folder)
 
 
-def test_curves(tmp_path, monkeypatch, capsys):
+def test_plot_draws_curves(tmp_path, monkeypatch, capsys):
     sft = write_run(tmp_path / "sft", [("train", 8, {"loss/train": 3.0}), ("eval", 0, {"loss/eval": 4.0}), ("eval", 8, {"loss/eval": 2.0})])
     tdpo = write_run(tmp_path / "tdpo", [("train", 8, {"loss/train": 0.7, "kl_train/margin": 0.1, "rewards_train/accuracies": 0.5})])
     monkeypatch.chdir(tmp_path)
@@ -108,7 +108,7 @@ def test_curves(tmp_path, monkeypatch, capsys):
         plot.read_run(str(tmp_path))
 
 
-def test_smoothing_keeps_a_constant_and_few_values():
+def test_smoothing_keeps_constants_and_short_curves():
     assert plot.smooth([2.0] * 200) == pytest.approx([2.0] * 200)
     assert plot.smooth([1.0, 5.0, 2.0]) == [1.0, 5.0, 2.0]
     noisy = [float(i % 2) for i in range(400)]

@@ -1,4 +1,4 @@
-"""Training on the reference's states from disk is training with the reference."""
+"""Training with the reference's hidden states from disk gives the same numbers as training with the reference model."""
 
 import getpass
 import json
@@ -28,8 +28,8 @@ def files(tmp_path) -> set[str]:
 
 
 @pytest.mark.parametrize("loss,mp", [("dpo", "null"), ("tdpo2", "bfloat16")])
-def test_it_is_the_live_reference_bit_by_bit(loss, mp, options, tmp_path):
-    """For the microbatches in which it was computed: those of the first epoch, and of an eval."""
+def test_cached_and_live_reference_are_equal_bit_by_bit(loss, mp, options, tmp_path):
+    """In the microbatches in which the states were computed: those of the first epoch, and of an eval."""
     options += [f"loss={loss}", f"model.fsdp_policy_mp={mp}", "gradient_accumulation_steps=4", "eval_every=48", "n_epochs=1"]
     live = run(*options, f"local_run_dir={tmp_path}/live")
     cached = run(*options, "reference_cache=true", f"local_run_dir={tmp_path}/cached")
@@ -39,8 +39,8 @@ def test_it_is_the_live_reference_bit_by_bit(loss, mp, options, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["tdpo2", "ipo"])
-def test_the_recorded_runs_with_it(name, tmp_path):
-    """Cut in another way than it was computed."""
+def test_recorded_runs_with_a_reference_cache(name, tmp_path):
+    """The second run uses other microbatches than those in which the states were computed."""
     golden, arguments = recorded(name)
     arguments += [f"local_dirs=[{tmp_path}/cache]", "reference_cache=true"]
     run(*arguments, f"local_run_dir={tmp_path}/first", "tokens_per_microbatch=1")
@@ -48,7 +48,7 @@ def test_the_recorded_runs_with_it(name, tmp_path):
     assert len(files(tmp_path)) == 2
 
 
-def test_a_second_run_finds_it_and_later_epochs_use_it(options, tmp_path, capsys, monkeypatch):
+def test_a_second_run_and_later_epochs_use_the_cache(options, tmp_path, capsys, monkeypatch):
     options += ["reference_cache=true", "n_epochs=2", "eval_every=96"]
     first = run(*options, f"local_run_dir={tmp_path}/first")
     printed = capsys.readouterr().out
@@ -70,7 +70,7 @@ def test_a_second_run_finds_it_and_later_epochs_use_it(options, tmp_path, capsys
 
 
 def test_batches_that_do_not_divide_an_epoch(options, tmp_path):
-    """The second epoch has examples that the first one left out."""
+    """The second epoch has examples that were dropped from the first one."""
     options += ["batch_size=36", "n_epochs=2", "eval_every=72"]
     live, cached = (run(*options, f"reference_cache={x}", f"local_run_dir={tmp_path}/{x}") for x in ("false", "true"))
     for log, expected in zip(logs_of(cached), logs_of(live), strict=True):
@@ -78,7 +78,7 @@ def test_batches_that_do_not_divide_an_epoch(options, tmp_path):
             assert log[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-5)
 
 
-def test_another_model_with_the_same_weights_is_not_it(options, tmp_path):
+def test_another_model_with_the_same_weights_gets_its_own_cache(options, tmp_path):
     model = shutil.copytree(MINI / "model", tmp_path / "model")
     options += ["reference_cache=true", "n_examples=8", f"model.name_or_path={model}"]
     run(*options, f"local_run_dir={tmp_path}/a")
@@ -88,11 +88,11 @@ def test_another_model_with_the_same_weights_is_not_it(options, tmp_path):
     assert len(files(tmp_path)) == 4 and logs_of(run_dir)[0]["kl_eval/chosen"] == 0
 
 
-def test_other_weights_or_data_are_not_it(options, tmp_path):
+def test_other_weights_or_data_get_their_own_cache(options, tmp_path):
     options += ["reference_cache=true", "n_epochs=1"]
     run(*options, f"local_run_dir={tmp_path}/a")
     assert len(files(tmp_path)) == 2
-    run(*options, "loss=dpo", "seed=1", f"local_run_dir={tmp_path}/b")  # another loss, another order
+    run(*options, "loss=dpo", "seed=1", f"local_run_dir={tmp_path}/b")  # another loss, another order: the same cache
     assert len(files(tmp_path)) == 2
     run(*options, f"model.archive={tmp_path}/a/LATEST/policy.pt", f"local_run_dir={tmp_path}/c")
     assert len(files(tmp_path)) == 4
@@ -100,15 +100,15 @@ def test_other_weights_or_data_are_not_it(options, tmp_path):
     assert len(files(tmp_path)) == 6
 
 
-def test_a_rank_that_does_not_see_the_file(options, tmp_path, monkeypatch):
-    """It makes none of its own."""
+def test_a_rank_that_does_not_see_the_file_is_an_error(options, tmp_path, monkeypatch):
+    """It raises an error, and creates no file of its own."""
     exists = os.path.exists
     monkeypatch.setattr(reference_cache.os.path, "exists", lambda path: exists(path) and not str(path).endswith(".new"))
     with pytest.raises(UserError, match="does not see .*: local_dirs must name a disk that all ranks see"):
         run(*options, "reference_cache=true", "n_examples=8", f"local_run_dir={tmp_path}/run")
 
 
-def test_a_file_of_another_size_is_made_again(options, tmp_path, capsys):
+def test_a_file_of_another_size_is_computed_again(options, tmp_path, capsys):
     options += ["reference_cache=true", "n_examples=8"]
     expected = run(*options, f"local_run_dir={tmp_path}/a")
     for file in (tmp_path / "cache").glob("*/reference/*"):
@@ -117,7 +117,7 @@ def test_a_file_of_another_size_is_made_again(options, tmp_path, capsys):
     assert "found" not in capsys.readouterr().out and logs_of(again)[0] == logs_of(expected)[0]
 
 
-def test_only_the_head_stays(options, tmp_path, monkeypatch):
+def test_only_the_head_stays_in_memory(options, tmp_path, monkeypatch):
     trainers = []
     before_training = CachedReference.before_training
 
@@ -137,7 +137,7 @@ def test_only_the_head_stays(options, tmp_path, monkeypatch):
     assert rows and all(set(row) == {"counters/examples", "prompt", "policy"} for row in rows)
 
 
-def test_a_disk_that_is_too_small(options, tmp_path, monkeypatch):
+def test_a_disk_that_is_too_small_is_an_error(options, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(reference_cache.shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 10**5, 10**5))
     with pytest.raises(
@@ -148,7 +148,7 @@ def test_a_disk_that_is_too_small(options, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["signal", "error"])
-def test_what_was_not_finished_is_not_there(how, options, tmp_path, monkeypatch):
+def test_an_interrupted_computation_leaves_no_file(how, options, tmp_path, monkeypatch):
     compute, calls = Scorer.reference_states, []
 
     def interrupted(self, rows):
@@ -165,8 +165,8 @@ def test_what_was_not_finished_is_not_there(how, options, tmp_path, monkeypatch)
     assert not files(tmp_path)
 
 
-def test_two_runs_at_once_do_not_meet(options, tmp_path, monkeypatch):
-    """While one writes, another one begins and ends; what a killed run left is removed, what a living one writes is not."""
+def test_two_runs_at_once_do_not_interfere(options, tmp_path, monkeypatch):
+    """While one writes, another one starts and ends. The file of a killed run is removed, that of a running one is not."""
     compute, inner = Scorer.reference_states, []
     folder = tmp_path / "cache" / getpass.getuser() / "reference"
 
@@ -174,7 +174,7 @@ def test_two_runs_at_once_do_not_meet(options, tmp_path, monkeypatch):
         if not inner:
             inner.append(True)
             (own,) = folder.glob("*.new")
-            own.rename(living := folder / own.name.replace(str(os.getpid()), "1"))  # as of process 1
+            own.rename(living := folder / own.name.replace(str(os.getpid()), "1"))  # as if process 1 wrote it
             (left := folder / own.name.replace(str(os.getpid()), str(2**22 + 1))).touch()
             inner.append(run(*options, "reference_cache=true", "n_examples=16", f"local_run_dir={tmp_path}/inner"))
             assert living.exists() and not left.exists()
@@ -187,17 +187,17 @@ def test_two_runs_at_once_do_not_meet(options, tmp_path, monkeypatch):
     assert len(files(tmp_path)) == 2
 
 
-def test_it_needs_fast_scoring(options, tmp_path, monkeypatch):
+def test_the_cache_needs_fast_scoring(options, tmp_path, monkeypatch):
     options += ["reference_cache=true", "n_examples=8", f"local_run_dir={tmp_path}/run"]
-    with pytest.raises(UserError, match="reference_cache=true needs fast scoring: scoring=auto"):
+    with pytest.raises(UserError, match="reference_cache=true needs fast scoring; use scoring=auto"):
         run(*options, "scoring=plain")
     assert not (tmp_path / "run").exists()
     with monkeypatch.context() as patched, pytest.raises(UserError, match="reference_cache=true needs fast scoring, which this model"):
         patched.setattr("trainers.fast_scoring_problem", lambda *_: "its logits are odd")
         run(*options)
-    run(*options)  # the folder holds no run yet
+    run(*options)  # the failed attempts left no run in the folder
 
 
-def test_sft_has_no_reference(options, tmp_path):
+def test_sft_writes_no_cache(options, tmp_path):
     run(*options, "loss=sft", "n_examples=8", "reference_cache=true", f"local_run_dir={tmp_path}/run")
     assert not files(tmp_path)

@@ -1,4 +1,4 @@
-"""Properties of the training loop: what the gradient depends on, what is evaluated, when it logs and saves, when it stops."""
+"""Properties of the training loop: what the gradient depends on, what is evaluated, when it logs, saves and stops."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from trainers import BasicTrainer
 
 
 def test_the_gradient_does_not_depend_on_the_cut_of_the_batch(tmp_path):
-    """One SGD step in float64, so that nothing hides a wrong weight of an example: 1, 4 and 8 microbatches."""
+    """One SGD step with 1, 4 and 8 microbatches; in float64, so that rounding cannot hide a wrong weight of an example."""
     options = [
         *PREFERENCE,
         "optimizer=SGD",
@@ -39,7 +39,7 @@ def test_the_gradient_does_not_depend_on_the_cut_of_the_batch(tmp_path):
 
 
 def test_a_smaller_last_batch_counts_its_own_examples(tmp_path):
-    """96 train examples as one batch of 96, and as the only and smaller batch of 100: the same gradient, so the same step of SGD."""
+    """96 train examples in a batch of 96, and in an incomplete batch of 100: the same gradient, hence the same SGD step."""
     options = [*PREFERENCE, "optimizer=SGD", "lr=0.1", "warmup_steps=0", "model.policy_dtype=float64", "n_epochs=1", "do_first_eval=false"]
     whole = run(*options, "batch_size=96", f"local_run_dir={tmp_path}/whole")
     smaller = run(*options, "batch_size=100", "drop_last=false", f"local_run_dir={tmp_path}/smaller")
@@ -48,7 +48,7 @@ def test_a_smaller_last_batch_counts_its_own_examples(tmp_path):
 
 
 def test_evals_and_checkpoints_after_a_smaller_last_batch(tmp_path):
-    """Two epochs of 40, 40 and 16 examples: an eval where a multiple of 40 was passed."""
+    """Two epochs of 40, 40 and 16 examples: an eval after each step that reaches or passes a multiple of 40."""
     options = [*PREFERENCE, "drop_last=false", "batch_size=40", "n_epochs=2", "n_eval_examples=4", "eval_every=40"]
     run_dir = run(*options, f"local_run_dir={tmp_path}/run")
     assert [log["counters/examples"] for log in logs_of(run_dir, "train")] == [40, 80, 96, 136, 176, 192]
@@ -57,7 +57,7 @@ def test_evals_and_checkpoints_after_a_smaller_last_batch(tmp_path):
     assert steps == {"step-40", "step-80", "step-136", "step-176", "step-192"}
 
 
-def test_the_same_seed_gives_the_same_run_and_another_another(tmp_path):
+def test_the_seed_determines_the_run(tmp_path):
     runs = [run(*PREFERENCE, f"seed={seed}", f"local_run_dir={tmp_path}/{i}", "n_examples=24") for i, seed in enumerate((0, 0, 1))]
     first, again, other = (weights_of(run_dir) for run_dir in runs)
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -67,7 +67,7 @@ def test_the_same_seed_gives_the_same_run_and_another_another(tmp_path):
 
 
 def test_every_eval_example_counts_once(tmp_path):
-    """All 32 eval pairs in batches of 5, against each pair scored alone."""
+    """All 32 eval pairs in batches of 5, compared with each pair scored alone."""
     run_dir = run(*PREFERENCE, "n_eval_examples=null", "eval_batch_size=5", "n_examples=8", f"local_run_dir={tmp_path}/run")
     (first, _) = logs_of(run_dir, "eval")
 
@@ -87,7 +87,7 @@ def test_every_eval_example_counts_once(tmp_path):
 
 
 def test_schedule(tmp_path):
-    """Evals, checkpoints and logs where the config has them; one eval and one checkpoint at the end, the latter with hf/."""
+    """Evals, checkpoints and logs as the config schedules them; one eval and one checkpoint with hf/ at the end."""
     options = [*PREFERENCE, "n_examples=64", "eval_every=32", "save_every=24", "do_first_eval=false", f"local_run_dir={tmp_path}/run"]
     run_dir = run(*options)
     assert [log["counters/examples"] for log in logs_of(run_dir, "eval")] == [32, 64]
@@ -99,12 +99,12 @@ def test_schedule(tmp_path):
     assert rates == pytest.approx([5e-4 * min(1, (step + 1) / 4) for step in range(8)])  # linear warm-up, as published
 
 
-def test_logs_are_no_more_frequent_than_asked(tmp_path):
+def test_logs_are_not_more_frequent_than_configured(tmp_path):
     run_dir = run(*PREFERENCE, "n_examples=64", "minimum_log_interval_secs=3600", f"local_run_dir={tmp_path}/run")
     assert [log["counters/examples"] for log in logs_of(run_dir, "train")] == [8]
 
 
-def test_a_train_line_is_its_own_batch_and_has_the_published_names(tmp_path):
+def test_a_train_log_covers_one_batch_and_has_the_published_names(tmp_path):
     run_dir = run(*PREFERENCE, "n_examples=8", f"local_run_dir={tmp_path}/run")
     (log,) = logs_of(run_dir, "train")
     published = {f"rewards_train/{x}" for x in ("chosen", "rejected", "accuracies", "margins")}
@@ -121,7 +121,7 @@ def test_debug_writes_no_checkpoint(tmp_path):
 
 
 def test_samples_are_a_function_of_seed_and_step(tmp_path):
-    """Drawing them does not disturb training, and another eval batch size still draws for the same prompts."""
+    """They do not depend on earlier evals, and drawing them does not change training."""
     options = [*PREFERENCE, "n_examples=16", "sample_during_eval=true", "n_eval_model_samples=6"]
     runs = [run(*options, f"eval_every={every}", f"local_run_dir={tmp_path}/{every}") for every in (8, 16)]
     often, seldom = ([json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()] for run_dir in runs)
@@ -134,7 +134,7 @@ def test_samples_are_a_function_of_seed_and_step(tmp_path):
 
 @pytest.mark.parametrize("mp", ["null", "bfloat16"])
 def test_policy_equals_reference_before_the_first_step(mp, tmp_path, capsys):
-    """Exactly, whatever the dtype in which the policy computes: the published reference was float16."""
+    """Exactly equal, in whatever dtype the policy computes (the published reference was float16)."""
     sampled = ["sample_during_eval=true", "n_eval_model_samples=2"]
     run_dir = run(*PREFERENCE, *sampled, "n_examples=8", f"model.fsdp_policy_mp={mp}", f"local_run_dir={tmp_path}/run")
     first = logs_of(run_dir, "eval")[0]
@@ -150,7 +150,7 @@ def test_a_reference_of_another_dtype_is_noticed(tmp_path, capsys):
 
 
 def test_activation_checkpointing_changes_no_number(tmp_path, monkeypatch):
-    """Also where the policy computes in another dtype than its weights have: backward runs the blocks again."""
+    """Also if the policy computes in another dtype than that of its weights: backward computes the blocks again."""
     forward, enabled = Scorer.forward, set()
 
     def recorded(self, batch, *arguments):
@@ -168,14 +168,16 @@ def test_activation_checkpointing_changes_no_number(tmp_path, monkeypatch):
 
 
 def test_compiled_blocks_and_chunks_compute_the_same(tmp_path, monkeypatch):
-    """Of more layers than PyTorch compiles one function anew for: a graph a layer would fall back to none. The graphs run uncompiled:
-    PyTorch's code generator for CPUs takes a minute, and is not ours."""
+    """The model has more layers than PyTorch's limit of recompilations: if each layer needed its own graph, PyTorch would give up.
+
+    The graphs run uncompiled (aot_eager): PyTorch's code generator for CPUs takes a minute, and is not what is tested here.
+    """
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **options: compiler(function, **options, backend="aot_eager"))
     chunked_loss._kernel.cache_clear()
     options = [*QUIET, "model.from_config.num_hidden_layers=10", "loss=tdpo2", "loss.beta=0.5", "n_examples=16", "batch_size=8"]
     options += ["n_eval_examples=8", "eval_every=16", "gradient_accumulation_steps=2"]
-    options += ["sample_during_eval=true", "n_eval_model_samples=2"]  # samples of every length, which are not compiled
+    options += ["sample_during_eval=true", "n_eval_model_samples=2"]  # sampling, with its many lengths, is not compiled
     logs = []
     for compiled in ("false", "true"):
         torch._dynamo.reset()
@@ -188,7 +190,7 @@ def test_compiled_blocks_and_chunks_compute_the_same(tmp_path, monkeypatch):
     assert 5 <= graphs <= 12 and not torch._dynamo.utils.counters["graph_break"]
 
 
-def test_deterministic_is_what_pytorch_calls_so(tmp_path):
+def test_deterministic_turns_on_pytorchs_deterministic_algorithms(tmp_path):
     try:
         run(*PREFERENCE, "n_examples=8", "deterministic=true", f"local_run_dir={tmp_path}/run")
         assert torch.are_deterministic_algorithms_enabled()
@@ -197,7 +199,7 @@ def test_deterministic_is_what_pytorch_calls_so(tmp_path):
 
 
 def test_samples_are_drawn_from_the_models_own_distribution(tmp_path, monkeypatch):
-    """Whatever settings the model came with: no top-k or top-p, temperature 1, no penalty, up to max_length."""
+    """Temperature 1, no top-k or top-p, no penalty, up to max_length, whatever settings the model comes with."""
     greedy = tmp_path / "model"
     shutil.copytree(MINI / "model", greedy)
     settings = {"max_new_tokens": 2, "repetition_penalty": 5.0, "temperature": 0.01, "top_k": 1, "do_sample": True}
@@ -223,7 +225,7 @@ def test_samples_are_drawn_from_the_models_own_distribution(tmp_path, monkeypatc
 
 
 def spy(function, seen: list):
-    """The function, which notes the generation config that it returns first."""
+    """Return the function, wrapped so that it appends the first value it returns (a generation config) to `seen`."""
 
     def called(*arguments, **keywords):
         output = function(*arguments, **keywords)
@@ -234,7 +236,7 @@ def spy(function, seen: list):
 
 
 def poison(monkeypatch, at_step: int, where: str):
-    """Make the loss (or a gradient) of one step not finite."""
+    """Make the loss or the gradient (`where`) of one step NaN."""
     score, clip = BasicTrainer.score, SingleDevice.clip_gradient
     steps = {"clip": 0}
 
@@ -270,13 +272,13 @@ def test_a_step_that_is_not_finite_stops_the_run_before_it_is_taken(where, messa
     assert [log["counters/examples"] for log in logs_of(tmp_path / "run", "train")] == [8, 16]
 
 
-def test_such_steps_can_be_left_out(tmp_path, monkeypatch):
+def test_steps_that_are_not_finite_can_be_skipped(tmp_path, monkeypatch):
     poison(monkeypatch, at_step=2, where="gradient")
     run_dir = run(*PREFERENCE, "n_examples=64", "max_skipped_steps=1", f"local_run_dir={tmp_path}/run")
     log = logs_of(run_dir, "train")[-1]
     assert (log["counters/examples"], log["counters/updates"]) == (64, 7)
     rates = [log["lr"] for log in logs_of(run_dir, "train")]
-    assert rates[2] == rates[3] < rates[4]  # a step that was left out is none of the schedule
+    assert rates[2] == rates[3] < rates[4]  # a skipped step does not advance the schedule
     assert logs_of(run_dir, "train")[2]["grad_norm"] is None  # JSON has no NaN
     assert all(tensor.isfinite().all() for tensor in weights_of(run_dir).values())
 
@@ -284,7 +286,7 @@ def test_such_steps_can_be_left_out(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "owner, method, message",
     [
-        (Scorer, "both_ways", r"two sequences of max_length=64 tokens, by which fast scoring is tried\ntry more devices"),
+        (Scorer, "both_ways", r"two sequences of max_length=64 tokens \(the trial of fast scoring\)\ntry more devices"),
         (Scorer, "_fast", r"8 train examples, the longest of \d+ tokens, in step 1\ntry a smaller tokens_per_microbatch"),
         (torch.Tensor, "backward", r"8 train examples, the longest of \d+ tokens, in step 1\ntry a smaller tokens_per_microbatch"),
     ],
@@ -298,14 +300,14 @@ def test_out_of_memory_names_the_keys_to_change(owner, method, message, tmp_path
         run(*PREFERENCE, "do_first_eval=false", "n_examples=8", f"local_run_dir={tmp_path}/run")
 
 
-def test_optimizers_of_torch(tmp_path):
+def test_other_optimizers_train(tmp_path):
     for optimizer in ("AdamW", "SGD"):
         run_dir = run(*PREFERENCE, f"optimizer={optimizer}", "n_examples=8", f"local_run_dir={tmp_path}/{optimizer}")
         assert logs_of(run_dir, "eval")[-1]["loss/eval"] != logs_of(run_dir, "eval")[0]["loss/eval"]
 
 
 def test_dropout_is_off(tmp_path):
-    """Modules, and the probabilities that attention layers keep as floats: two train passes over the same data agree."""
+    """Both modules and the probabilities that attention layers keep as floats: two passes in train mode over the same data agree."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     from tdpo.utils import disable_dropout

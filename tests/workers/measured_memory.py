@@ -1,4 +1,7 @@
-"""Run by test_memory.py, in one process or several: trains a step and prints the last rank's peak, in bytes above what it began with."""
+"""Train one step, in one process or several, and print how many bytes the last rank's peak memory is above its memory at the start.
+
+Run by tests/models/test_memory_estimate.py.
+"""
 
 import os
 import resource
@@ -13,5 +16,5 @@ if __name__ == "__main__":
     with open("/proc/self/statm") as file:
         before = int(file.read().split()[1]) * resource.getpagesize()
     train.run(compose(*overrides), overrides)
-    if int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1:  # rank 0 has held the whole model before
+    if int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1:  # not rank 0, which has held the whole model
         print(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before}")

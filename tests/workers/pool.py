@@ -1,4 +1,4 @@
-"""What forked processes do (helpers.Command, helpers.Ranks): run a script of the repository, or jobs of several ranks."""
+"""Code of the forked processes (helpers.Command, helpers.Ranks): run a script of the repository, or serve as a rank."""
 
 import os
 import runpy
@@ -12,7 +12,7 @@ from tdpo.utils import PeerError, RunError, UserError
 
 
 def run_script(script: str, arguments: list[str], environment: dict[str, str], output: str, folder: str) -> None:
-    """As `python -u script arguments` in a folder, with that environment; what it prints goes to a file."""
+    """Run `python -u script arguments` in a folder, with the given environment, and write its output to a file."""
     os.chdir(folder)
     _become(environment, output)
     sys.argv = [script, *arguments]
@@ -21,8 +21,8 @@ def run_script(script: str, arguments: list[str], environment: dict[str, str], o
 
 
 def serve(jobs: Connection, environment: dict[str, str], output: str) -> None:
-    """A rank: for each (function, arguments) that comes, send back (what it returns, None), or (None, its error)."""
-    import helpers  # not above: it imports this module
+    """Serve as a rank: for each (function, arguments) received, send back (its result, None) or (None, its error)."""
+    import helpers  # not at the top, because helpers imports this module
     import sharded_families
 
     import sample
@@ -39,12 +39,12 @@ def serve(jobs: Connection, environment: dict[str, str], output: str) -> None:
             number += 1
             try:
                 function, arguments = jobs.recv()
-            except EOFError:  # whoever asked has ended
+            except EOFError:  # the process that sends the jobs has ended
                 return
-            os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # signs of life of its own for each run
+            os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # separate heartbeats for each run
             try:
                 jobs.send((functions[function](world, *arguments), None))
-            except (UserError, RunError, PeerError) as error:  # raised by all ranks together, which stay in step
+            except (UserError, RunError, PeerError) as error:  # raised on all ranks together, so that these stay in step
                 jobs.send((None, error))
 
 

@@ -1,4 +1,4 @@
-"""Run by the ranks of a test run: sharded models of every family against the same model in one piece, in float64."""
+"""Compare sharded models of every family with the unsharded model, in float64. Run by the ranks of a test run."""
 
 from collections.abc import Sequence
 
@@ -20,14 +20,14 @@ def build(family: str, seed: int, **changes) -> torch.nn.Module:
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family, **{**FAMILIES[family], **changes})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float64)
-    for parameter in model.parameters():  # also those that start at 0 or 1: a bias that is added twice must show
+    for parameter in model.parameters():  # including those that start at 0 or 1, so that a bias added twice is noticed
         torch.nn.init.normal_(parameter, std=0.2)
     disable_dropout(model)
     return model
 
 
 def batch_of(pairs: int) -> dict[str, torch.Tensor]:
-    """Ragged pairs: a prompt of three tokens, responses of three to six; less padding than the smallest window, which Gemma 2 needs."""
+    """Return pairs with prompts of three tokens and responses of three to six; Gemma 2 needs less padding than its window."""
     generator = torch.Generator().manual_seed(0)
     batch, prompts = {}, torch.randint(3, 31, (pairs, 3), generator=generator)
     for role, lengths in (("chosen", [6, 9, 7, 8]), ("rejected", [7, 6, 8, 9])):
@@ -40,7 +40,7 @@ def batch_of(pairs: int) -> dict[str, torch.Tensor]:
 
 
 def rows_of(batch: dict[str, torch.Tensor]) -> SharedPrefixBatch:
-    """The same pairs for fast scoring."""
+    """Return the same pairs for fast scoring."""
     rows = []
     for i in range(len(batch["chosen_labels"])):
         prompt = batch["chosen_input_ids"][i, :3].tolist()
@@ -75,13 +75,13 @@ def check(style: str, family: str, world: World, **changes) -> None:
         for name in partial:
             world.sum(actual[name])
         for name, gradient in expected.items():
-            # Families that compute norms or rotations in float32 whatever the model's dtype leave 1e-7.
+            # Some families compute norms or rotations in float32 whatever the model's dtype, which leaves differences of 1e-7.
             difference = (actual[name] - gradient).norm() / gradient.norm().clamp_min(1e-3)
             assert difference < 1e-6, f"{style} {scoring} {family} {name}: {difference}"
 
 
 def check_all(world: World, styles: Sequence[str]) -> list[str]:
-    """Check every family in each style; 'equal <style> <family>' or 'refused <family> <why>' for each."""
+    """Check every family in each style, and return a line for each: 'equal <style> <family>' or 'refused <family> <why>'."""
     lines = []
     for style in styles:
         for family in FAMILIES:
