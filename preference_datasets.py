@@ -373,7 +373,7 @@ def load_prompts(
     bos = tokenizer.bos_token_id if add_bos else None
     found = list(found)
     if empty := [i for i, (_, ids, _) in enumerate(found, 1) if not ids]:
-        raise UserError(f"prompts {some_of(empty)} have no tokens: there is nothing to continue")
+        raise UserError(f"no tokens in prompt {some_of(empty)} (numbers count from 1): there is nothing to continue")
     return [Prompt(text, truncate(ids, [[]], mode, max_prompt_length, max_prompt_length, bos)[0]) for text, ids, mode in found]
 
 

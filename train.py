@@ -219,7 +219,7 @@ def load_data(config: DictConfig, split: str, tokenizer, objective: Objective, c
     if split == "train" and len(data) // objective.stages < (config.batch_size if config.drop_last else 1):
         raise UserError(
             f"{plural(len(data), 'train example')} in loss.parts={objective.stages} stages: a stage has fewer than "
-            f"batch_size={config.batch_size}; set a smaller batch_size or loss.parts"
+            f"{'batch_size=' + str(config.batch_size) if config.drop_last else 'one'}; set a smaller loss.parts or batch_size"
         )
     rank0_print(f"{split}: {data.describe()}")
     return data

@@ -121,7 +121,7 @@ def _check_paired(name: str, data: Contract, labelled: bool) -> None:
     if any(entry["pairs"] for entry in data.values()):
         return
     if any("scores" in entry for entry in data.values()):
-        raise UserError(f"{name} has no pairs: no scores differ by more than datasets.{name}.min_margin")
+        raise UserError(f"{name} has no pairs: the ratings of a prompt's responses are equal, or differ by too little (min_margin)")
     raise UserError(f"{name} has no pairs: use it with loss=sft, or complete its prompts with sample.py (see experiments/frontier)")
 
 

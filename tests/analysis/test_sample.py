@@ -95,7 +95,7 @@ def test_path_without_a_model(tmp_path):
 def test_prompts_that_cannot_be_continued(trained, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "Human: hello"}\n{"prompt": ""}\n')
-    with pytest.raises(UserError, match="prompts 2 have no tokens"):
+    with pytest.raises(UserError, match="no tokens in prompt 2 "):
         sampled(trained, tmp_path / "out.jsonl", f"prompts={prompts}")
     prompts.write_text('{"text": "Human: hello"}\n')
     with pytest.raises(UserError, match=r"no field 'prompt': .*\n  fix or remove them"):

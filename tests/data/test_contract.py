@@ -277,7 +277,7 @@ def test_losses_that_need_segments_and_other_losses_on_segments(tmp_path, chat_t
 def test_data_without_targets_or_pairs(tmp_path, mini_tokenizer):
     with pytest.raises(UserError, match="jsonl has no SFT target: none of its responses is labelled desirable"):
         split_of(tmp_path, [completion("p", " a", label=False)], SFT, mini_tokenizer, rows="labelled")
-    with pytest.raises(UserError, match="no scores differ by more than datasets.jsonl.min_margin"):
+    with pytest.raises(UserError, match="ratings of a prompt.s responses are equal, or differ by too little .min_margin."):
         rows = [completion("p", " a", score=1), completion("p", " b", score=2)]
         split_of(tmp_path, rows, PAIRS, mini_tokenizer, rows="scored", min_margin=5)
 
