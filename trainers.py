@@ -29,7 +29,7 @@ from tdpo.scoring.chunked_loss import HeadOnly
 from tdpo.scoring.logps import _get_batch_logps, _tdpo_get_batch_logps, concatenated_inputs
 from tdpo.scoring.scorer import Scored, Scorer, fast_scoring_problem
 from tdpo.training.feeder import Feeder, Microbatch
-from tdpo.training.guards import Guards
+from tdpo.training.guards import Guards, PublishedMethods
 from tdpo.training.hooks import make_hooks
 from tdpo.training.metrics import MetricSums, Sink, example_metrics
 from tdpo.training.optimizer import learning_rate, make_optimizer
@@ -44,7 +44,7 @@ __all__ += ["_get_batch_logps", "_tdpo_get_batch_logps", "concatenated_inputs"]
 log = get_logger(__name__)
 
 
-class BasicTrainer:
+class BasicTrainer(PublishedMethods):
     """Trains on one device: a GPU if there is one, else the CPU.
 
     Args:

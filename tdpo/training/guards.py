@@ -18,6 +18,24 @@ log = get_logger(__name__)
 STEP_ZERO_TOLERANCE = 1e-3  # nats; far above rounding errors, far below the effect of one train step
 
 
+class PublishedMethods:
+    """A base class of trainers. It refuses subclasses that override methods of the published trainers which nothing calls any more."""
+
+    ABSENT = (
+        "get_batch_metrics",
+        "get_batch_samples",
+        "concatenated_forward",
+        "tdpo_concatenated_forward",
+        "write_state_dict",
+        "clip_gradient",
+    )
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        if found := [name for name in PublishedMethods.ABSENT if name in vars(cls)]:
+            raise TypeError(f"{cls.__name__} overrides {some_of(found)}, which this training loop never calls: see docs/forks.md")
+
+
 class Guards:
     """The checks of a run.
 

@@ -325,3 +325,9 @@ def test_dropout_is_off(tmp_path):
     model = Starcoder2ForCausalLM(Starcoder2Config(**sizes, num_key_value_heads=1, **rates)).train()
     disable_dropout(model)
     assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_a_fork_that_overrides_a_method_nothing_calls_is_refused():
+    with pytest.raises(TypeError, match="Mine overrides get_batch_metrics, which this training loop never calls: see docs/forks.md"):
+        type("Mine", (BasicTrainer,), {"get_batch_metrics": lambda self: None})
+    type("Mine", (BasicTrainer,), {"log_train": lambda self: None})
