@@ -1,7 +1,6 @@
-"""The training loop: `train` only schedules, `train_step` is one optimizer step; the other methods do what their names say.
+"""The training loop: `train` only schedules, `train_step` is one optimizer step.
 
-A trainer's strategy (tdpo/training/strategies.py) holds what differs between one device and several; a hook (tdpo/training/hooks.py) is
-what an objective or an option adds to the loop.
+A strategy (tdpo/training/strategies.py) holds what differs between one device and several; hooks (tdpo/training/hooks.py) add to the loop.
 """
 
 import os
@@ -48,17 +47,17 @@ class BasicTrainer(PublishedMethods):
     """Trains on one device: a GPU if there is one, else the CPU.
 
     Args:
-        policy: the model to train, on the CPU; for trainers of several devices on the meta device, without weights.
+        policy: the model to train. BasicTrainer: on the CPU; the other trainers: on the meta device, without weights.
         config: a checked config.
-        seed: determines the order of the train data, and samples.
+        seed: random seed of the data order and of sampling.
         run_dir: an existing folder for checkpoints.
         reference_model: the reference, on the same device as the policy; None if the objective needs none.
         objective: the loss, with its hyperparameters.
         train_data, eval_data: tokenized splits.
         tokenizer: pads, and decodes samples.
-        sinks: where metrics and samples are logged; empty on all ranks but 0.
-        world: the ranks that train together; None: this process alone.
-        weights: {"policy", "reference"}: functions that build models with weights, for those on the meta device; called on rank 0.
+        sinks: where metrics and samples are logged; may be filled until `train` is called. Empty on all ranks but 0.
+        world: the ranks that train together; None: a single process.
+        weights: for models on the meta device: functions "policy" and "reference" that build them with weights; called on rank 0.
     """
 
     strategy_class = SingleDevice
@@ -114,14 +113,14 @@ class BasicTrainer(PublishedMethods):
         self.saved_at, self.checkpoint = -1, None  # `progress.examples` of the newest checkpoint, and its folder
         self.resumed_from: Optional[str] = None
         self.last_log: Optional[float] = None
-        self.step_values: dict[str, Any] = {}  # of the last step: what is logged besides the means over its examples
+        self.step_values: dict[str, Any] = {}  # grad_norm, lr and examples_per_second of the last step
         seed_generators(seed)
 
     def choose_scoring(self) -> bool:
-        """Whether to score fast; scoring=auto tries it on the model. The same answer on all ranks.
+        """Return whether to use fast scoring, the same on all ranks. `auto` and `fast` test it on the model first.
 
         Raises:
-            UserError: scoring=fast, but the model does not support it.
+            UserError, RunError: scoring=fast, but the model does not support it; the test runs out of memory.
         """
         if self.config.scoring == "plain":
             return False
@@ -140,10 +139,10 @@ class BasicTrainer(PublishedMethods):
 
     # --- schedule ---
     def train(self) -> None:
-        """Train on all batches, with evals, logs and checkpoints on schedule; evaluate and save once more at the end.
+        """Train on all batches, with evals, logs and checkpoints on schedule, and an eval and a checkpoint at the end.
 
         Raises:
-            Stopped: a signal asked the run to end; the last completed step was saved.
+            Stopped, RunError: a signal asked the run to end, and the last step was saved; a step was not finite, or memory ran out.
         """
         with self.signals, self.progress_bar() as bar:
             try:
@@ -170,7 +169,7 @@ class BasicTrainer(PublishedMethods):
         return tqdm.tqdm(total=total, initial=self.progress.examples, desc="Training", unit=" examples", disable=hide)
 
     def between_steps(self) -> None:
-        """Stop, evaluate or save if that is due; what was done before a resume is not repeated."""
+        """Raise Stopped after a signal; evaluate and save if due. A resumed run does not repeat the eval of its checkpoint."""
         self.signals.check()
         config, progress = self.config, self.progress
         evaluated = progress.evaluated_at == progress.examples
@@ -185,7 +184,7 @@ class BasicTrainer(PublishedMethods):
 
     # --- one step ---
     def train_step(self, examples: list[Example], microbatches: list[Microbatch]) -> MetricSums:
-        """Take one optimizer step on one global batch; return the metric sums of this rank's examples.
+        """Train on one global batch: one optimizer step, or none if it is not finite. Return the metric sums of this rank's examples.
 
         Args:
             examples: the global batch, of all ranks.
@@ -204,7 +203,7 @@ class BasicTrainer(PublishedMethods):
                 self.strategy.before_backward(is_last=i == len(microbatches) - 1)
                 scored = self.score(microbatch, sums, "train")  # if fast, this computes the head's gradients too (scoring/chunked_loss.py)
                 (scored.loss / len(examples)).backward()  # gives the global mean: ranks' gradients are summed (distributed/sharding.py)
-                losses.append(scored.output.losses[: len(microbatch.examples)])  # without the placeholder of a rank without examples
+                losses.append(scored.output.losses[: len(microbatch.examples)])  # a rank without examples scores a placeholder, not counted
         grad_norm = self.strategy.clip_gradient(self.config.max_grad_norm)
         own = [example for microbatch in microbatches for example in microbatch.examples]
         took_step = self.guards.may_take_step(sums.sum("loss/train"), grad_norm, own, losses, self.progress)
@@ -251,13 +250,14 @@ class BasicTrainer(PublishedMethods):
     def sample(self, examples: list[Example]) -> list[dict]:
         """Sample one text per prompt, prompt included, from the policy and, if there is one, the reference: {prompt, policy, reference}.
 
-        Texts are drawn from the model's own distribution (temperature 1, no top-k, no top-p), seeded by seed, train examples and rank.
+        Texts are drawn from the model's own distribution (temperature 1, no top-k, no top-p). The random seed is made of `seed`, the train
+        examples so far and the rank. All ranks must call this, and all get the list.
         """
         models = {"policy": self.policy, "reference": self.reference_model}
         rank, ranks = self.strategy.data_rank
         rows = []
         devices = [self.world.device] if self.world.device.type == "cuda" else []
-        # Uncompiled: PyTorch would recompile blocks for each length of the cache until it gave up on them, in training too.
+        # Not compiled: each length of the cache would recompile the blocks; after too many, PyTorch gives up, for training too.
         with torch.random.fork_rng(devices=devices), self.strategy.gathered(), torch.compiler.set_stance("force_eager"):
             torch.manual_seed(mixed_seed(self.seed, self.progress.examples, rank))
             starts = range(0, len(examples), self.config.eval_batch_size)
@@ -304,7 +304,7 @@ class BasicTrainer(PublishedMethods):
         bar.set_postfix(shown, refresh=False)
 
     def save(self, final: bool = False) -> None:
-        """Write a checkpoint unless this step has one, and remove old ones. The final one also gets a Hugging Face folder."""
+        """Write a checkpoint if this step has none yet, then remove old ones (keep_checkpoints). `final` adds a Hugging Face folder."""
         if self.config.debug:
             return
         if self.saved_at != self.progress.examples:
@@ -346,7 +346,7 @@ class BasicTrainer(PublishedMethods):
 
     @property
     def moving_reference(self) -> Optional[nn.Module]:
-        """The reference if a hook changes its weights, which checkpoints must then hold; else None."""
+        """The reference if a hook changes its weights (checkpoints must then contain it); else None."""
         return self.reference_model if any(hook.moves_reference for hook in self.hooks) else None
 
     def ranks(self) -> str:
@@ -354,7 +354,7 @@ class BasicTrainer(PublishedMethods):
         return f"{plural(self.world.size, 'process', 'processes')} on {self.world.device.type}"
 
     def resume(self, resumed: Resumed) -> None:
-        """Load a checkpoint, written by any trainer and number of ranks. Called before `train`, which then continues from there."""
+        """Load a checkpoint, which may come from another trainer or number of ranks. Call it before `train`."""
         self.progress = replace(resumed.progress)
         for hook in self.hooks:
             if state := resumed.progress.hooks.get(type(hook).__name__):
@@ -365,7 +365,7 @@ class BasicTrainer(PublishedMethods):
         restore_tensors(self.world, resumed.folder, self.policy, self.optimizer, self.moving_reference, with_random=same_ranks)
         if not same_ranks:
             torch.manual_seed(mixed_seed(self.seed, self.progress.batches, self.world.rank))
-            log.info(f"now {self.ranks()}, before {resumed.progress.ranks}: random generators are seeded anew from seed, step and rank")
+            log.info(f"now {self.ranks()}, before {resumed.progress.ranks}: PyTorch's random numbers start anew, from seed, batch and rank")
 
 
 class FSDPTrainer(BasicTrainer):
@@ -375,6 +375,6 @@ class FSDPTrainer(BasicTrainer):
 
 
 class TensorParallelTrainer(BasicTrainer):
-    """Trains on several devices; each holds a part of every matrix and multiplies with it, and all work on the whole batch."""
+    """Trains on several devices; each holds a part of the matrices that Transformers' plan splits. All work on the whole batch."""
 
     strategy_class = TensorParallel

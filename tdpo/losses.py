@@ -24,15 +24,15 @@ class ResponseScores:
     """Scores of a batch: tensors of shape (B,) for one role (such as chosen), or (B, R) for all R roles together."""
 
     logps: torch.Tensor  # sum over the response's tokens of log pi(y_t | s_t), nats
-    num_tokens: torch.Tensor  # |y|, the response tokens in the loss, end-of-sequence included
+    num_tokens: torch.Tensor  # |y|, the number of response tokens in the loss, end-of-sequence included
     reference_logps: Optional[torch.Tensor] = None  # the same sum under the reference, without gradient, nats
     kl: Optional[torch.Tensor] = None  # SeqKL K(y), nats
-    annotation: Optional[torch.Tensor] = None  # float64, from the data: y's rating (odpo), or its label, 1 desirable or 0 (kto)
+    annotation: Optional[torch.Tensor] = None  # float64, from the data. odpo: the rating of y; kto: 1 desirable, 0 undesirable
     baseline: Optional[torch.Tensor] = None  # z0 of kto, a scalar, nats
 
     @property
     def log_ratio(self) -> torch.Tensor:
-        """r(y), shape (B,), nats."""
+        """r(y), in the shape of logps, nats; needs reference_logps."""
         return self.logps - self.reference_logps
 
     def detach(self) -> "ResponseScores":
@@ -53,7 +53,7 @@ class LossOutput:
 
     losses: torch.Tensor  # (B,), one loss per example; the training loss is their mean over the global batch
     rewards: Mapping[str, torch.Tensor] = field(default_factory=dict)  # role -> (B,), detached; logged as rewards_*
-    logits: Optional[torch.Tensor] = None  # (B,), detached: the margin that the loss trains
+    logits: Optional[torch.Tensor] = None  # (B,), detached: what the loss trains, > 0 where the example is ranked as the data say
 
     def detach(self) -> "LossOutput":
         rewards = {role: reward.detach() for role, reward in self.rewards.items()}
@@ -198,7 +198,7 @@ def odpo(scores: Scores, beta: float, alpha: float = 1.0, kl_weight: float = 0.0
         scores: roles "chosen" and "rejected", with reference_logps, annotation (the ratings, s_w > s_l) and, if kl_weight is not 0, kl.
         beta: as in DPO.
         alpha: weight of the offset, >= 0; 0 is DPO.
-        kl_weight: weight of an additional KL penalty, >= 0: the mean of the two responses' SeqKL, which is the forward direction.
+        kl_weight: >= 0; kl_weight times the mean SeqKL of the two responses (forward KL) is added to the loss, not scaled by beta.
     """
     chosen, rejected = scores["chosen"], scores["rejected"]
     difference = _difference_of_log_ratios(scores)
@@ -214,7 +214,7 @@ def slic(scores: Scores, delta: float = 1.0, sft_weight: float = 0.1) -> LossOut
     """SLiC-HF, max(0, delta - log pi(y_w) + log pi(y_l)) - lambda log pi(y_ref): https://arxiv.org/abs/2305.10425. No reference model.
 
     Args:
-        scores: roles "chosen", "rejected" and "target", y_ref, the prompt's SFT target.
+        scores: roles "chosen", "rejected" and "target" (y_ref in the formula: the prompt's SFT target).
         delta: margin, nats, > 0.
         sft_weight: lambda, weight of the SFT target's log-likelihood, >= 0.
     """
@@ -230,11 +230,11 @@ def kto(scores: Scores, beta: float, desirable_weight: float = 1.0, undesirable_
     Desirable: w_D (1 - sigmoid(beta (r - z0))); undesirable: w_U (1 - sigmoid(beta (z0 - r))).
 
     Args:
-        scores: role "completion", with reference_logps, annotation (1 desirable, 0 undesirable) and, if z0 is "batch", baseline: the
-            mean of r over responses to other prompts, at least 0, without gradient.
+        scores: role "completion", with reference_logps, annotation (1 desirable, 0 undesirable) and, if z0 is "batch", baseline:
+            max(0, mean of r over mismatched responses), without gradient.
         beta: as in DPO.
         desirable_weight, undesirable_weight: w_D and w_U, >= 0.
-        z0: "batch", or 0 for no baseline.
+        z0: "batch", or 0 for no baseline. It is not used here: it tells Objective whether the training loop computes the baseline.
     """
     score = scores["completion"]
     desirable = score.annotation > 0.5
@@ -245,7 +245,7 @@ def kto(scores: Scores, beta: float, desirable_weight: float = 1.0, undesirable_
 
 
 def sdpo_stepwise(scores: Scores, beta: float, parts: int = 3, order: str = "given") -> LossOutput:
-    """sDPO, DPO on consecutive stages of the data, each against the policy that the previous one left: https://arxiv.org/abs/2403.19270.
+    """sDPO, stepwise DPO: each stage of the data has the policy after the previous stage as reference. https://arxiv.org/abs/2403.19270.
 
     Args:
         scores: as in DPO, whose loss this is. The stages are made by the training loop, see `stages` of Objective.
@@ -260,7 +260,8 @@ def sdpo_segment(scores: Scores, beta: float) -> LossOutput:
     """SDPO, -log sigmoid(sum over the turns t of a segment of beta [r(w_t|h_t^w) - r(l_t|h_t^l)]): https://arxiv.org/abs/2501.01821.
 
     Args:
-        scores: as in DPO, but summed over the tokens of the segment's turns only; the turns between them are history.
+        scores: as in DPO, but summed over the tokens of the segment's turns only; w_t and l_t are turns of chosen and rejected, h_t what
+            precedes them. Other turns are only context.
         beta: as in DPO.
     """
     return dpo(scores, beta)
@@ -283,7 +284,7 @@ def _log_ratio_rewards(scores: Scores, beta: float) -> Mapping[str, torch.Tensor
 class Objective:
     """A loss with its hyperparameters, and what it needs from data, scoring and the training loop. Call it with scores.
 
-    Code outside this file reads these fields, never the loss's name or its hyperparameters.
+    Other code decides by these fields, never by the loss's name or its hyperparameters.
     """
 
     name: str
@@ -303,6 +304,11 @@ class Objective:
     hyperparameters: Mapping[str, object] = field(default_factory=dict)
 
     def __call__(self, scores: Scores) -> LossOutput:
+        """Evaluate the loss.
+
+        Args:
+            scores: by role, tensors of shape (B,).
+        """
         return self.function(scores, **self.hyperparameters)
 
     @property

@@ -2,9 +2,11 @@
 
 <run_dir>/step-<examples>/policy.pt      {'step_idx', 'state', 'metrics'}, as published
 <run_dir>/step-<examples>/state/         what resuming needs: shards of torch.distributed.checkpoint, and progress.json
-<run_dir>/step-<examples>/hf/            only in a run's last one: a folder for AutoModelForCausalLM.from_pretrained
+<run_dir>/step-<examples>/hf/            in the checkpoint with which a run ended: a folder for AutoModelForCausalLM.from_pretrained
 <run_dir>/step-<examples>/manifest.json  size and SHA-256 of the other files, except those of hf/
 <run_dir>/LATEST -> step-<examples>      a relative link to the newest complete checkpoint
+
+<examples> counts train examples, as published. A checkpoint is complete if it has its final name and manifest.json.
 """
 
 import hashlib
@@ -64,7 +66,7 @@ def save_checkpoint(
             _make_room(run_dir, target, temporary, needed)
     with _removed_on_failure(world, target, temporary):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about saving by one process, and about internal types that will change
+            warnings.simplefilter("ignore")  # PyTorch warns about saving with one process and about its own internal types
             dcp.save(dict(tensors), checkpoint_id=os.path.join(temporary, "state"), **_group(world))
         with world.agreed():
             if world.is_first:
@@ -100,7 +102,7 @@ def _bytes(tensors: Mapping[str, Any]) -> int:
 
 
 def _make_room(run_dir: str, target: str, temporary: str, needed: int) -> None:
-    """Check that the checkpoint can be written, move away what has its name, and create its temporary folder. `needed` is in bytes."""
+    """Check that the checkpoint can be written, rename an incomplete one to .old, create the temporary folder. `needed` is in bytes."""
     if os.path.exists(os.path.join(target, "manifest.json")):
         raise RunError(f"{target} exists already; a checkpoint is never overwritten")
     latest = os.path.join(run_dir, "LATEST")
@@ -120,7 +122,7 @@ def _make_room(run_dir: str, target: str, temporary: str, needed: int) -> None:
 
 @contextmanager
 def _removed_on_failure(world: World, target: str, temporary: str) -> Iterator[None]:
-    """Remove the temporary folder if the block fails, and turn errors of writing into RunError."""
+    """Remove the temporary folder if the block fails; turn write errors into RunError, or PeerError if another rank reports the error."""
     try:
         yield
     except (OSError, RuntimeError, CheckpointException) as error:  # torch reports a full disk as a RuntimeError
@@ -132,7 +134,7 @@ def _removed_on_failure(world: World, target: str, temporary: str) -> Iterator[N
             raise PeerError("the checkpoint could not be written") from error
         reason = " ".join(str(error).split())[:300]
         raise RunError(f"{target} could not be written ({reason}); the last checkpoint is untouched") from error
-    except Exception:  # another rank's failure
+    except Exception:  # usually PeerError: another rank failed
         if world.is_first:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -188,7 +190,7 @@ def add_export(world: World, folder: str, export: Callable[[str], None]) -> None
 
 
 def remove_old(run_dir: str, keep: int, never: Iterable[str]) -> None:
-    """Remove all but the newest `keep` complete checkpoints; keep LATEST's and the folders in `never`. A failure only logs a warning."""
+    """Remove all but the newest `keep` complete checkpoints; never LATEST's target or a folder in `never`. Log a failure."""
     latest = os.path.realpath(os.path.join(run_dir, "LATEST"))
     kept = {latest, *(os.path.realpath(folder) for folder in never)}
     for folder in list_checkpoints(run_dir)[keep:]:
@@ -203,7 +205,7 @@ def remove_old(run_dir: str, keep: int, never: Iterable[str]) -> None:
 
 
 def set_aside(path: str) -> None:
-    """Rename a file or folder to <path>.old, .old.1 and so on, to make way for a new one; do nothing if it does not exist."""
+    """Rename a file or folder to <path>.old, .old.1 and so on, so that the name is free; do nothing if it does not exist."""
     names = [f"{path}.old", *(f"{path}.old.{i}" for i in range(1, 10_000))]
     if os.path.lexists(path):
         os.rename(path, next(name for name in names if not os.path.lexists(name)))
@@ -224,7 +226,7 @@ def list_checkpoints(run_dir: str) -> list[str]:
 
 
 def damaged_files(world: World, folder: str) -> list[str]:
-    """Return the files of a checkpoint that are missing or differ from the manifest. Called on all ranks, which share the reading."""
+    """Return the files of a checkpoint that are missing or differ from the manifest. All ranks must call this; each checks a part."""
     expected = world.from_first(lambda: _read_manifest(folder))
     if expected is None:
         return ["manifest.json"]
@@ -266,7 +268,7 @@ def load_tensors(world: World, folder: str, tensors: Mapping[str, Any]) -> None:
             if entry is None or entry.size != tensor.size() or entry.properties.dtype != tensor.dtype:
                 wrong.append(name)
         if wrong:
-            raise RunError(f"{folder} does not fit this run: {some_of(sorted(wrong), 4)} (missing, unknown, or of another shape or dtype)")
+            raise RunError(f"{folder} does not fit this run: missing, unknown, or of another shape or dtype: {some_of(sorted(wrong), 4)}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         reader = _Reader(os.path.join(folder, "state"))
@@ -366,7 +368,7 @@ def point_latest(run_dir: str, name: str) -> None:
 
 
 def holds_a_run(run_dir: str) -> bool:
-    """Whether a run has written into this folder."""
+    """Whether the folder contains files with the names that a run writes."""
     if not os.path.isdir(run_dir):
         return False
     return any(name in ("config.yaml", "metrics.jsonl", "LATEST") or name.startswith("step-") for name in os.listdir(run_dir))

@@ -18,13 +18,14 @@ Item, Prepared = TypeVar("Item"), TypeVar("Prepared")
 
 
 class BatchStream:
-    """Global batches of examples, for n_epochs or until n_examples have been given out, whichever comes first.
+    """Global batches of examples, for n_epochs or until n_examples have been yielded, whichever comes first.
 
     Args:
         split: where the examples come from.
         batch_size: examples per batch.
-        seed: of the examples' order.
-        n_epochs, n_examples: either may be None, but not both. The last batch is whole even if n_examples is not a multiple of batch_size.
+        seed: random seed of the examples' order.
+        n_epochs: passes over the split; None: n_examples alone decides.
+        n_examples: stop after the batch that reaches this number, which is not cut; None: n_epochs alone decides.
         drop_last: drop the examples at the end of an epoch that do not fill a batch.
         shuffle: shuffle every epoch; False keeps the order of the data.
 
@@ -56,15 +57,15 @@ class BatchStream:
             )
 
     def _sizes(self) -> Iterator[int]:
-        """Return the number of examples of each epoch."""
+        """Yield the number of examples of each epoch."""
         return itertools.repeat(len(self.split)) if self.n_epochs is None else itertools.repeat(len(self.split), self.n_epochs)
 
     def _orders(self) -> Iterator[Sequence[Example]]:
-        """Return the examples of each epoch, in order."""
+        """Yield the examples of each epoch, in order."""
         return self.split.epochs(self.seed, self.shuffle)
 
     def _bounds(self, n_examples: Optional[int]) -> Iterator[tuple[int, int, int]]:
-        """Yield (epoch, start, stop) of each batch, until n_examples have been given out."""
+        """Yield (epoch, start, stop) of each batch, until n_examples have been yielded."""
         given = 0
         for epoch, size in enumerate(self._sizes()):
             end = size - size % self.batch_size if self.drop_last else size
@@ -98,11 +99,11 @@ class BatchStream:
 
 
 class StagedBatchStream(BatchStream):
-    """Batches of consecutive stages of the split: a stage's examples are given out for n_epochs, then the next stage begins.
+    """Batches of consecutive stages of the split: a stage's examples are yielded for n_epochs, then the next stage begins.
 
     Args:
         stages: number of stages, of about equal size.
-        others: as for BatchStream; n_epochs is required.
+        others, more: the further arguments of BatchStream; n_epochs is required.
 
     Raises:
         UserError: a stage has no batch.
@@ -118,7 +119,7 @@ class StagedBatchStream(BatchStream):
         """Fill the stages with the split's examples in another order.
 
         Args:
-            indices: of all examples (`TokenizedSplit.index`), in the new order.
+            indices: the indices of all examples (`TokenizedSplit.index`) in the new order.
         """
         examples = next(self.split.epochs(self.seed, shuffle=False))
         ordered = iter([examples[i] for i in indices])
@@ -137,12 +138,13 @@ class StagedBatchStream(BatchStream):
 
     @functools.cached_property
     def _stage_ends(self) -> set[int]:
-        # n_examples is ignored: a run that ends together with a stage may be extended later.
+        # Ignores n_examples: a later run may raise it and continue with the next stage.
         stage_of = [epoch // self.n_epochs for epoch, *_ in self._bounds(None)]
         return {i for i, (stage, following) in enumerate(itertools.pairwise(stage_of), 1) if stage != following}
 
     @property
     def dropped(self) -> int:
+        """Examples dropped at the end of each epoch, summed over the stages."""
         return sum(len(stage) % self.batch_size for stage in self.stages) if self.drop_last else 0
 
 
@@ -153,13 +155,13 @@ def cut_into_microbatches(lengths: Sequence[int], ranks: int, microbatches: int,
     does not change the gradient, which is the sum over the batch's examples divided by their number.
 
     Args:
-        lengths: tokens of each example.
+        lengths: number of tokens of each example, at least one example.
         ranks: number of ranks.
         microbatches: number of rounds if `budget` is None; fewer if there are too few examples.
         budget: largest cost of a microbatch, in tokens; a single longer example may exceed it.
 
     Returns:
-        A list of rounds. A round has one microbatch per rank, a list of indices into `lengths`, which may be empty.
+        A list of rounds. A round has one microbatch per rank; each microbatch is a (possibly empty) list of indices into `lengths`.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
 
@@ -171,15 +173,15 @@ def cut_into_microbatches(lengths: Sequence[int], ranks: int, microbatches: int,
             cuts[-1].append(i)
         return cuts
 
-    def cost(part: list[int]) -> int:
-        return len(part) * lengths[part[0]]
+    def cost(microbatch: list[int]) -> int:
+        return len(microbatch) * lengths[microbatch[0]]
 
     wanted = ranks * (microbatches if budget is None else -(-len(cut(budget)) // ranks))
     limits = range(1, (budget or len(lengths) * lengths[order[0]]) + 1)
-    # The smallest limit that needs no more microbatches than wanted makes the largest one as small as possible.
+    # The smallest limit that gives at most `wanted` microbatches minimises the largest cost.
     cuts = cut(limits[bisect.bisect_left(limits, -wanted, key=lambda limit: -len(cut(limit)))])
     while len(cuts) < min(wanted, len(lengths)):
-        largest = max((part for part in cuts if len(part) > 1), key=cost)
+        largest = max((some for some in cuts if len(some) > 1), key=cost)
         cuts.remove(largest)
         cuts += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
     cuts.sort(key=cost, reverse=True)

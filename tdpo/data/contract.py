@@ -1,10 +1,14 @@
 """The data contract: what a loader is given, what it returns, and the examples that a loss takes from that.
 
-A loader returns a dict from prompt to
-    responses: list of texts; pairs: list of (index of chosen, index of rejected); sft_target: the text that SFT trains on
-and optionally
-    scores: the rating of each response; labels: for each response, whether it is desirable (then without pairs);
-    spans: (start, stop) of what is in the loss, for each response, in characters ([]: all of it).
+A loader returns a dict from prompt to a dict with
+
+    responses    list of texts
+    pairs        list of (index of the chosen response, index of the rejected response)
+    sft_target   the text that SFT trains on
+    scores       optional: the rating of each response
+    labels       optional, instead of pairs: for each response, whether it is desirable
+    spans        optional: for each response, the (start, stop) character ranges that are in the loss; [] means the whole response
+
 Prompt and response are concatenated as they are, so a response must bring its own leading space.
 """
 

@@ -39,9 +39,7 @@ def _held_out(source: Source, data: Contract, words: Mapping[str, str]) -> Contr
     bound = max(fraction, min(hashes.values(), default=0))
     split = {prompt: entry for prompt, entry in data.items() if (hashes[prompt] <= bound) == (source.split == "test")}
     if data and not split:
-        raise UserError(
-            f"{plural(len(data), 'prompt')} cannot be split into train and eval: set datasets.jsonl.eval_path or .eval_split"
-        )
+        raise UserError(f"{plural(len(data), 'prompt')} cannot be split into train and eval: set datasets.jsonl.eval_path or .eval_split")
     source.report.notes.append(f"no eval split: takes {plural(len(split), 'prompt')} of {len(data):,} (eval_fraction={fraction})")
     return split
 

@@ -218,6 +218,6 @@ def _check_division(config: DictConfig, n: int) -> None:
     elif config.trainer == "FSDPTrainer" and config.batch_size % (n * microbatches):
         nearest = max(1, round(config.batch_size / (n * microbatches))) * n * microbatches
         raise UserError(
-            f"batch_size={config.batch_size} is not divisible by {n} processes x gradient_accumulation_steps={microbatches}: "
-            f"each process takes the same number of pairs of every microbatch; use batch_size={nearest}"
+            f"batch_size={config.batch_size} is not divisible by {n} processes x gradient_accumulation_steps={microbatches}; "
+            f"use batch_size={nearest}, or tokens_per_microbatch"
         )

@@ -2,7 +2,8 @@
 
 Most runs train with fast scoring, which computes the same numbers chunk by chunk (chunked_loss.py).
 
-Shapes: B sequences of T tokens, padding included; V vocabulary entries; N response tokens of the batch. Values are in nats.
+Shapes: B sequences of T tokens, padding included; V vocabulary entries; N response tokens in the loss. Log-probabilities and KL
+are in nats. s_t = (x, y_<t) is what precedes response token y_t. Roles are the responses of an example, such as "chosen" and "rejected".
 """
 
 from collections.abc import Mapping
@@ -14,14 +15,15 @@ from tdpo.utils import IGNORED, pad_to_length
 
 
 def stack_roles(batch: Mapping[str, torch.Tensor], roles: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """Concatenate the sequences of several roles along the batch dimension, padded to the longest one.
+    """Concatenate the sequences of several roles along the batch dimension, padded on the right to the longest one.
 
     Args:
         batch: `<role>_{input_ids,attention_mask,labels}`, each (n, t), where t may differ between roles.
-        roles: such as ("chosen", "rejected").
+        roles: their names, in order: ("chosen", "rejected").
 
     Returns:
-        `concatenated_{input_ids,attention_mask,labels}`, each (B, T): B is the sum of the n, T the largest t. Roles stay in order.
+        `concatenated_{input_ids,attention_mask,labels}`, each (B, T): B is the sum of the n, T the largest t. Padding is 0;
+            of labels, -100.
     """
     length = max(batch[f"{role}_input_ids"].shape[1] for role in roles)
     stacked = {}
@@ -38,7 +40,7 @@ def concatenated_inputs(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Te
         batch: `{chosen,rejected}_{input_ids,attention_mask,labels}`, each (n, t).
 
     Returns:
-        `concatenated_{input_ids,attention_mask,labels}`, each (2n, T), chosen first.
+        `concatenated_{input_ids,attention_mask,labels}`, each (2n, T), T the longest sequence, chosen first.
     """
     return stack_roles(batch, ("chosen", "rejected"))
 
@@ -66,8 +68,9 @@ def _get_batch_logps(logits: torch.Tensor, labels: torch.Tensor, average_log_pro
 
     Args:
         logits: (B, T, V), unnormalised. Position t predicts token t + 1.
-        labels: (B, T): the token ids, or -100 for tokens that are not in the loss. Logits that predict such tokens are ignored, even NaN.
-        average_log_prob: return the mean per response token instead of the sum.
+        labels: (B, T): the token ids, or -100 for tokens that are not in the loss. Logits that predict such tokens are ignored, even if
+            they are NaN; so is the first label, which no logits predict.
+        average_log_prob: return the mean per response token instead of the sum; NaN for a response without tokens in the loss.
 
     Returns:
         (B,), nats.
@@ -93,18 +96,20 @@ def _tdpo_get_batch_logps(
 
     Returns:
         (log-ratio, SeqKL, log-probability), each (B,), nats: the sums of log pi(y_t|s_t) - log pi_ref(y_t|s_t), of
-        KL(pi_ref(.|s_t) || pi(.|s_t)), and of log pi(y_t|s_t).
+        KL(pi_ref(.|s_t) || pi(.|s_t)), and of log pi(y_t|s_t). Gradients flow to both logits.
 
     Raises:
-        ValueError: the shapes of logits and labels do not match.
+        ValueError: the shapes of logits, reference_logits and labels do not match.
     """
+    if reference_logits.shape != logits.shape:
+        raise ValueError(f"reference_logits {tuple(reference_logits.shape)} and logits {tuple(logits.shape)} have different shapes")
     positions = _ResponsePositions(logits, labels)
     logps = positions.select(logits).log_softmax(-1)
     reference_logps = positions.select(reference_logits).log_softmax(-1)
     token_logps = positions.of_label(logps)
-    margin = token_logps - positions.of_label(reference_logps)
+    log_ratio = token_logps - positions.of_label(reference_logps)
     per_position_kl = forward_kl(reference_logps, logps)
-    return tuple(positions.reduce(values, average_log_prob) for values in (margin, per_position_kl, token_logps))
+    return tuple(positions.reduce(values, average_log_prob) for values in (log_ratio, per_position_kl, token_logps))
 
 
 def forward_kl(reference_logps: torch.Tensor, logps: torch.Tensor) -> torch.Tensor:
@@ -177,7 +182,7 @@ def label_logps(logps: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
     Args:
         logps: (..., V), log-probabilities.
-        labels: (...), token ids.
+        labels: (...), token ids; no -100.
 
     Returns:
         (...), nats.

@@ -27,14 +27,17 @@ class Hook:
     moves_reference = False  # whether the hook changes the reference's weights; checkpoints must then hold them
 
     def before_training(self) -> None:
-        """Prepare. Called once before the first batch, in a resumed run too."""
+        """Prepare. Called once before the first batch; in a resumed run after `restore`."""
 
     def before_scoring(self, microbatches: Iterable[Microbatch], split: str) -> Iterable[Microbatch]:
         """Return the microbatches to score.
 
         Args:
-            microbatches: all of a train step or of an eval; can be iterated more than once.
+            microbatches: all of a train step or of an eval. A hook that is the first to change them may iterate over them more than once.
             split: train or eval.
+
+        Returns:
+            an iterable, which may be iterable only once.
         """
         return microbatches
 
@@ -51,14 +54,15 @@ class Hook:
         return {}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Restore what `state` returned."""
+        """Restore what `state` returned. Not called if that was empty."""
 
 
 class KtoBaseline(Hook):
     """Attaches KTO's z0 to the microbatches.
 
-    z0 = max(0, mean log-ratio of mismatched responses) over the global batch, or over all eval examples. It is computed before the first
-    microbatch is scored, so it depends neither on the number of ranks nor on how the batch is cut.
+    z0 = max(0, mean log-ratio of mismatched responses): each prompt with the next prompt's response. It is a mean over the whole global
+    batch, or over all eval examples, so it depends neither on the number of ranks nor on the microbatches. It must therefore be computed
+    before the first microbatch is scored.
     """
 
     def __init__(self, passes: Passes):
@@ -90,13 +94,18 @@ class MovingReference(Hook):
 
 @torch.no_grad()
 def move_reference(scorer: Scorer, mixup: float) -> None:
-    """Set pi_ref <- mixup pi + (1 - mixup) pi_ref for every parameter, in place."""
-    for mine, theirs in zip(scorer.reference.parameters(), scorer.policy.parameters(), strict=True):
-        mine.lerp_(theirs.to(mine.dtype), mixup)
+    """Set theta_ref <- mixup theta + (1 - mixup) theta_ref for every parameter of the reference, in place; buffers stay.
+
+    Args:
+        scorer: has policy and reference.
+        mixup: weight of the policy, above 0 and at most 1.
+    """
+    for of_reference, of_policy in zip(scorer.reference.parameters(), scorer.policy.parameters(), strict=True):
+        of_reference.lerp_(of_policy.to(of_reference.dtype), mixup)
 
 
 class Stages(Hook):
-    """Replaces the reference by the policy after each stage of the train data: sDPO, https://arxiv.org/abs/2403.19270.
+    """Replaces the reference by the policy after each stage of the train data except the last: sDPO, https://arxiv.org/abs/2403.19270.
 
     Args:
         passes: scores the examples that are to be ordered.
@@ -143,10 +152,10 @@ class Stages(Hook):
 
 
 class CachedReference(Hook):
-    """Stores the reference's hidden states on disk before training, unless they are there; then keeps only the reference's head in memory.
+    """Stores the reference's hidden states on disk before training, if they are not there yet. Then only its head stays in memory.
 
     The states are computed in the microbatches of the first epoch and of an eval. With the same seed and the same microbatches they equal
-    those of the live reference bit by bit.
+    those of the live reference exactly.
 
     Args:
         config: a checked config.
@@ -156,7 +165,7 @@ class CachedReference(Hook):
         fingerprint: hash of the reference's weights; rank 0's is used.
 
     Raises:
-        UserError: scoring is plain, or the states cannot be written to disk.
+        UserError: by before_training: the model does not support fast scoring, or the states cannot be written to disk.
     """
 
     def __init__(self, config: DictConfig, passes: Passes, batches: BatchStream, eval_examples: list[Example], fingerprint: str):

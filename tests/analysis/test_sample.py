@@ -2,11 +2,9 @@
 
 import fcntl
 import json
-import subprocess
-import sys
 
 import pytest
-from helpers import DATA, ROOT, compose, run
+from helpers import DATA, compose, run, start_unsupervised
 
 import sample
 from tdpo.models.sampling import text_of
@@ -115,9 +113,8 @@ def test_one_process_at_a_time(trained, whole, tmp_path):
 
 
 @pytest.mark.processes
-def test_error_under_torchrun_is_printed_once(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "sample.py"), "run=/nope"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    assert done.returncode and [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
-        "error: run=/nope: no such folder"
-    ]
+def test_error_of_several_ranks_is_printed_once(tmp_path):
+    ranks = start_unsupervised("sample.py", ["run=/nope", f"out={tmp_path}/out.jsonl"])
+    output = "".join(rank.communicate(timeout=60)[0] for rank in ranks)
+    assert all(rank.returncode for rank in ranks)
+    assert [line for line in output.splitlines() if line.startswith("error: ")] == ["error: run=/nope: no such folder"]

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -60,7 +59,7 @@ def test_pairs_are_best_and_worst(tmp_path):
     rows = [{"prompt": f"film {i}", "completion": text, "index": i} for i, text in texts]
     for split in ("train", "test"):
         (tmp_path / f"completions-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    subprocess.run([sys.executable, HERE / "pairs.py", tmp_path, "--margin", "0.1"], check=True, capture_output=True)
+    forked_script("experiments/frontier/pairs.py", str(tmp_path), "--margin", "0.1")
     (pair,) = [json.loads(line) for line in (tmp_path / "pairs" / "train.jsonl").read_text().splitlines()]
     assert (pair["prompt"], pair["chosen"], pair["rejected"]) == ("film 0", " was good .", " was awful .")
     assert pair["chosen_score"] > 0.6 > 0.4 > pair["rejected_score"]

@@ -1,13 +1,11 @@
 """The estimated memory of a device against measured peaks of small models on the CPU."""
 
-import os
 import re
-import subprocess
 import sys
 
 import pytest
 import transformers
-from helpers import ENVIRONMENT, ROOT, WORKERS, compose
+from helpers import ROOT, compose, start_unsupervised
 from omegaconf import OmegaConf
 
 from preference_datasets import load_split
@@ -23,9 +21,6 @@ LOGITS = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "
 
 
 def measured(sizes: dict, loss: str, batch_size: int, ranks: int, microbatches: int, folder) -> int:
-    program = (
-        [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    )
     options = [f"model.from_config.{key}={value}" for key, value in sizes.items()]
     options += [f"loss={loss}", f"batch_size={batch_size}", f"n_examples={batch_size}", f"eval_every={batch_size}", "n_eval_examples=2"]
     options += [
@@ -36,12 +31,10 @@ def measured(sizes: dict, loss: str, batch_size: int, ranks: int, microbatches: 
         f"local_run_dir={folder}/run",
         *(["trainer=FSDPTrainer"] if ranks > 1 else []),
     ]
-    # Freed large tensors go back to the system, so that the peak counts only memory in use.
-    environment = {**os.environ, **ENVIRONMENT, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [*program, str(WORKERS / "measured_memory.py"), *options]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return int(re.search(r"peak (\d+)", done.stdout).group(1))
+    commands = start_unsupervised("tests/workers/measured_memory.py", options, ranks)
+    outputs = [command.communicate()[0] for command in commands]
+    assert all(command.returncode == 0 for command in commands), outputs
+    return int(re.search(r"peak (\d+)", outputs[-1]).group(1))  # of the last rank: rank 0 has held the whole model before
 
 
 def computed(sizes: dict, loss: str, batch_size: int, ranks: int, microbatches: int) -> int:

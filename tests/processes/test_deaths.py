@@ -9,7 +9,6 @@ from helpers import (
     DATA,
     QUIET,
     SHARDED,
-    STANDALONE,
     TORCHRUN,
     assert_recorded_logs,
     free_port,
@@ -105,7 +104,8 @@ def test_an_error_of_one_rank_is_shown_once(tmp_path, monkeypatch, capfd):
 
 
 def test_a_single_trainer_under_a_launcher_is_refused(tmp_path):
-    process = start([*DATA, f"local_run_dir={tmp_path}/run"], STANDALONE)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 1 and output.count("error: trainer=BasicTrainer runs in one process, but this one is one of several") == 1
+    ranks = start_unsupervised("train.py", [*QUIET, *DATA, f"local_run_dir={tmp_path}/run"])
+    output = "".join(rank.communicate(timeout=60)[0] for rank in ranks)
+    assert [rank.returncode for rank in ranks] == [2, 2]
+    assert output.count("error: trainer=BasicTrainer runs in one process, but this one is one of several") == 1
     assert not (tmp_path / "run").exists()

@@ -349,7 +349,7 @@ def test_a_signal_is_forwarded_to_the_training_of_self_play(tmp_path):
     sft = run("model=tiny", "n_examples=64", "batch_size=32", *FEW, f"local_run_dir={tmp_path}/sft")
     options = [f"run={sft}", f"out={tmp_path}/spin", "iterations=1", "n_prompts=32"]
     train = [*QUIET[1:], "model=tiny", "batch_size=8", "n_epochs=2000", "eval_every=1000000"]
-    process = Command("experiments/spin.py", *options, *train)
+    process = Command("tests/workers/self_play.py", *options, *train)
     wait_for(lambda: has_steps(tmp_path / "spin/iteration-1/run", 3))
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
