@@ -30,10 +30,10 @@ demo: $(VENV)/.installed
 frontier: $(VENV)/.installed
 	$(BIN)/python experiments/frontier/run.py --task $(TASK) --out $(OUT)
 
-# Run two tests at a time, with temporary folders in memory if /dev/shm is writable; $(1) holds further arguments of pytest.
+# Run three tests at a time, because some wait for their processes, with temporary folders in memory if /dev/shm is writable; $(1) holds further arguments of pytest.
 define pytest
 	@tmp=$$(mktemp -d -p $$(test -w /dev/shm && echo /dev/shm || echo $${TMPDIR:-/tmp}) tdpo-tests-XXXXXX); \
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --basetemp=$$tmp/run $(1) tests; code=$$?; \
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --basetemp=$$tmp/run $(1) tests; code=$$?; \
 	rm -rf $$tmp; exit $$code
 endef
 
