@@ -55,7 +55,7 @@ def run(config: DictConfig, overrides: Sequence[str] = (), world: Optional[World
         prompts = world.from_first(lambda: load_prompts(*source))[: config.n_prompts]
         settings = generation_settings(config, tokenizer, max_length)
         batches = batched(prompts, config.batch_size)
-        identity = what_rows_depend_on(config, model, max_length, prompts)
+        identity = sampling_settings(config, model, max_length, prompts)
         with ExitStack() as stack:
             file = ResumableJsonl(config.out, identity, [config.n * len(batch) for _, batch in batches])
             done = world.from_first(lambda: stack.enter_context(file).done)
@@ -74,7 +74,7 @@ def run(config: DictConfig, overrides: Sequence[str] = (), world: Optional[World
     return config.out
 
 
-def what_rows_depend_on(config: DictConfig, model: torch.nn.Module, max_length: int, prompts: Sequence[Prompt]) -> dict:
+def sampling_settings(config: DictConfig, model: torch.nn.Module, max_length: int, prompts: Sequence[Prompt]) -> dict:
     """Return everything that determines the rows. A file is resumed only if all of it is unchanged."""
     drawn = {key: config[key] for key in ("n", "temperature", "top_p", "top_k", "num_beams", "max_new_tokens", "batch_size", "seed")}
     digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()

@@ -8,6 +8,7 @@ from typing import Optional, TextIO
 
 ROOT = Path(__file__).resolve().parents[1]
 _running: list[subprocess.Popen] = []
+_sent: list[int] = []  # signals, in the order in which they were sent
 
 
 def run_script(script: str, *arguments: str, output: Optional[TextIO] = None, environment: Optional[Mapping[str, str]] = None) -> int:
@@ -21,7 +22,10 @@ def run_script(script: str, *arguments: str, output: Optional[TextIO] = None, en
     """
     command = [sys.executable, "-u", str(ROOT / script), *arguments]
     # In its own session: otherwise Ctrl-C would reach it twice (from the terminal and forwarded), and it would exit without a checkpoint.
+    known = len(_sent)
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, start_new_session=True)
+    for signum in _sent[known:]:  # sent while it was starting
+        process.send_signal(signum)
     _running.append(process)
     try:
         code = process.wait()
@@ -32,5 +36,6 @@ def run_script(script: str, *arguments: str, output: Optional[TextIO] = None, en
 
 def send_to_scripts(signum: int) -> None:
     """Send a signal to all running scripts."""
+    _sent.append(signum)
     for process in tuple(_running):
         process.send_signal(signum)

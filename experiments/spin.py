@@ -132,10 +132,11 @@ def write_pairs(table: datasets.Dataset, split: str, samples: Path, file: Path) 
 
 
 def call(script: str, *arguments: str) -> None:
-    """Run a script of the repository and forward signals to it. If it fails, or stops on a signal, exit with its code."""
-    with forwarded(send_to_scripts):
-        if code := run_script(script, *arguments):
-            sys.exit(code)
+    """Run a script of the repository; end the program if the script fails or a stop signal came, which is forwarded to it."""
+    with forwarded(send_to_scripts) as received:
+        code = run_script(script, *arguments)
+    if received or code:
+        sys.exit(code or 128 + received[0])  # a script that had just finished exits with 0 although the loop was told to stop
 
 
 if __name__ == "__main__":

@@ -265,10 +265,19 @@ def start(arguments: list[str], program: Sequence[str] = (), env: Optional[dict]
 
 
 def start_unsupervised(script: str, arguments: list[str], n: int = 2) -> list[Command]:
-    """Start ranks that no launcher watches, as under srun; rank 0 holds the store."""
+    """Ranks that no launcher watches, as under srun: rank 0 has the store."""
     world = {**os.environ, "WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     ranks = [{**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} if n > 1 else world for rank in range(n)]
     return [Command(script, *arguments, env=environment) for environment in ranks]
+
+
+def start_supervised(script: str, arguments: list[str], n: int = 2) -> list[Command]:
+    """Ranks as a launcher starts them, which has the store, but does not end the others when one has ended."""
+    store = _loopback_store(n, None)
+    ranks = [{**os.environ, **rank_environment(rank, n, store.port), "OMP_NUM_THREADS": "1"} for rank in range(n)]
+    commands = [Command(script, *arguments, env=environment) for environment in ranks]
+    commands[0].store = store  # lives as long as they do
+    return commands
 
 
 def ranks_of(folder: Path) -> dict[int, int]:

@@ -21,7 +21,7 @@ class ResumableJsonl:
 
     def __init__(self, out: str, identity: Mapping[str, Any], rows_of_batch: Sequence[int]):
         self.out, self.identity, self.rows_of_batch = out, dict(identity), rows_of_batch
-        self.beside = f"{out}.settings.json"
+        self.settings_path = f"{out}.settings.json"
 
     def __enter__(self) -> "ResumableJsonl":
         """Open the file and drop an incomplete last batch; `done` is the number of complete batches.
@@ -29,13 +29,13 @@ class ResumableJsonl:
         Raises:
             UserError: the file has other or no settings, another process is writing it, or it cannot be written.
         """
-        check_writable(self.beside)
-        if os.path.exists(self.out) and os.path.getsize(self.out) and not os.path.getsize(self.beside):
-            os.remove(self.beside)
+        check_writable(self.settings_path)
+        if os.path.exists(self.out) and os.path.getsize(self.out) and not os.path.getsize(self.settings_path):
+            os.remove(self.settings_path)
             raise UserError(f"out={self.out} exists but was not written by sample.py: give out=<another file>")
-        self.settings = open(self.beside, "r+")  # noqa: SIM115 (closed by __exit__)
+        self.settings = open(self.settings_path, "r+")  # noqa: SIM115 (closed by __exit__)
         try:
-            self.done = self._go_on()
+            self.done = self._resume()
         except BaseException:
             self.settings.close()
             raise
@@ -59,7 +59,7 @@ class ResumableJsonl:
         except OSError as error:
             raise RunError(f"out={self.out} cannot be written: {error}; run the same command again to resume") from None
 
-    def _go_on(self) -> int:
+    def _resume(self) -> int:
         if not try_lock(self.settings.fileno()):
             raise UserError(f"out={self.out} is being written by another process: wait for it to end, or give out=<another file>")
         check_writable(self.out)
@@ -72,7 +72,7 @@ class ResumableJsonl:
         with suppress(ValueError):
             before = json.load(self.settings)
         if not isinstance(before, dict):
-            raise UserError(f"'{self.beside}' cannot be read, so the settings of '{self.out}' are unknown: give out=<another file>")
+            raise UserError(f"'{self.settings_path}' cannot be read, so the settings of '{self.out}' are unknown: give out=<another file>")
         if differing := sorted(key for key in {*before, *self.identity} if before.get(key) != self.identity.get(key)):
             raise UserError(f"out={self.out} was started with different settings ({', '.join(differing)}): give out=<another file>")
         with open(self.out, "rb+") as file:

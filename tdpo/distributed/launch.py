@@ -85,21 +85,23 @@ def start_ranks(n: int, script: str, overrides: Sequence[str], config: DictConfi
         envs={rank: rank_environment(rank, n, store.port) for rank in range(n)},
         logs_specs=DefaultLogsSpecs(log_dir=logs.name),
     )
-    for signum, handler in before.items():  # start_processes has installed its own
-        signal.signal(signum, handler)
 
     def send(signum: int) -> None:
         for pid in processes.pids().values():
             with suppress(ProcessLookupError):
                 os.kill(pid, signum)
 
-    with forwarded(send) as received:
-        try:
+    try:
+        with forwarded(send) as received:
+            for signum in (signal.SIGHUP, signal.SIGQUIT):  # start_processes has set its own handlers
+                signal.signal(signum, before[signum])
             while (result := processes.wait(timeout=0)) is None:
                 time.sleep(0.2)
-        finally:
-            processes.close(signal.SIGKILL)
-            logs.cleanup()
+    finally:
+        processes.close(signal.SIGKILL)
+        logs.cleanup()
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
     if received and all(failure.exitcode in [-signum for signum in received] for failure in result.failures.values()):
         raise Stopped(received[0])  # the ranks saved a checkpoint, or ended before there was anything to save
     if result.is_failed():

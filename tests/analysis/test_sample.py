@@ -4,7 +4,7 @@ import fcntl
 import json
 
 import pytest
-from helpers import DATA, compose, run, start_unsupervised
+from helpers import DATA, compose, run, start_supervised, start_unsupervised
 
 import sample
 from tdpo.models.sampling import text_of
@@ -113,8 +113,9 @@ def test_one_process_at_a_time(trained, whole, tmp_path):
 
 
 @pytest.mark.processes
-def test_error_of_several_ranks_is_printed_once(tmp_path):
-    ranks = start_unsupervised("sample.py", ["run=/nope", f"out={tmp_path}/out.jsonl"])
+@pytest.mark.parametrize("start_as", [start_unsupervised, start_supervised])
+def test_error_of_several_ranks_is_printed_once(start_as, tmp_path):
+    ranks = start_as("sample.py", ["run=/nope", f"out={tmp_path}/out.jsonl"])
     output = "".join(rank.communicate(timeout=60)[0] for rank in ranks)
     assert all(rank.returncode for rank in ranks)
     assert [line for line in output.splitlines() if line.startswith("error: ")] == ["error: run=/nope: no such folder"]

@@ -17,6 +17,7 @@ from helpers import (
     recorded,
     run,
     start,
+    start_supervised,
     start_unsupervised,
     wait_for,
 )
@@ -103,8 +104,9 @@ def test_an_error_of_one_rank_is_shown_once(tmp_path, monkeypatch, capfd):
     assert capfd.readouterr().err.count("bad.jsonl") == 1 and not (tmp_path / "run").exists()
 
 
-def test_a_single_trainer_under_a_launcher_is_refused(tmp_path):
-    ranks = start_unsupervised("train.py", [*QUIET, *DATA, f"local_run_dir={tmp_path}/run"])
+@pytest.mark.parametrize("start_as", [start_unsupervised, start_supervised])
+def test_a_single_trainer_under_a_launcher_is_refused(start_as, tmp_path):
+    ranks = start_as("train.py", [*QUIET, *DATA, f"local_run_dir={tmp_path}/run"])
     output = "".join(rank.communicate(timeout=60)[0] for rank in ranks)
     assert [rank.returncode for rank in ranks] == [2, 2]
     assert output.count("error: trainer=BasicTrainer runs in one process, but this one is one of several") == 1

@@ -45,6 +45,8 @@ def test_preference_training_learns_the_reward(loss, beta, sft, tmp_path):
     run_dir = run(*options)
     first, last = logs_of(run_dir, "eval")[0], logs_of(run_dir, "eval")[-1]
     assert first["loss/eval"] == pytest.approx(25.0 if loss == "ipo" else 0.6931472, rel=1e-6)  # (1 / (2 beta))^2, ln 2
+    # Over two seeds 0.91 to 0.98 were measured, with a standard error of 0.02 for 128 pairs; rewards of SFT 0.47 to 0.53, of the trained
+    # policy 0.80 to 0.96, with a standard error of 0.04 for 64 samples. The bounds are three of these away.
     assert last["logratio_eval/accuracies"] >= 0.85 and last["rewards_eval/accuracies"] >= 0.85
     samples = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
     last_samples = [row for row in samples if row["counters/examples"] == last["counters/examples"]]

@@ -116,6 +116,8 @@ def test_concatenated_inputs_pads_to_the_longer(batch):
 def test_labels_that_do_not_fit_the_logits_are_refused():
     with pytest.raises(ValueError, match="do not match labels"):
         _get_batch_logps(torch.zeros(1, 3, 4), torch.zeros(1, 4, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"reference_logits \(1, 5, 4\) and logits \(1, 4, 4\) have different shapes"):
+        _tdpo_get_batch_logps(torch.zeros(1, 4, 4), torch.zeros(1, 5, 4), torch.zeros(1, 4, dtype=torch.long))
 
 
 def test_gradients_of_a_cast_policy_reach_its_float32_weights(model, batch):
