@@ -1,0 +1,91 @@
+"""experiments/scripts.py and its users: stop signals reach the scripts that run, and end the experiment."""
+
+import os
+import signal
+import sys
+import threading
+
+import pytest
+from helpers import ROOT, wait_for
+
+sys.path.insert(0, str(ROOT))
+
+from experiments import scripts  # noqa: E402
+from experiments.frontier import run as frontier  # noqa: E402
+from tdpo.distributed.signals import forwarded  # noqa: E402
+
+# Writes the signal that it gets into the file that is its argument, and exits with 7.
+SLEEPER = """
+import pathlib, signal, sys, time
+out = pathlib.Path(sys.argv[1])
+signal.signal(signal.SIGTERM, lambda number, frame: (out.write_text(str(number)), sys.exit(7)))
+out.touch()
+time.sleep(60)
+"""
+
+
+@pytest.mark.processes
+def test_a_signal_reaches_a_running_script_and_its_exit_code_is_returned(tmp_path):
+    script, out = tmp_path / "sleeper.py", tmp_path / "out"
+    script.write_text(SLEEPER)
+
+    def tell() -> None:
+        wait_for(out.exists)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    threading.Thread(target=tell).start()
+    with forwarded(scripts.send_to_scripts) as received:
+        assert scripts.run_script(str(script), str(out)) == 7
+    assert received == [signal.SIGTERM] and out.read_text() == str(int(signal.SIGTERM))
+    assert signal.getsignal(signal.SIGTERM) is before and scripts._running == []
+
+
+@pytest.mark.processes
+def test_a_script_that_dies_of_a_signal_has_the_exit_code_of_a_shell(tmp_path):
+    script = tmp_path / "dies.py"
+    script.write_text("import os; os.kill(os.getpid(), 9)")
+    assert scripts.run_script(str(script)) == 137
+
+
+@pytest.mark.processes
+def test_a_signal_while_a_script_starts_is_sent_to_it(tmp_path, monkeypatch):
+    """The signal comes before the script is known to be running."""
+    script, start = tmp_path / "waits.py", scripts.subprocess.Popen
+    script.write_text("import time; time.sleep(60)")
+
+    def started(*arguments, **options):
+        process = start(*arguments, **options)
+        scripts.send_to_scripts(signal.SIGTERM)
+        return process
+
+    monkeypatch.setattr(scripts.subprocess, "Popen", started)
+    assert scripts.run_script(str(script)) == 128 + signal.SIGTERM
+
+
+def test_a_signal_ends_the_frontier_before_its_next_step(tmp_path, monkeypatch):
+    """Also if the step under way has ended well; the exit code is the signal's."""
+    done = []
+
+    def told(script, *arguments, **options):
+        done.append(script)
+        known = len(scripts._sent)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        wait_for(lambda: len(scripts._sent) > known)  # the main thread has noted it
+        return 0
+
+    monkeypatch.setattr(frontier, "run_script", told)
+    (tmp_path / "logs").mkdir()
+    jobs = [[frontier.Step("a", ["a.py"]), frontier.Step("b", ["b.py"])], [frontier.Step("c", ["c.py"])]]
+    with pytest.raises(SystemExit) as ended:
+        frontier.run_jobs("test", jobs, 1, tmp_path, [], 0)
+    assert ended.value.code == 128 + signal.SIGUSR1 and done == ["a.py"]
+
+
+def test_a_signal_ends_self_play_after_a_script_that_ended_well(monkeypatch):
+    from experiments import spin
+
+    monkeypatch.setattr(spin, "run_script", lambda *arguments: os.kill(os.getpid(), signal.SIGTERM) or 0)
+    with pytest.raises(SystemExit) as ended:
+        spin.call("train.py")
+    assert ended.value.code == 128 + signal.SIGTERM
