@@ -1,4 +1,4 @@
-# make demo: SFT, then TDPO2, on the embedded task; about a minute on two CPU cores. make test: run the tests.
+# make demo: SFT, then TDPO2, on the generated reviews; one to two and a half minutes on two idle CPU cores. make test: run the tests.
 # make frontier: reward against KL for DPO, TDPO1 and TDPO2; about half an hour on two CPU cores.
 # Every target first sets up a virtual environment in .venv; VENV= and PYTHON= choose another one.
 VENV ?= .venv
@@ -10,10 +10,15 @@ BIN := $(VENV)/bin
 
 .PHONY: demo frontier test test-fast lint format
 
-$(VENV)/.installed: requirements.txt requirements-dev.txt
+$(VENV)/.installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/.installed-dev: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -r requirements-dev.txt
-	touch $@
+	touch $(VENV)/.installed $@
 
 # The recipe runs in one shell, so that RUN names the same folder in all commands.
 demo: $(VENV)/.installed
@@ -37,15 +42,15 @@ define pytest
 	rm -rf $$tmp; exit $$code
 endef
 
-test: $(VENV)/.installed
+test: $(VENV)/.installed-dev
 	$(call pytest)
 
 # Only the tests that start no processes.
-test-fast: $(VENV)/.installed
+test-fast: $(VENV)/.installed-dev
 	$(call pytest,-m "not processes")
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-format: $(VENV)/.installed
+format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

@@ -31,6 +31,7 @@ from tdpo.cli.command_line import run_command
 from tdpo.cli.schema import Evaluation, check_tool_config
 from tdpo.data.split import EVAL_SEED
 from tdpo.distributed.world import World
+from tdpo.files import replaced_whole
 from tdpo.models.sampling import own_distribution, sample_batch
 from tdpo.utils import batched
 
@@ -55,7 +56,7 @@ def run(config: DictConfig, overrides: Sequence[str] = ()) -> dict[str, dict[str
     print(table_of(results))
     if config.out:
         content = {name: {key: value.as_json() for key, value in values.items()} for name, values in results.items()}
-        with open(config.out, "w") as file:
+        with replaced_whole(config.out) as file:
             json.dump({"config": OmegaConf.to_container(config), "measures": MEASURES, "results": content}, file, indent=1)
     return results
 

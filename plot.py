@@ -8,22 +8,22 @@ curves only. The findings are printed in either case.
 import argparse
 import base64
 import io
-import json
 import math
 import os
 import sys
-from typing import BinaryIO, Union
+from typing import BinaryIO, Optional
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first)
-from omegaconf import OmegaConf  # noqa: E402
 
 from tdpo.analysis.findings import Finding, findings  # noqa: E402
 from tdpo.analysis.pages import write_page  # noqa: E402
-from tdpo.losses import objective_of  # noqa: E402
-from tdpo.utils import UserError  # noqa: E402
+from tdpo.checkpointing.logs import read_metrics  # noqa: E402
+from tdpo.cli.run_config import load_run_config, objective_of_run  # noqa: E402
+from tdpo.files import replaced_whole  # noqa: E402
+from tdpo.utils import UserError, lenient_console, plural  # noqa: E402
 
 # Title, unit and metric of each panel; {s} stands for train or eval.
 PANELS = (
@@ -52,8 +52,9 @@ def read_run(path: str) -> tuple[str, list[dict]]:
     file = path if os.path.isfile(path) else os.path.join(path, "metrics.jsonl")
     if not os.path.isfile(file):
         raise UserError(f"'{path}' has no metrics.jsonl: give a run folder")
-    with open(file) as lines:
-        logs = [json.loads(line) for line in lines if line.strip()]
+    logs, unreadable = read_metrics(file)
+    if unreadable:
+        print(f"{file}: {plural(unreadable, 'line')} left out, which cannot be read", file=sys.stderr)
     if not logs:
         raise UserError(f"'{file}' is empty: nothing has been logged yet")
     return os.path.relpath(os.path.dirname(os.path.abspath(file))), logs
@@ -82,22 +83,23 @@ def smooth(values: list[float]) -> list[float]:
     return smoothed
 
 
-def draw(runs: list[tuple[str, list[dict]]], output: Union[str, BinaryIO], style: str = "default") -> list[str]:
+def draw(runs: list[tuple[str, list[dict]]], output: BinaryIO, style: str = "default", form: Optional[str] = None) -> list[str]:
     """Draw the panels for which at least one run has values.
 
     Args:
         runs: (name, logs) of each run.
-        output: path or buffer of the picture.
+        output: buffer of the picture.
         style: name of a Matplotlib style.
+        form: the picture's format, such as png or svg. None: a png without background, for a page, whose colour then shows.
 
     Returns:
         the titles of the panels.
     """
     with plt.style.context(style):
-        return _draw(runs, output)
+        return _draw(runs, output, form)
 
 
-def _draw(runs: list[tuple[str, list[dict]]], output: Union[str, BinaryIO]) -> list[str]:
+def _draw(runs: list[tuple[str, list[dict]]], output: BinaryIO, form: Optional[str]) -> list[str]:
     panels = [panel for panel in PANELS if any(curve(logs, s, panel[2])[0] for _, logs in runs for s in ("train", "eval"))]
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
@@ -110,8 +112,7 @@ def _draw(runs: list[tuple[str, list[dict]]], output: Union[str, BinaryIO]) -> l
     figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(runs)), frameon=False)
     figure.tight_layout(rect=(0, 0.02, 1, 1 - 0.25 * math.ceil(len(runs) / 4) / figure.get_figheight()))
     figure.text(0.5, 0.003, "train: raw values pale, smoothed values solid; eval: dashed with dots", ha="center", fontsize=7)
-    # On a page the curves are transparent and show the page's colour; a picture file keeps its background.
-    figure.savefig(output, dpi=130, transparent=not isinstance(output, str))
+    figure.savefig(output, dpi=130, transparent=form is None, format=form or "png")
     plt.close(figure)
     return [title for title, _, _ in panels]
 
@@ -157,6 +158,15 @@ def write_curves(runs: list[tuple[str, list[dict]]], answers: dict[str, list[Fin
     return panels
 
 
+def write_picture(runs: list[tuple[str, list[dict]]], output: str) -> list[str]:
+    """Write a picture of the curves, whose ending gives its format; an existing one is replaced as a whole. Returns as `draw`."""
+    buffer = io.BytesIO()
+    panels = draw(runs, buffer, form=os.path.splitext(output)[1].removeprefix(".") or "png")
+    with replaced_whole(output, "wb") as file:
+        file.write(buffer.getvalue())
+    return panels
+
+
 def has_implicit_rewards(run: str) -> bool:
     """Whether the rewards of a run's loss compare with the reference, by its config.yaml; True if there is none.
 
@@ -164,7 +174,7 @@ def has_implicit_rewards(run: str) -> bool:
         run: the run folder or a file in it.
     """
     file = os.path.join(run if os.path.isdir(run) else os.path.dirname(run), "config.yaml")
-    return not os.path.exists(file) or objective_of(OmegaConf.to_container(OmegaConf.load(file).loss)).implicit_rewards
+    return not os.path.exists(file) or objective_of_run(load_run_config(file)).implicit_rewards
 
 
 def main() -> None:
@@ -178,7 +188,7 @@ def main() -> None:
         runs = [read_run(path) for path in arguments.runs]
         answers = {name: findings(logs, has_implicit_rewards(path)) for path, (name, logs) in zip(arguments.runs, runs)}
         page = arguments.output.endswith((".html", ".htm"))
-        panels = write_curves(runs, answers, arguments.output) if page else draw(runs, arguments.output)
+        panels = write_curves(runs, answers, arguments.output) if page else write_picture(runs, arguments.output)
     except (UserError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     for name, said in [(name, said) for name, said in answers.items() if said]:
@@ -187,4 +197,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with lenient_console():
+        main()

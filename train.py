@@ -19,16 +19,17 @@ from omegaconf import DictConfig, OmegaConf
 
 import trainers
 from preference_datasets import load_split
-from tdpo.checkpointing.resume import Resumed, RunFolder, archive_of, check_same_data, choose_run_dir, find_checkpoint
+from tdpo.checkpointing.resume import Resumed, RunFolder, archive_of, check_same_data, choose_run_dir
 from tdpo.cli.check_config import Checked, check_config
-from tdpo.cli.command_line import run_command
+from tdpo.cli.command_line import override, run_command
 from tdpo.data.contract import Form
 from tdpo.data.split import TokenizedSplit
 from tdpo.distributed.launch import join_ranks, processes_to_start, start_ranks
 from tdpo.distributed.watchdog import Watch
 from tdpo.distributed.world import World
 from tdpo.losses import Objective
-from tdpo.models.build import Models, check_model, empty_model, load_model_config, load_tokenizer, prepare_hub
+from tdpo.models.archive import find_archive
+from tdpo.models.build import Models, check_model, empty_model, is_hugging_face, load_model_config, load_tokenizer, prepare_hub
 from tdpo.training.metrics import Sink, open_sinks
 from tdpo.utils import Stopped, UserError, get_local_dir, plural, rank0_print, silenced
 
@@ -53,7 +54,7 @@ def run(config: DictConfig, overrides: Sequence[str] = (), world: Optional[World
     if world is None and (n := processes_to_start(config)) > 1:
         run_dir = choose_run_dir(config)
         named = config.resume or config.local_run_dir
-        start_ranks(n, os.path.abspath(__file__), [*overrides, *([] if named else [f"local_run_dir='{run_dir}'"])], config)
+        start_ranks(n, os.path.abspath(__file__), [*overrides, *([] if named else [override("local_run_dir", run_dir)])], config)
         return run_dir
     with join_ranks(config) if world is None else nullcontext(world) as world, Watch(world), silenced(not world.is_first):
         return train(checked, world)
@@ -62,25 +63,23 @@ def run(config: DictConfig, overrides: Sequence[str] = (), world: Optional[World
 def train(checked: Checked, world: World) -> str:
     """Make the run. Called on all ranks; returns the path of the run's folder."""
     config, objective, notes = checked
-    resumed = find_checkpoint(world, config, objective)
-    rank0_print("\n".join([*notes, OmegaConf.to_yaml(config), f"loss: {objective.name} {objective.hyperparameters}"]))
-    seed_everything(config)
-    plan = world.from_first(lambda: prepare(config, objective, world, resumed))
-    data = shared_data(world, plan)
-    models = Models(plan.model, plan.model_config, plan.cache_dir, plan.weights, objective.needs_reference)
-
     sinks: list[Sink] = []
-    with ExitStack() as at_end:
-        at_end.callback(lambda: [sink.close() for sink in sinks])
-        folder = RunFolder(world, plan.run_dir, config, resumed)
+    with RunFolder(world, config, objective) as folder, ExitStack() as at_end:
+        resumed = folder.resumed
+        rank0_print("\n".join([OmegaConf.to_yaml(config), f"loss: {objective.name} {objective.hyperparameters}", *notes]))
+        seed_everything(config)
+        plan = world.from_first(lambda: prepare(config, objective, world, folder.path, resumed))
+        data = shared_data(world, plan)
+        models = Models(plan.model, plan.model_config, plan.cache_dir, plan.weights, objective.needs_reference)
         if resumed is None:
-            at_end.enter_context(folder)
+            folder.begin()
+        at_end.callback(lambda: [sink.close() for sink in sinks])
         trainer = build_trainer(config, objective, world, plan, data, models, sinks)
         if resumed is not None:
             fingerprints = {name: split.fingerprint for name, split in data.items()}
             world.from_first(lambda: check_same_data(resumed, fingerprints, trainer.reference_fingerprint))
             trainer.resume(resumed)
-            at_end.enter_context(folder)  # this changes the folder, so only when it is certain that the run can be resumed
+            folder.begin()  # this changes the folder, so only when it is certain that the run can be resumed
             left = "" if trainer.progress.batches < len(trainer.batches) else "; no batch is left: set a larger n_epochs or n_examples"
             rank0_print(f"resumed from {resumed.folder}: {plural(trainer.progress.examples, 'example')} trained on so far{left}")
         if world.is_first:
@@ -112,16 +111,17 @@ class Plan:
         return {**vars(self), "data": None, "weights": None}
 
 
-def prepare(config: DictConfig, objective: Objective, world: World, resumed: Optional[Resumed]) -> Plan:
+def prepare(config: DictConfig, objective: Objective, world: World, run_dir: str, resumed: Optional[Resumed]) -> Plan:
     """Load and check all that is needed before models are built. Called on rank 0 only.
 
     Raises:
-        UserError: the run's folder, the model, the archive or the data cannot be used.
+        UserError: the model, the archive or the data cannot be used.
     """
-    run_dir = choose_run_dir(config)
     cache_dir = get_local_dir(config.local_dirs)
     model = OmegaConf.merge(config.model, {"archive": archive_of(resumed, config.model.archive)})
     paths = [node.get(key) for node in config.datasets.values() for key in ("path", "eval_path")]
+    if model.archive is not None and not is_hugging_face(model.archive):
+        find_archive(model.archive)  # reports a file that is missing before anything is downloaded
     prepare_hub([model.name_or_path, model.tokenizer_name_or_path, *paths])
     if world.device.type == "cpu":
         check_cpu(config)

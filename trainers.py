@@ -3,7 +3,6 @@
 A strategy (tdpo/training/strategies.py) holds what differs between one device and several; hooks (tdpo/training/hooks.py) add to the loop.
 """
 
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -14,12 +13,10 @@ import tqdm
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from tdpo.checkpointing.checkpoints import add_export, remove_old, save_checkpoint
 from tdpo.checkpointing.resume import Resumed, archive_of
 from tdpo.checkpointing.training_state import Progress, restore_tensors, training_tensors
 from tdpo.data.batching import BatchStream, StagedBatchStream, get_collate_fn, prefetched
 from tdpo.data.split import EVAL_SEED, Example, TokenizedSplit
-from tdpo.distributed.sharding import whole_state
 from tdpo.distributed.signals import StopSignals
 from tdpo.distributed.world import World
 from tdpo.losses import Objective, preference_loss, tdpo_loss
@@ -33,6 +30,7 @@ from tdpo.training.hooks import make_hooks
 from tdpo.training.metrics import MetricSums, Sink, example_metrics
 from tdpo.training.optimizer import learning_rate, make_optimizer
 from tdpo.training.passes import Passes
+from tdpo.training.saver import Saver
 from tdpo.training.strategies import FullySharded, SingleDevice, TensorParallel, Weights, prepare_blocks
 from tdpo.utils import Stopped, UserError, get_logger, plural, seed_generators
 
@@ -109,9 +107,8 @@ class BasicTrainer(PublishedMethods):
             self.optimizer = make_optimizer(config, self.strategy.parameter_groups(), self.world.device)
         self.generation_config = own_distribution(tokenizer, config.max_length)
         self.progress = Progress()
-        self.archive = config.model.archive and os.path.realpath(config.model.archive)
-        self.saved_at, self.checkpoint = -1, None  # `progress.examples` of the newest checkpoint, and its folder
-        self.resumed_from: Optional[str] = None
+        self.archive = archive_of(None, config.model.archive)
+        self.saver = Saver(self.world, run_dir, config)
         self.last_log: Optional[float] = None
         self.step_values: dict[str, Any] = {}  # grad_norm, lr and examples_per_second of the last step
         seed_generators(seed)
@@ -157,6 +154,7 @@ class BasicTrainer(PublishedMethods):
                 if self.progress.evaluated_at != self.progress.examples:
                     self.evaluate()
                 self.save(final=True)
+                self.guards.check_last_eval(self.progress, self.saver)
             except Stopped:
                 self.save()
                 raise
@@ -206,9 +204,10 @@ class BasicTrainer(PublishedMethods):
                 losses.append(scored.output.losses[: len(microbatch.examples)])  # a rank without examples scores a placeholder, not counted
         grad_norm = self.strategy.clip_gradient(self.config.max_grad_norm)
         own = [example for microbatch in microbatches for example in microbatch.examples]
-        took_step = self.guards.may_take_step(sums.sum("loss/train"), grad_norm, own, losses, self.progress)
+        took_step = self.guards.may_take_step(sums.sum("loss/train"), grad_norm, own, losses, self.progress, self.saver.doubt)
         if took_step:
             self.optimizer.step()
+            self.saver.step_followed()
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.advance(len(examples), took_step)
         for hook in self.hooks:
@@ -237,10 +236,12 @@ class BasicTrainer(PublishedMethods):
             metrics = sums.means(self.strategy.reduce)
             rows = self.sample(self.eval_examples[: self.config.n_eval_model_samples]) if self.config.sample_during_eval else []
         self.progress.eval_metrics, self.progress.evaluated_at = metrics, self.progress.examples
-        for sink in self.sinks:
-            sink.log(metrics, "eval", self.progress.examples)
-            if rows:
-                sink.samples(rows, self.progress.examples)
+        with self.world.agreed():
+            for sink in self.sinks:
+                sink.log(metrics, "eval", self.progress.examples)
+                if rows:
+                    sink.samples(rows, self.progress.examples)
+        self.guards.warn_of_eval(metrics)
 
     @property
     def reference_model(self) -> Optional[nn.Module]:
@@ -295,8 +296,9 @@ class BasicTrainer(PublishedMethods):
         metrics["counters/updates"] = self.progress.updates
         if self.progress.previous_examples == 0 and self.objective.implicit_rewards:
             self.guards.warn_of_start(metrics, self.objective.reward_scale)
-        for sink in self.sinks:
-            sink.log(metrics, "train", self.progress.examples)
+        with self.world.agreed():
+            for sink in self.sinks:
+                sink.log(metrics, "train", self.progress.examples)
         shown = {"loss": f"{metrics['loss/train']:.4f}"}
         accuracy = metrics.get("rewards_train/accuracies", metrics.get("logits_train/accuracies"))
         if accuracy is not None:
@@ -305,21 +307,12 @@ class BasicTrainer(PublishedMethods):
 
     def save(self, final: bool = False) -> None:
         """Write a checkpoint if this step has none yet, then remove old ones (keep_checkpoints). `final` adds a Hugging Face folder."""
-        if self.config.debug:
-            return
-        if self.saved_at != self.progress.examples:
-            state = whole_state(self.world, self.policy)
-            tensors = training_tensors(self.world, self.policy, self.optimizer, self.moving_reference)
-            export = (lambda folder: self.export(folder, state)) if final else None
-            self.checkpoint = save_checkpoint(self.world, self.run_dir, state, tensors, self.snapshot(), export)
-            self.saved_at = self.progress.examples
-            log.info(f"checkpoint: {self.checkpoint}")
-        elif final:
-            state = whole_state(self.world, self.policy)
-            add_export(self.world, self.checkpoint, lambda folder: self.export(folder, state))
-        with self.world.agreed():
-            if self.config.keep_checkpoints is not None and self.world.is_first:
-                remove_old(self.run_dir, self.config.keep_checkpoints, never=[self.resumed_from] if self.resumed_from else [])
+        if not self.config.debug:
+            self.saver.save(self.policy, self.training_tensors, self.snapshot(), self.export, final)
+
+    def training_tensors(self) -> dict[str, dict]:
+        """Return what resuming needs, see training_state.py."""
+        return training_tensors(self.world, self.policy, self.optimizer, self.moving_reference)
 
     def export(self, folder: str, state: Mapping[str, torch.Tensor]) -> None:
         """Write policy and tokenizer into a Hugging Face folder.
@@ -359,7 +352,7 @@ class BasicTrainer(PublishedMethods):
         for hook in self.hooks:
             if state := resumed.progress.hooks.get(type(hook).__name__):
                 hook.restore(state)
-        self.saved_at, self.checkpoint, self.resumed_from = self.progress.examples, resumed.folder, resumed.folder
+        self.saver.resume(resumed.folder, self.progress.examples)
         self.archive = archive_of(resumed, self.config.model.archive)
         same_ranks = resumed.progress.ranks == self.ranks()
         restore_tensors(self.world, resumed.folder, self.policy, self.optimizer, self.moving_reference, with_random=same_ranks)

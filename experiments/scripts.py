@@ -1,5 +1,6 @@
 """Run the repository's scripts as subprocesses of an experiment, and forward signals to them: they save a checkpoint and exit."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -20,7 +21,8 @@ def run_script(script: str, *arguments: str, output: Optional[TextIO] = None, en
         output: file for its stdout and stderr; None: those of this process.
         environment: its complete environment; None: that of this process.
     """
-    command = [sys.executable, "-u", str(ROOT / script), *arguments]
+    supervised = [sys.executable, "-u", str(ROOT / "experiments" / "supervised.py"), str(os.getpid())]
+    command = [*supervised, str(ROOT / script), *arguments]
     # In its own session: otherwise Ctrl-C would reach it twice (from the terminal and forwarded), and it would exit without a checkpoint.
     known = len(_sent)
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, start_new_session=True)

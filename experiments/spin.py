@@ -11,7 +11,6 @@ iteration. The same command resumes an interrupted run.
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -24,12 +23,14 @@ from omegaconf import OmegaConf  # noqa: E402
 from experiments.scripts import run_script, send_to_scripts  # noqa: E402
 from preference_datasets import load_split  # noqa: E402
 from tdpo.analysis.trained_models import Trained, find_trained  # noqa: E402
+from tdpo.cli.command_line import override  # noqa: E402
 from tdpo.data.contract import SFT  # noqa: E402
 from tdpo.data.rows import read_rows  # noqa: E402
 from tdpo.data.tokenization import special_token_strings  # noqa: E402
 from tdpo.distributed.signals import forwarded  # noqa: E402
+from tdpo.files import replaced_whole  # noqa: E402
 from tdpo.models.build import load_tokenizer, prepare_hub  # noqa: E402
-from tdpo.utils import UserError, flat_keys, plural  # noqa: E402
+from tdpo.utils import UserError, flat_keys, lenient_console, plural  # noqa: E402
 
 OWN = {"run": None, "out": None, "iterations": None, "n_prompts": "null", "sample_batch_size": "64", "temperature": "1.0"}
 
@@ -72,11 +73,12 @@ def spin(own: dict[str, str], overrides: list[str]) -> None:
             samples = folder / f"samples-{split}.jsonl"
             keys = data_of(first) + ([f"n_prompts={own['n_prompts']}"] if split == "train" else [])
             keys += [f"batch_size={own['sample_batch_size']}", f"temperature={own['temperature']}", f"seed={k}"]
-            call("sample.py", f"run={present}", f"split={split}", f"out={samples}", *keys)
+            call("sample.py", override("run", present), f"split={split}", override("out", str(samples)), *keys)
             write_pairs(table, split, samples, folder / "pairs" / f"{split}.jsonl")
-        data = [f"datasets.jsonl.path={folder}/pairs/train.jsonl", f"datasets.jsonl.eval_path={folder}/pairs/test.jsonl"]
-        archive = f"model.archive={present}/LATEST/policy.pt"
-        where = [f"local_run_dir={folder}/run", "resume=auto", f"exp_name=spin_{k}"]
+        pairs = {"path": "train", "eval_path": "test"}
+        data = [override(f"datasets.jsonl.{key}", f"{folder}/pairs/{file}.jsonl") for key, file in pairs.items()]
+        archive = override("model.archive", present)
+        where = [override("local_run_dir", f"{folder}/run"), "resume=auto", f"exp_name=spin_{k}"]
         call("train.py", "loss=dpo", *overrides, "datasets=[jsonl]", *data, archive, *where)
         present = f"{folder}/run"
     print(f"--- SPIN finished: the model of iteration {own['iterations']} is in {present}")
@@ -86,7 +88,8 @@ def data_of(trained: Trained) -> list[str]:
     """Return the SFT run's datasets as overrides for sample.py, which would otherwise use those of the model that it samples."""
     data = trained.datasets(None)
     keys = [(key, OmegaConf.select(trained.config.datasets, key)) for key in flat_keys(data)]
-    return [f"datasets=[{','.join(data)}]", *(f"datasets.{key}={json.dumps(value)}" for key, value in keys)]
+    given = [override(f"datasets.{key}", value) if isinstance(value, str) else f"datasets.{key}={json.dumps(value)}" for key, value in keys]
+    return [f"datasets=[{','.join(data)}]", *given]
 
 
 def table_of(trained: Trained, split: str) -> datasets.Dataset:
@@ -119,15 +122,13 @@ def write_pairs(table: datasets.Dataset, split: str, samples: Path, file: Path) 
     """
     targets, left_out = table["texts"], 0
     file.parent.mkdir(parents=True, exist_ok=True)
-    new = file.with_suffix(".new")
-    with open(new, "w") as handle:
+    with replaced_whole(str(file)) as handle:
         for row in read_rows(str(samples), split, None, None):
             target, own = targets[row.fields["index"]][0], row.fields["completion"]
             if not own.strip() or own == target:
                 left_out += 1
                 continue
             handle.write(json.dumps({"prompt": row.fields["prompt"], "chosen": target, "rejected": own}) + "\n")
-    os.replace(new, file)
     print(f"{split} pairs: {file}; skipped {plural(left_out, 'prompt')} whose sample is empty or equals the target", flush=True)
 
 
@@ -140,4 +141,5 @@ def call(script: str, *arguments: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with lenient_console():
+        main()

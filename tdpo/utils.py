@@ -6,12 +6,14 @@ import getpass
 import logging
 import os
 import random
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
-from typing import Optional, TypeVar, Union
+from typing import Any, Optional, TextIO, TypeVar, Union
 
 import numpy as np
 import torch
@@ -93,6 +95,43 @@ def get_logger(name: str) -> logging.Logger:
     return root if name == "tdpo" else root.getChild(name.removeprefix("tdpo."))
 
 
+class Console:
+    """Standard output or error that never raises: a run must not end because a terminal has closed or the disk of its log is full.
+
+    Characters that the encoding lacks are written as backslash escapes; what cannot be written is dropped.
+    """
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+
+@contextmanager
+def lenient_console() -> Iterator[None]:
+    """Use `Console` as standard output and error within the block."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(Console, before)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = before
+
+
 def rank0_print(*args, **kwargs) -> None:
     """Print on rank 0 only."""
     if not dist.is_initialized() or dist.get_rank() == 0:
@@ -106,6 +145,21 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
         tensor: any shape; returned as it is if it is not a DTensor.
     """
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # no isinstance: importing DTensor takes a second
+
+
+def not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Return the names of the tensors that contain NaN or infinity; of a sharded tensor only this rank's shard is looked at.
+
+    Args:
+        tensors: floating-point tensors of any shape by name; others count as finite.
+    """
+    local = {name: x.to_local() if hasattr(x, "to_local") else x for name, x in tensors.items()}
+    looked_at = {name: x.detach() for name, x in local.items() if x.is_floating_point() and x.numel()}
+    if not looked_at:
+        return []
+    # The extremes are not finite if any element is not; this reads each tensor once, and waits for the device once.
+    extremes = torch.stack([torch.stack(torch.aminmax(x)).double() for x in looked_at.values()])
+    return [name for name, ok in zip(looked_at, extremes.isfinite().all(1).tolist()) if not ok]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -212,10 +266,38 @@ def try_lock(handle: int) -> bool:
     return True
 
 
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the block when it takes longer. Only the main thread can be interrupted; in others there is no limit.
+
+    Args:
+        seconds: of the wall clock.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def late(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def some_of(items: list, limit: int = 12) -> str:
     """Join the first `limit` items, such as 'a, b, c and 7 more'."""
     shown = ", ".join(str(x) for x in items[:limit])
     return shown if len(items) <= limit else f"{shown} and {len(items) - limit} more"
+
+
+def as_bytes(count: int) -> str:
+    """Format a number of bytes: '0.4 MB', '12.3 GB'."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
 def plural(count: int, noun: str, plural_noun: Optional[str] = None) -> str:

@@ -11,7 +11,8 @@ from tdpo.losses import OBJECTIVES
 ORDER = [
     {"tdpo"},
     {"tdpo.scoring", "tdpo.data", "tdpo.distributed", "utils"},
-    {"tdpo.cli", "tdpo.checkpointing", "tdpo.models", "preference_datasets"},
+    {"tdpo.cli", "tdpo.checkpointing"},
+    {"tdpo.models", "preference_datasets"},
     {"tdpo.training"},
     {"tdpo.analysis", "trainers"},
     {"train", "sample", "eval", "token_report", "plot"},

@@ -23,6 +23,7 @@ from tdpo.analysis.rewards import gold_reward_of, reward_model  # noqa: E402
 from tdpo.analysis.trained_models import Trained, find_trained, load_compared, load_trained  # noqa: E402
 from tdpo.checkpointing.checkpoints import list_checkpoints  # noqa: E402
 from tdpo.distributed.world import World  # noqa: E402
+from tdpo.files import replaced_whole  # noqa: E402
 from tdpo.models.sampling import own_distribution, sample_batch  # noqa: E402
 from tdpo.utils import UserError, batched  # noqa: E402
 
@@ -89,10 +90,9 @@ class Measures:
             checkpoints = [(int(os.path.basename(folder).removeprefix("step-")), folder) for folder in reversed(list_checkpoints(str(run)))]
             points = [start, *({"examples": examples, **self.of(find_trained(folder))} for examples, folder in checkpoints)]
             config = find_trained(str(run)).config
-            new = run / "measured.json.new"
             settings = {"beta": config.loss.beta, "lr": config.lr, "seed": config.seed, "sizes": sizes_of(self.arguments)}
-            new.write_text(json.dumps({**settings, "points": points}, indent=1))
-            new.rename(run / "measured.json")
+            with replaced_whole(str(run / "measured.json")) as file:
+                json.dump({**settings, "points": points}, file, indent=1)
             print(run, *(f"{p['examples']}: {p['samples/reward']:.3f} at {p['samples/kl']:.2f}" for p in points), flush=True)
 
     def of(self, trained: Trained) -> dict[str, float]:

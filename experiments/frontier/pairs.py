@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tdpo.analysis.rewards import GOLD, gold_reward_of, reward_model  # noqa: E402
 from tdpo.distributed.world import World  # noqa: E402
+from tdpo.files import replaced_whole  # noqa: E402
 from tdpo.utils import UserError, get_local_dir  # noqa: E402
 
 
@@ -47,7 +48,8 @@ def main() -> None:
         pairs = list(best_and_worst(rows, scores, arguments.margin))
         target = arguments.folder / "pairs" / f"{split}.jsonl"
         target.parent.mkdir(exist_ok=True)
-        target.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+        with replaced_whole(str(target)) as file:
+            file.writelines(json.dumps(pair) + "\n" for pair in pairs)
         print(f"{split}: {len(pairs):,} pairs from {len(rows):,} completions with a mean reward of {sum(scores) / len(rows):.3f}")
 
 

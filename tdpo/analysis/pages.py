@@ -4,6 +4,8 @@ import os
 
 import jinja2
 
+from tdpo.files import replaced_whole
+
 TEMPLATES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "templates")
 
 
@@ -18,5 +20,5 @@ def write_page(name: str, out: str, **values: object) -> None:
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True)
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
-    with open(out, "w", encoding="utf-8") as file:
+    with replaced_whole(out) as file:
         file.write(environment.get_template(f"{name}.html").render(values))

@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import Any, BinaryIO
 
 from tdpo.analysis.trained_models import check_writable
+from tdpo.files import append_lines, reason_of
 from tdpo.utils import RunError, UserError, try_lock
 
 
@@ -54,10 +55,9 @@ class ResumableJsonl:
             RunError: the file cannot be written.
         """
         try:
-            with open(self.out, "a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+            append_lines(self.out, rows)
         except OSError as error:
-            raise RunError(f"out={self.out} cannot be written: {error}; run the same command again to resume") from None
+            raise RunError(f"out={self.out} cannot be written: {reason_of(error)}; run the same command again to resume") from None
 
     def _resume(self) -> int:
         if not try_lock(self.settings.fileno()):
@@ -69,7 +69,7 @@ class ResumableJsonl:
             self.settings.flush()
             return 0
         before = None
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             before = json.load(self.settings)
         if not isinstance(before, dict):
             raise UserError(f"'{self.settings_path}' cannot be read, so the settings of '{self.out}' are unknown: give out=<another file>")

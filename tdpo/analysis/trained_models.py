@@ -7,11 +7,13 @@ from typing import Any, NamedTuple, Optional, Union
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from tdpo.checkpointing.checkpoints import PROGRESS
+from tdpo.checkpointing.checkpoints import POLICY, PROGRESS, checkpoint_of
 from tdpo.checkpointing.training_state import read_progress
+from tdpo.cli.run_config import load_run_config, objective_of_run
 from tdpo.data.contract import PAIRS, SFT
 from tdpo.distributed.sharding import fingerprint
-from tdpo.losses import Objective, get_objective, objective_of
+from tdpo.losses import Objective, get_objective
+from tdpo.models.archive import find_archive
 from tdpo.models.build import build_model, check_model, compute_dtype, load_model_config, load_tokenizer, prepare_hub, reference_dtype
 from tdpo.scoring.scorer import Scorer, fast_scoring_problem
 from tdpo.utils import CONFIG_DIR, UserError, get_local_dir, get_logger
@@ -52,21 +54,24 @@ class Trained(NamedTuple):
         """Return dataset name -> options: `given`, else the run's datasets.
 
         Raises:
-            UserError: nothing is given, and the model is not that of a run.
+            UserError: nothing is given, and the model is not that of a run of this program.
         """
         if given is None and self.config is None:
             raise UserError(f"run={self.name} is not a run folder, so its datasets are unknown: give datasets=[...]")
-        return OmegaConf.to_container(self.config.datasets if given is None else given)
+        data = OmegaConf.to_container(self.config.datasets if given is None else given, resolve=True)
+        if not isinstance(data, dict) or not all(isinstance(options, dict) and "loader" in options for options in data.values()):
+            raise UserError(f"run={self.name} has datasets that are not of this version: give datasets=[...]")
+        return data
 
     def objective(self) -> Optional[Objective]:
         """Return the objective that the model was trained with, if it can be evaluated on plain pairs; None otherwise or if unknown."""
-        objective = None if self.config is None else _objective_of(self.config)
+        objective = None if self.config is None else objective_of_run(self.config)
         return objective if objective is not None and objective.roles == PAIRS.roles and not objective.needs_ratings else None
 
     def moved_its_reference(self) -> bool:
         """Whether training replaced or updated the reference (sDPO, TR-DPO)."""
         return self.config is not None and (
-            _objective_of(self.config).stages > 1 or OmegaConf.select(self.config, "reference.update_every") is not None
+            objective_of_run(self.config).stages > 1 or OmegaConf.select(self.config, "reference.update_every") is not None
         )
 
     def cache_dir(self) -> str:
@@ -76,10 +81,6 @@ class Trained(NamedTuple):
     def on_hub(self) -> list[Optional[str]]:
         """Return the names that may have to be downloaded from the Hugging Face hub."""
         return [self.model.name_or_path, self.model.tokenizer_name_or_path]
-
-
-def _objective_of(config: DictConfig) -> Objective:
-    return objective_of(OmegaConf.to_container(config.loss), config.get("log_kl", False))
 
 
 def find_trained(path: str) -> Trained:
@@ -98,25 +99,36 @@ def find_trained(path: str) -> Trained:
         model = OmegaConf.load(os.path.join(CONFIG_DIR, "model", "blank_model.yaml"))
         model.name_or_path = folder
         return Trained(folder, model, None, None)
-    checkpoint = folder if os.path.exists(os.path.join(folder, "policy.pt")) else os.path.join(folder, "LATEST")
-    policy, file = os.path.join(checkpoint, "policy.pt"), os.path.join(os.path.dirname(checkpoint), "config.yaml")
-    missing = [name for name in (file, policy) if not os.path.exists(name)]
-    if missing:
-        raise UserError(f"run={path} is not a run folder, a checkpoint or a Hugging Face folder: '{missing[0]}' does not exist")
-    config = OmegaConf.load(file)
-    model = OmegaConf.merge(config.model, {"archive": policy})
+    checkpoint = folder if os.path.isfile(os.path.join(folder, POLICY)) else checkpoint_of(folder)
+    if checkpoint is None:
+        raise UserError(f"run={path} is not a run folder, a checkpoint or a Hugging Face folder: '{folder}/LATEST' does not exist")
+    checkpoint = os.path.realpath(checkpoint)  # a run that is being trained moves LATEST
+    file = os.path.join(os.path.dirname(checkpoint), "config.yaml")
+    if not os.path.exists(file):
+        raise UserError(f"run={path} is not a run folder, a checkpoint or a Hugging Face folder: '{file}' does not exist")
+    config = load_run_config(file)
+    model = OmegaConf.merge(config.model, {"archive": find_archive(checkpoint)})
     archive, identity = config.model.archive, ""
     if os.path.exists(os.path.join(checkpoint, PROGRESS)):  # it records an absolute path; config.yaml may hold a relative one
-        noted = read_progress(checkpoint).reference
+        noted = _reference_of(checkpoint)
         archive, identity = noted["archive"], noted["fingerprint"]
     # For a loss without reference, the weights that training started from serve as the reference.
-    known = _objective_of(config).roles != SFT.roles and (archive is not None or config.model.from_config is None)
+    known = objective_of_run(config).roles != SFT.roles and (archive is not None or config.model.from_config is None)
     return Trained(folder, model, config, OmegaConf.merge(config.model, {"archive": archive}) if known else None, identity)
 
 
 def find_all(paths: Union[str, Sequence[str]]) -> list[Trained]:
     """Find the models of a config's `run`, which is one path or a list."""
     return [find_trained(path) for path in ([paths] if isinstance(paths, str) else paths)]
+
+
+def _reference_of(checkpoint: str) -> dict:
+    """Return the archive and fingerprint of the reference that a checkpoint's progress.json records."""
+    try:
+        noted = read_progress(checkpoint).reference
+        return {"archive": noted["archive"], "fingerprint": noted["fingerprint"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"'{os.path.join(checkpoint, PROGRESS)}' is damaged: give another checkpoint") from None
 
 
 class Inputs(NamedTuple):

@@ -1,6 +1,6 @@
 """Checkpoints on disk: written completely or not at all, and read without executing anything in them.
 
-<run_dir>/step-<examples>/policy.pt      {'step_idx', 'state', 'metrics'}, as published
+<run_dir>/step-<examples>/policy.pt      {'step_idx', 'state', 'metrics'}, as published; left out if save_policy says so
 <run_dir>/step-<examples>/state/         what resuming needs: shards of torch.distributed.checkpoint, and progress.json
 <run_dir>/step-<examples>/hf/            in the checkpoint with which a run ended: a folder for AutoModelForCausalLM.from_pretrained
 <run_dir>/step-<examples>/manifest.json  size and SHA-256 of the other files, except those of hf/
@@ -9,14 +9,14 @@
 <examples> counts train examples, as published. A checkpoint is complete if it has its final name and manifest.json.
 """
 
-import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Optional
 
 import torch
@@ -25,18 +25,21 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from tdpo.distributed.world import World, is_of_a_collective
-from tdpo.utils import PeerError, RunError, get_logger, some_of
+from tdpo.files import entries_of, is_regular, make_free, reason_of, remove, replaced_whole, set_aside, usual_modes, was_interrupted
+from tdpo.utils import PeerError, RunError, as_bytes, get_logger, some_of
 
 log = get_logger(__name__)
 
+POLICY = "policy.pt"
 PROGRESS = os.path.join("state", "progress.json")
+INDEX = os.path.join("state", ".metadata")
 NOT_HASHED = ("manifest.json", "hf")  # hf/ may be added later
 
 
 def save_checkpoint(
     world: World,
     run_dir: str,
-    policy: Mapping[str, torch.Tensor],
+    policy: Optional[Mapping[str, torch.Tensor]],
     tensors: Mapping[str, Any],
     progress: Mapping[str, Any],
     export: Optional[Callable[[str], None]] = None,
@@ -46,7 +49,7 @@ def save_checkpoint(
     Args:
         world: the run's ranks.
         run_dir: the run's folder.
-        policy: the policy's whole state dict; used on rank 0 only.
+        policy: the policy's whole state dict, used on rank 0 only; None on all ranks: no policy.pt.
         tensors: what resuming needs: nested dicts of tensors, whole or sharded.
         progress: Progress as a JSON-serializable dict; its `examples` and `eval_metrics` (plain floats) go into policy.pt too.
         export: writes a Hugging Face model into the folder that it is given; called on rank 0. None: no hf/.
@@ -57,28 +60,28 @@ def save_checkpoint(
     Raises:
         RunError: the checkpoint could not be written; earlier ones are untouched.
     """
-    examples = progress["examples"]
-    target = os.path.join(run_dir, f"step-{examples}")
+    target = os.path.join(run_dir, f"step-{progress['examples']}")
     temporary = target + ".tmp"
-    needed = _bytes(policy) * (2 if export else 1) + _bytes(tensors)
+    needed = (0 if policy is None else _bytes(policy)) + (_bytes(tensors["policy"]) if export else 0) + _bytes(tensors)
     with world.agreed():
         if world.is_first:
             _make_room(run_dir, target, temporary, needed)
-    with _removed_on_failure(world, target, temporary):
+    with _removed_on_failure(world, target, temporary, needed):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PyTorch warns about saving with one process and about its own internal types
             dcp.save(dict(tensors), checkpoint_id=os.path.join(temporary, "state"), **_group(world))
         with world.agreed():
             if world.is_first:
-                metrics = {name: float(value) for name, value in progress["eval_metrics"].items()}
-                content = {"step_idx": examples, "state": dict(policy), "metrics": metrics}
-                torch.save(content, os.path.join(temporary, "policy.pt"))
+                if policy is not None:
+                    _write_policy(os.path.join(temporary, POLICY), policy, progress)
                 _write_json(os.path.join(temporary, PROGRESS), progress)
                 if export is not None:
                     _try_export(export, os.path.join(temporary, "hf"))
         files = world.from_first(lambda: sorted(_files(temporary)))
         with world.agreed():
-            own = {file: _entry(temporary, file) for file in files[world.rank :: world.size]}
+            own = entries_of(temporary, files[world.rank :: world.size], "Hashing the checkpoint")
+            if unreadable := [file for file, entry in own.items() if entry is None]:
+                raise OSError(f"{some_of(unreadable)} cannot be read after writing")
         manifest = {"files": _union(world.gather(own))}
         with world.agreed():
             if world.is_first:
@@ -88,6 +91,11 @@ def save_checkpoint(
                 _sync_folder(run_dir)
                 point_latest(run_dir, os.path.basename(target))
     return target
+
+
+def _write_policy(path: str, policy: Mapping[str, torch.Tensor], progress: Mapping[str, Any]) -> None:
+    metrics = {name: float(value) for name, value in progress["eval_metrics"].items()}
+    torch.save({"step_idx": progress["examples"], "state": dict(policy), "metrics": metrics}, path)
 
 
 def _group(world: World) -> dict[str, Any]:
@@ -108,36 +116,52 @@ def _make_room(run_dir: str, target: str, temporary: str, needed: int) -> None:
     latest = os.path.join(run_dir, "LATEST")
     if os.path.exists(latest) and not os.path.islink(latest):
         raise RunError(f"{latest} is a folder, written by the published code: move it away, or use another local_run_dir")
-    free = shutil.disk_usage(run_dir).free
-    if free < needed:
-        raise RunError(f"{target} needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free: make room; the last checkpoint is untouched")
     try:
+        free = shutil.disk_usage(run_dir).free
+        if free < needed:
+            raise RunError(_not_written(target, "too little space", needed, free))
         set_aside(target)  # an incomplete checkpoint
-        if os.path.exists(temporary):  # of a run that was killed while writing
+        if os.path.isdir(temporary) and not os.path.islink(temporary):  # of a run that was killed while writing
             shutil.rmtree(temporary)
+        else:
+            make_free(temporary)
         os.makedirs(os.path.join(temporary, "state"))
     except OSError as error:
-        raise RunError(f"{target} could not be written ({error}); the last checkpoint is untouched") from error
+        raise RunError(f"{target} could not be written ({reason_of(error)}); the last checkpoint is untouched") from error
+
+
+def _not_written(target: str, reason: str, needed: int, free: int) -> str:
+    amounts = f"{as_bytes(needed)} needed, {as_bytes(free)} free"
+    return f"{target} could not be written ({reason}; {amounts}); the last checkpoint is untouched"
 
 
 @contextmanager
-def _removed_on_failure(world: World, target: str, temporary: str) -> Iterator[None]:
+def _removed_on_failure(world: World, target: str, temporary: str, needed: int) -> Iterator[None]:
     """Remove the temporary folder if the block fails; turn write errors into RunError, or PeerError if another rank reports the error."""
     try:
         yield
-    except (OSError, RuntimeError, CheckpointException) as error:  # torch reports a full disk as a RuntimeError
+    except BaseException as error:
         if is_of_a_collective(error):
             raise
+        interrupted = was_interrupted(error)
+        free = _free(target)  # before the folder is removed
         if world.is_first:
             shutil.rmtree(temporary, ignore_errors=True)
+        if interrupted:
+            raise KeyboardInterrupt from error
         if isinstance(error, CheckpointException) and not world.is_first:  # raised on all ranks; one reports it
             raise PeerError("the checkpoint could not be written") from error
-        reason = " ".join(str(error).split())[:300]
-        raise RunError(f"{target} could not be written ({reason}); the last checkpoint is untouched") from error
-    except Exception:  # usually PeerError: another rank failed
-        if world.is_first:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        if isinstance(error, (OSError, RuntimeError, CheckpointException)):  # torch reports a full disk as a RuntimeError
+            raise RunError(_not_written(target, reason_of(error), needed, free)) from error
+        raise  # usually PeerError: another rank failed
+
+
+def _free(target: str) -> int:
+    """Return the free bytes of the disk that holds the checkpoint; 0 if its folder is gone."""
+    try:
+        return shutil.disk_usage(os.path.dirname(target)).free
+    except OSError:
+        return 0
 
 
 def _files(folder: str) -> Iterator[str]:
@@ -148,45 +172,66 @@ def _files(folder: str) -> Iterator[str]:
         yield from (os.path.relpath(os.path.join(place, file), folder) for file in files if file not in NOT_HASHED)
 
 
-def _entry(folder: str, file: str) -> dict[str, Any]:
-    """Return a file's entry in the manifest: size in bytes, and SHA-256."""
-    path = os.path.join(folder, file)
-    with open(path, "rb") as handle:
-        return {"size": os.path.getsize(path), "sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
-
-
-def _is_sound(folder: str, file: str, expected: Any) -> bool:
-    try:
-        return _entry(folder, file) == expected
-    except OSError:
-        return False
-
-
 def _union(dicts: Iterable[dict]) -> dict:
     return {key: value for some in dicts for key, value in some.items()}
 
 
 def _write_json(path: str, value: Any) -> None:
-    with open(path, "w") as handle:
+    with replaced_whole(path) as handle:
         json.dump(value, handle, indent=1)
 
 
-def add_export(world: World, folder: str, export: Callable[[str], None]) -> None:
-    """Add hf/ to a checkpoint that was written without it. Called on all ranks.
+def complete_checkpoint(
+    world: World,
+    folder: str,
+    policy: Optional[Mapping[str, torch.Tensor]],
+    progress: Mapping[str, Any],
+    export: Callable[[str], None],
+) -> None:
+    """Add hf/ and policy.pt to a checkpoint that was written without them. Called on all ranks.
 
     Args:
         world: the run's ranks.
         folder: the checkpoint's folder.
-        export: see save_checkpoint.
+        policy, progress, export: see save_checkpoint.
+
+    Raises:
+        RunError: policy.pt could not be written; the checkpoint is as before.
     """
-    final, temporary = os.path.join(folder, "hf"), os.path.join(folder, "hf.tmp")
     with world.agreed():
-        if world.is_first and not os.path.exists(final):
+        if not world.is_first:
+            return
+        final, temporary = os.path.join(folder, "hf"), os.path.join(folder, "hf.tmp")
+        if not os.path.exists(final):
             shutil.rmtree(temporary, ignore_errors=True)
             _try_export(export, temporary)
             if os.path.exists(temporary):
                 _sync(temporary)
                 os.rename(temporary, final)
+        files = _read_manifest(folder) or {}
+        if policy is None or POLICY in files:
+            return
+        new = os.path.join(folder, POLICY + ".tmp")
+        try:
+            make_free(new)
+            _write_policy(new, policy, progress)
+            entry = entries_of(folder, [POLICY + ".tmp"], "Hashing policy.pt")[POLICY + ".tmp"]
+            # The manifest first: whoever finds it without policy.pt renames the file, see _finish.
+            _write_json(os.path.join(folder, "manifest.json"), {"files": {**files, POLICY: entry}})
+        except (OSError, RuntimeError) as error:
+            with suppress(OSError):
+                os.remove(new)
+            raise RunError(
+                f"{os.path.join(folder, POLICY)} could not be written ({reason_of(error)}); the checkpoint is as before"
+            ) from error
+        _finish(folder)
+
+
+def _finish(folder: str) -> None:
+    """Give policy.pt its name, if the process that added it was killed after the manifest listed it."""
+    final = os.path.join(folder, POLICY)
+    if POLICY in (_read_manifest(folder) or {}) and not os.path.lexists(final) and is_regular(final + ".tmp"):
+        os.rename(final + ".tmp", final)
 
 
 def remove_old(run_dir: str, keep: int, never: Iterable[str]) -> None:
@@ -198,50 +243,99 @@ def remove_old(run_dir: str, keep: int, never: Iterable[str]) -> None:
             continue
         try:
             # Renamed first, because a folder that is half removed must not look like a checkpoint.
+            make_free(folder + ".tmp")
             os.rename(folder, folder + ".tmp")
-            shutil.rmtree(folder + ".tmp")
+            remove(folder + ".tmp")
         except OSError as error:
             log.warning(f"the old checkpoint {folder} could not be removed ({error})")
 
 
-def set_aside(path: str) -> None:
-    """Rename a file or folder to <path>.old, .old.1 and so on, so that the name is free; do nothing if it does not exist."""
-    names = [f"{path}.old", *(f"{path}.old.{i}" for i in range(1, 10_000))]
-    if os.path.lexists(path):
-        os.rename(path, next(name for name in names if not os.path.lexists(name)))
+def list_checkpoints(run_dir: str, tell: bool = False) -> list[str]:
+    """Return the folders of the complete checkpoints in a run's folder, newest first. Their files may be damaged, see damaged_files.
 
-
-def list_checkpoints(run_dir: str) -> list[str]:
-    """Return the folders of the complete checkpoints in a run's folder, newest first. Their files may be damaged, see damaged_files."""
+    Args:
+        run_dir: the run's folder, which may not exist.
+        tell: log a warning for each folder that is ignored.
+    """
     found = []
     for name in os.listdir(run_dir) if os.path.isdir(run_dir) else []:
-        number = name.removeprefix("step-")
-        if name.startswith("step-") and number.isdigit():
+        if number := re.fullmatch("step-([0-9]+)", name):
             folder = os.path.join(run_dir, name)
-            if os.path.exists(os.path.join(folder, "manifest.json")):
-                found.append((int(number), folder))
-            else:
+            if is_regular(os.path.join(folder, "manifest.json")):
+                found.append((int(number[1]), folder))
+            elif tell:
                 log.warning(f"{folder} is not a complete checkpoint of this program (no manifest.json): ignored")
     return [folder for _, folder in sorted(found, reverse=True)]
 
 
+def checkpoint_of(path: str) -> Optional[str]:
+    """Return the folder of the checkpoint that a path names: a checkpoint, or a run's folder, whose LATEST counts; None if neither."""
+    if is_regular(os.path.join(path, "manifest.json")):
+        return path
+    latest = os.path.realpath(os.path.join(path, "LATEST"))  # of this moment: a run that is being trained moves the link
+    if is_regular(os.path.join(latest, "manifest.json")) or is_regular(os.path.join(latest, POLICY)):
+        return latest
+    return next(iter(list_checkpoints(path)), None)
+
+
 def damaged_files(world: World, folder: str) -> list[str]:
-    """Return the files of a checkpoint that are missing or differ from the manifest. All ranks must call this; each checks a part."""
-    expected = world.from_first(lambda: _read_manifest(folder))
+    """Return the files of a checkpoint that are missing, differ from the manifest, or are not listed there. Called on all ranks."""
+    expected = world.from_first(lambda: (_finish(folder), _read_manifest(folder))[1])
     if expected is None:
         return ["manifest.json"]
-    wrong = [file for file in sorted(expected)[world.rank :: world.size] if not _is_sound(folder, file, expected[file])]
-    return sorted(file for files in world.gather(wrong) for file in files)
+    own = sorted(expected)[world.rank :: world.size]
+    found = entries_of(folder, own, f"Checking {os.path.basename(folder)}")
+    wrong = [file for files in world.gather([file for file in own if found[file] != expected[file]]) for file in files]
+    return sorted(wrong) or world.from_first(lambda: _not_listed(folder, expected))
 
 
 def _read_manifest(folder: str) -> Optional[dict[str, dict]]:
-    """Return sizes and hashes by file; None if there is no valid manifest."""
+    """Return sizes and hashes by file; None if there is no valid manifest, or one that names files elsewhere."""
+    path = os.path.join(folder, "manifest.json")
     try:
-        with open(os.path.join(folder, "manifest.json")) as handle:
+        if not is_regular(path):
+            return None
+        with open(path, encoding="utf-8") as handle:
             files = json.load(handle)["files"]
-        return files if {"policy.pt", PROGRESS} <= set(files) else None
-    except (OSError, ValueError, KeyError, TypeError):
+        if not isinstance(files, dict):
+            return None
+        inside = all(not os.path.isabs(file) and ".." not in file.split(os.sep) for file in files)
+        return files if inside and {INDEX, PROGRESS} <= set(files) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+
+
+def _not_listed(folder: str, listed: Mapping[str, Any]) -> list[str]:
+    """Return the files that a checkpoint consists of but its manifest does not list: all that exist or that its index names."""
+    there = [file for file in _files(folder) if file == POLICY or file.endswith(".distcp")]
+    try:
+        index = _Reader(os.path.join(folder, "state")).read_metadata()
+        named = [os.path.join("state", entry.relative_path) for entry in index.storage_data.values()]
+    except Exception:  # whatever unpickling raises
+        return [INDEX]
+    return sorted({*there, *named} - set(listed))
+
+
+def policy_is_sound(path: str) -> bool:
+    """Whether a file named policy.pt has the size and hash that the manifest beside it lists; True if there is no manifest."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if os.path.basename(path) != POLICY or not os.path.lexists(os.path.join(folder, "manifest.json")):
+        return True
+    expected = (_read_manifest(folder) or {}).get(POLICY)
+    return expected is not None and entries_of(folder, [POLICY], "Checking policy.pt")[POLICY] == expected
+
+
+def read_policy(folder: str) -> dict[str, torch.Tensor]:
+    """Return the policy's state dict from a checkpoint's state/, in memory, on the CPU. Its files must be undamaged (damaged_files).
+
+    Raises:
+        RunError: it cannot be read.
+    """
+    prefix = "policy."
+    entries = {name: entry for name, entry in saved_tensors(folder).items() if name.startswith(prefix)}
+    policy = {name.removeprefix(prefix): torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
+    _load(World(), folder, {"policy": policy})
+    return policy
 
 
 def saved_tensors(folder: str) -> dict[str, TensorStorageMetadata]:
@@ -269,14 +363,19 @@ def load_tensors(world: World, folder: str, tensors: Mapping[str, Any]) -> None:
                 wrong.append(name)
         if wrong:
             raise RunError(f"{folder} does not fit this run: missing, unknown, or of another shape or dtype: {some_of(sorted(wrong), 4)}")
+    _load(world, folder, tensors)
+
+
+def _load(world: World, folder: str, tensors: Mapping[str, Any]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         reader = _Reader(os.path.join(folder, "state"))
         try:
             dcp.load(dict(tensors), storage_reader=reader, planner=_TensorsAlone(), **_group(world))
         except CheckpointException as error:  # not an Exception, and raised on all ranks
-            reason = " ".join(str(error).split())[:300]
-            raise (RunError if world.is_first else PeerError)(f"{folder} could not be read ({reason})") from error
+            if was_interrupted(error):
+                raise KeyboardInterrupt from error
+            raise (RunError if world.is_first else PeerError)(f"{folder} could not be read ({reason_of(error)})") from error
 
 
 def _flat(tensors: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
@@ -335,6 +434,7 @@ def _try_export(export: Callable[[str], None], folder: str) -> None:
     """Export; a failure only logs a warning. Transformers refuses to save some models because of their generation settings."""
     try:
         export(folder)
+        usual_modes(folder)
     except Exception as error:
         shutil.rmtree(folder, ignore_errors=True)
         log.warning(f"no Hugging Face folder was written ({' '.join(str(error).split())[:200]}); policy.pt has the weights")
@@ -361,8 +461,7 @@ def _sync_folder(folder: str) -> None:
 def point_latest(run_dir: str, name: str) -> None:
     """Point LATEST to the checkpoint `name`. A new link replaces the old one atomically."""
     temporary = os.path.join(run_dir, "LATEST.tmp")
-    if os.path.lexists(temporary):
-        os.remove(temporary)
+    make_free(temporary)
     os.symlink(name, temporary)
     os.replace(temporary, os.path.join(run_dir, "LATEST"))
 

@@ -1,29 +1,28 @@
 """Resuming a run: choose its folder and checkpoint, check that it is the same run, and cut its logs back to the checkpoint."""
 
-import json
 import os
-import shutil
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple, Optional
 
 from omegaconf import DictConfig, OmegaConf
 
-from tdpo.checkpointing.checkpoints import damaged_files, holds_a_run, list_checkpoints, point_latest, set_aside
+from tdpo.checkpointing.checkpoints import checkpoint_of, damaged_files, holds_a_run, list_checkpoints, point_latest
+from tdpo.checkpointing.logs import LOGS, cut_back
 from tdpo.checkpointing.training_state import Progress, read_progress
 from tdpo.distributed.world import World
+from tdpo.files import reason_of, remove, replaced_whole, set_aside
 from tdpo.losses import Objective
 from tdpo.utils import UserError, flat_keys, get_local_run_dir, get_logger, some_of, try_lock
 
 log = get_logger(__name__)
 
-LOGS = ("metrics.jsonl", "samples.jsonl")
-
 # Keys that may differ from those of the resumed run: where and how it computes, for how long, how often it saves. Paths (model.archive,
 # datasets.*.path) may differ too, because the files' contents are compared.
 MAY_CHANGE = (
-    "exp_name debug fsdp_port wandb local_dirs local_run_dir resume keep_checkpoints trainer nproc_per_node parallel "
+    "exp_name debug fsdp_port wandb local_dirs local_run_dir resume keep_checkpoints save_policy trainer nproc_per_node parallel "
     "gradient_accumulation_steps tokens_per_microbatch scoring compile reference_cache eval_batch_size activation_checkpointing "
     "deterministic n_epochs n_examples save_every max_skipped_steps minimum_log_interval_secs "
     "model.archive model.block_name model.attn_implementation"
@@ -60,7 +59,18 @@ def choose_run_dir(config: DictConfig) -> str:
         run_dir = resume
     elif run_dir is None:
         return get_local_run_dir(config.exp_name, config.local_dirs)
-    elif holds_a_run(run_dir):
+    check_run_dir(config, run_dir)
+    return run_dir
+
+
+def check_run_dir(config: DictConfig, run_dir: str) -> None:
+    """Check that the run may use a folder, as it is now.
+
+    Raises:
+        UserError: it holds a run but `resume` is null, or it lacks a checkpoint that `resume` needs.
+    """
+    resume = config.resume
+    if resume is None and holds_a_run(run_dir):
         raise UserError(
             f"local_run_dir={run_dir} already holds a run; choose another folder, or resume={run_dir} to continue it; nothing was changed"
         )
@@ -72,24 +82,30 @@ def choose_run_dir(config: DictConfig) -> str:
         hint = f" (did you mean resume={parent}?)" if name == "LATEST" or name.startswith("step-") else ""
         what = "holds no checkpoint to resume from" if os.path.isdir(run_dir) else "does not exist"
         raise UserError(f"resume={resume}: {run_dir} {what}{hint}")
-    return run_dir
 
 
-def find_checkpoint(world: World, config: DictConfig, objective: Objective) -> Optional[Resumed]:
-    """Return the newest undamaged checkpoint in the run's folder; None for a new run. Called on all ranks; changes nothing on disk.
-
-    Raises:
-        UserError: all checkpoints are damaged and `resume` is not auto, or the checkpoint is from a run with another config.
-    """
+def _find_checkpoint(world: World, run_dir: str, config: DictConfig, objective: Objective) -> tuple[Optional[Resumed], list[str]]:
+    """Return the newest undamaged checkpoint in the run's folder (None for a new run), and the damaged ones that are newer."""
+    damaged: list[str] = []
     if config.resume is None:
+        return None, damaged
+    for folder in world.from_first(lambda: list_checkpoints(run_dir, tell=True)):
+        wrong = damaged_files(world, folder)
+        resumed = None if wrong else world.from_first(lambda folder=folder: _read(folder))
+        if resumed is not None:
+            return world.from_first(lambda resumed=resumed: _same_run(resumed, config, objective)), damaged
+        log.warning(f"{folder} is damaged ({some_of(wrong, 4) or 'state/progress.json'}): skipped")
+        damaged.append(folder)
+    world.from_first(lambda: _nothing_sound(config.resume, run_dir))
+    return None, damaged
+
+
+def _read(folder: str) -> Optional[Resumed]:
+    """Return the checkpoint; None if its progress.json, whose hash is right, has another content than this program writes."""
+    try:
+        return Resumed(folder, read_progress(folder))
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return None
-    run_dir, folders = world.from_first(lambda: (found := choose_run_dir(config), list_checkpoints(found)))
-    for folder in folders:
-        if damaged := damaged_files(world, folder):
-            log.warning(f"{folder} is damaged ({some_of(damaged, 4)}): skipped")
-            continue
-        return world.from_first(lambda folder=folder: _same_run(Resumed(folder, read_progress(folder)), config, objective))
-    return world.from_first(lambda: _nothing_sound(config.resume, run_dir))
 
 
 def _nothing_sound(resume: str, run_dir: str) -> None:
@@ -164,12 +180,17 @@ def archive_of(resumed: Optional[Resumed], given: Optional[str]) -> Optional[str
     """Resolve model.archive.
 
     If a run is resumed with the same value, the path that was recorded at its start is used if it still exists, because LATEST may point
-    elsewhere by now. Another value is used as it is; check_same_data compares the weights.
+    elsewhere by now. check_same_data compares the weights. A run's folder becomes that of its newest checkpoint, a link its target.
     """
+    if given is None:
+        return None
     if resumed is not None and given == resumed.progress.config["model"]["archive"]:
         saved = resumed.progress.reference["archive"]
-        return saved if saved is not None and os.path.exists(saved) else given
-    return given
+        if saved is not None and os.path.exists(saved):
+            return saved
+    if os.path.isdir(given) and not os.path.exists(os.path.join(given, "config.json")):
+        given = checkpoint_of(given) or given
+    return os.path.realpath(given)
 
 
 def check_seen_by_all(world: World, run_dir: str) -> None:
@@ -183,107 +204,159 @@ def check_seen_by_all(world: World, run_dir: str) -> None:
 
 
 class RunFolder:
-    """A context manager for a run's folder, entered on all ranks: creates the folder or prepares it for resuming, and locks out other runs.
+    """A context manager for a run's folder, entered on all ranks: creates the folder, locks out other runs, and finds what to resume.
 
-    If the block raises a UserError before anything was logged or saved, config.yaml is removed, so that the corrected command can start a
-    new run in the folder.
+    Nothing in the folder is changed before `begin`. If the block raises a UserError before anything was logged or saved, config.yaml is
+    removed, so that the corrected command can start a new run in the folder; a folder that was created and stayed empty is removed too.
 
     Args:
         world: the run's ranks.
-        run_dir: path of the folder.
-        config: is written into the folder.
-        resumed: the checkpoint to resume from; None for a new run.
+        config: a checked config.
+        objective: the loss, with its hyperparameters.
 
     Raises:
-        UserError: the folder cannot be written, another run writes into it, or a rank does not see it.
+        UserError: the folder cannot be used, another run writes into it, all checkpoints that `resume` could use are damaged, or they are
+            from a run with another config.
     """
 
-    def __init__(self, world: World, run_dir: str, config: DictConfig, resumed: Optional[Resumed]):
-        self.world, self.run_dir, self.config, self.resumed = world, run_dir, config, resumed
-        self.lock: Optional[FolderLock] = None
+    def __init__(self, world: World, config: DictConfig, objective: Objective):
+        self.world, self.config, self.objective = world, config, objective
+        self.path = ""
+        self.resumed: Optional[Resumed] = None  # the checkpoint to resume from; None for a new run
+        self._damaged: list[str] = []
+        self._lock: Optional[FolderLock] = None
+        self._began = False
 
     def __enter__(self) -> "RunFolder":
+        self.path = self.world.from_first(self._open)
+        try:
+            self.resumed, self._damaged = _find_checkpoint(self.world, self.path, self.config, self.objective)
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def _open(self) -> str:
+        """Choose, create and lock the folder. What was found before the lock counts only if it still holds."""
+        path = choose_run_dir(self.config)
+        try:
+            self._lock = FolderLock(path)
+            check_run_dir(self.config, path)
+        except OSError as error:
+            self._close()
+            raise _not_writable(path, error) from None
+        except UserError:
+            self._close()
+            raise
+        return path
+
+    def begin(self) -> None:
+        """Prepare the folder for writing: from now on the run is under way, or resumed. Called on all ranks."""
         with self.world.agreed():
             try:
                 if self.world.is_first:
-                    os.makedirs(self.run_dir, exist_ok=True)
-                    self.lock = FolderLock(self.run_dir)
-                    prepare_run_dir(self.run_dir, self.resumed)
-                    OmegaConf.save(self.config, os.path.join(self.run_dir, "config.yaml"))
+                    prepare_run_dir(self.path, self.resumed, self._damaged)
+                    with replaced_whole(os.path.join(self.path, "config.yaml")) as file:
+                        OmegaConf.save(self.config, file)
+                    self._began = True
             except OSError as error:
-                raise UserError(f"local_run_dir={self.run_dir} cannot be written: {error}") from None
-        check_seen_by_all(self.world, self.run_dir)
-        log.info("=" * 80 + f"\nWriting to {socket.gethostname()}:{self.run_dir}\n" + "=" * 80)
-        return self
+                raise _not_writable(self.path, error) from None
+        check_seen_by_all(self.world, self.path)
+        log.info("=" * 80 + f"\nWriting to {socket.gethostname()}:{self.path}\n" + "=" * 80)
 
     def __exit__(self, kind: Optional[type], *_: object) -> None:
-        if self.lock is None:
+        if self._lock is None:
             return
-        if kind is not None and issubclass(kind, UserError) and not {"metrics.jsonl", "LATEST"} & set(os.listdir(self.run_dir)):
-            os.remove(os.path.join(self.run_dir, "config.yaml"))
-        self.lock.release()
+        with suppress(OSError):  # the folder may be gone
+            failed_early = kind is not None and issubclass(kind, UserError) and not {"metrics.jsonl", "LATEST"} & set(os.listdir(self.path))
+            if self._began and failed_early:
+                os.remove(os.path.join(self.path, "config.yaml"))
+        self._close()
+
+    def _close(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+
+def _not_writable(path: str, error: OSError) -> UserError:
+    return UserError(f"local_run_dir={path} cannot be written: {reason_of(error)}")
 
 
 class FolderLock:
-    """A lock that keeps other runs out of a folder until it is released or this process ends.
+    """A lock that keeps other runs out of a folder until it is released or this process ends. Creates the folder if needed.
 
     It is waited for, because a requeued job may overlap with its predecessor.
 
     Raises:
+        OSError: the folder cannot be created or read.
         UserError: another run still has the lock after LOCK_PATIENCE seconds.
     """
 
     def __init__(self, run_dir: str):
-        self.handle, end = os.open(run_dir, os.O_RDONLY), time.monotonic() + LOCK_PATIENCE
-        while not try_lock(self.handle):
+        self.run_dir, self.handle = run_dir, -1
+        self._created: list[str] = []  # folders, the innermost first
+        end, told = time.monotonic() + LOCK_PATIENCE, False
+        while not self._taken():
+            self.release()
             if time.monotonic() > end:
-                self.release()
                 raise UserError(f"another run writes into {run_dir}: wait until it has ended, or choose another folder")
+            if not told:
+                log.info(f"waiting for another run to leave {run_dir}, at most {LOCK_PATIENCE:.0f} seconds")
+                told = True
             time.sleep(0.5)
 
+    def _taken(self) -> bool:
+        """Try to take the lock. The folder may have been removed, and created anew, between opening and locking it."""
+        if not os.path.isdir(self.run_dir):
+            folder = os.path.abspath(self.run_dir)
+            self._created = []
+            while not os.path.lexists(folder):
+                self._created.append(folder)
+                folder = os.path.dirname(folder)
+            os.makedirs(self.run_dir, exist_ok=True)
+        self.handle = os.open(self.run_dir, os.O_RDONLY)
+        if not try_lock(self.handle):
+            return False
+        with suppress(FileNotFoundError):
+            return os.path.samestat(os.fstat(self.handle), os.stat(self.run_dir))
+        return False
+
     def release(self) -> None:
+        """Release the lock; folders that were created and are still empty are removed first."""
+        if self.handle < 0:
+            return
+        if self._created and try_lock(self.handle):
+            with suppress(OSError):
+                for folder in self._created:
+                    os.rmdir(folder)
         os.close(self.handle)
+        self.handle = -1
 
 
-def prepare_run_dir(run_dir: str, resumed: Optional[Resumed]) -> None:
+def prepare_run_dir(run_dir: str, resumed: Optional[Resumed], damaged: Sequence[str]) -> None:
     """Prepare a run's folder for writing.
 
-    Unfinished checkpoints are removed. For a new run, old logs and checkpoints are renamed to <name>.old. For a resumed one, logs are cut
-    back to its checkpoint, newer checkpoints (which are damaged) are renamed, and LATEST points to its checkpoint.
+    Unfinished checkpoints are removed, damaged ones renamed to <name>.old. For a new run, old logs are renamed too. For a resumed one,
+    logs are cut back to its checkpoint, and LATEST points to it.
+
+    Args:
+        run_dir: the folder, locked.
+        resumed: the checkpoint to resume from; None for a new run.
+        damaged: folders of checkpoints that were found damaged.
     """
     for name in os.listdir(run_dir):
         if name.startswith("step-") and name.endswith(".tmp"):
-            shutil.rmtree(os.path.join(run_dir, name), ignore_errors=True)
-    if resumed is None:
-        for name in LOGS:
-            set_aside(os.path.join(run_dir, name))
-        for folder in list_checkpoints(run_dir):
-            set_aside(folder)
-        return
-    for folder in list_checkpoints(run_dir):
-        if os.path.basename(folder) == os.path.basename(resumed.folder):
-            break
-        set_aside(folder)  # newer, but damaged
-    point_latest(run_dir, os.path.basename(resumed.folder))
+            with suppress(OSError):
+                remove(os.path.join(run_dir, name))
+    for folder in damaged:
+        set_aside(folder)
+    if resumed is not None:
+        point_latest(run_dir, os.path.basename(resumed.folder))
     for name in LOGS:
-        _cut_back(os.path.join(run_dir, name), resumed.progress)
-
-
-def _cut_back(path: str, progress: Progress) -> None:
-    """Remove the log lines of steps and evals that will be repeated, and a line that was not written to its end."""
-    if not os.path.exists(path):
-        return
-    evaluated = progress.evaluated_at == progress.examples
-    kept = []
-    with open(path) as handle:
-        for line in handle:
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                continue
-            of_eval = entry.get("split") != "train"
-            if entry["counters/examples"] < progress.examples + (evaluated or not of_eval):
-                kept.append(line)
-    with open(path + ".tmp", "w") as handle:
-        handle.writelines(kept)
-    os.replace(path + ".tmp", path)
+        path = os.path.join(run_dir, name)
+        if resumed is None:
+            set_aside(path)
+        else:
+            progress = resumed.progress
+            cut_back(path, progress.examples, progress.evaluated_at == progress.examples)

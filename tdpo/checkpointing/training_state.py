@@ -58,6 +58,7 @@ class Progress:
 
         Raises:
             UserError: an incompatible version of this program wrote it.
+            ValueError: a value is of another type than this program writes.
         """
         values = dict(values)
         if "hooks" not in values:
@@ -67,7 +68,11 @@ class Progress:
         if missing or unknown:
             what = f"it lacks {', '.join(missing)}" if missing else f"it has {', '.join(unknown)}"
             raise UserError(f"{folder} was written by another version of this program ({what}): resume it with that version or start again")
-        return cls(**values)
+        progress = cls(**values)
+        wrong = [name for name, default in vars(cls()).items() if default is not None and type(values[name]) is not type(default)]
+        if wrong or not {"train", "eval"} <= set(progress.data) or not {"fingerprint", "archive"} <= set(progress.reference):
+            raise ValueError(f"{folder} has a {PROGRESS} that this program did not write")
+        return progress
 
 
 def read_progress(folder: str) -> Progress:
@@ -75,6 +80,7 @@ def read_progress(folder: str) -> Progress:
 
     Raises:
         UserError: an incompatible version of this program wrote it.
+        ValueError: it is not what this program writes.
     """
     with open(os.path.join(folder, PROGRESS)) as handle:
         return Progress.of(json.load(handle), folder)

@@ -18,7 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tdpo.distributed.launch import is_supervised, own_rank
-from tdpo.utils import CONFIG_DIR, PeerError, RunError, Stopped, UserError, flat_keys, nearest, plural
+from tdpo.files import reason_of
+from tdpo.utils import CONFIG_DIR, PeerError, RunError, Stopped, UserError, flat_keys, lenient_console, nearest, plural
 
 GROUPS = ("model", "datasets", "loss")
 
@@ -47,7 +48,7 @@ def run_command(config_name: str, job: Callable[[DictConfig, Sequence[str]], Any
                 print(f"error: {' '.join(overrides)}: {error}", file=sys.stderr, flush=True)
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints its errors itself and exits with code 1
-    with reported_errors(config_name):
+    with lenient_console(), reported_errors(config_name):
         try:
             hydra.main(version_base=None, config_path=CONFIG_DIR, config_name=config_name)(in_hydra)()
         except ValueError as error:  # Hydra raises it for loss=null; raised by the job, it is a bug and not invalid input
@@ -58,10 +59,17 @@ def run_command(config_name: str, job: Callable[[DictConfig, Sequence[str]], Any
             raise RunError(f"{plural(len(failed), 'job')} of the sweep failed; the same command with resume=auto retries them")
 
 
+def override(key: str, value: str) -> str:
+    """Return the override key='value' that gives a key any text, such as a path with quotes, for the command line of another process."""
+    text = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + "\\${", value)  # else OmegaConf would see a reference
+    text = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text)
+    return f"{key}='{text}'"
+
+
 @contextmanager
 def reported_errors(config_name: str) -> Iterator[None]:
     """Report an error in one or two lines without a traceback, and exit: code 2 for invalid input, 1 for a failed run, 128 + signal for a
-    stopped one (0 under torchrun or start_ranks)."""
+    stopped one."""
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
@@ -73,9 +81,12 @@ def reported_errors(config_name: str) -> Iterator[None]:
     except PeerError:
         exit_quietly(1)
     except Stopped as stopped:
-        sys.exit(0 if is_supervised() else 128 + stopped.signum)
+        sys.exit(128 + stopped.signum)
     except torch.OutOfMemoryError as error:
         exit_with_error(f"out of memory: {str(error).splitlines()[0]}", 1)
+    except OSError as error:  # of the disk, most likely; what can be expected is reported where it happens
+        where = f"{error.filename}: " if error.filename else ""
+        exit_with_error(f"{where}{reason_of(error)}; what was saved so far is kept", 1)
     except KeyboardInterrupt:
         exit_with_error("interrupted; what was saved so far is kept", 130)
 

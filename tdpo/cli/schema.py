@@ -150,6 +150,7 @@ class Config(Node):
     local_dirs: Annotated[list[str], Field(min_length=1)]
     local_run_dir: Optional[str]
     resume: Optional[str]
+    save_policy: Literal["always", "final", "never"]
     keep_checkpoints: Optional[PositiveInt]
     sample_during_eval: StrictBool
     n_eval_model_samples: PositiveInt

@@ -7,9 +7,11 @@ import jinja2
 
 from tdpo.data.rows import Row, RowReport
 from tdpo.data.tokenization import trim_after_eos
-from tdpo.utils import UserError
+from tdpo.utils import UserError, time_limit
 
 Messages = list[Mapping[str, str]]
+TEMPLATE_SECONDS = 10.0  # in which a template must have rendered a row; it takes milliseconds, unless it loops
+MOST_TIMEOUTS = 3  # rows after which a template counts as one that loops for every row
 
 
 def has_messages(row: Row, names: Sequence[str]) -> bool:
@@ -124,11 +126,24 @@ def _check_template(row: Row, tokenizer) -> None:
 
 
 def _tried(row: Row, report: RowReport, render: Callable[[], list[tuple]]) -> Optional[list[tuple]]:
-    """Return what `render` returns; None if the template raises an error or a response is None, which is noted."""
+    """Return what `render` returns; None if the template raises an error or a response is None, which is noted.
+
+    Raises:
+        UserError: the template does not end within TEMPLATE_SECONDS for MOST_TIMEOUTS rows.
+    """
     try:
-        found = render()
-    except jinja2.TemplateError as error:
-        report.refuse(row, f"the chat template refuses it ({error})")
+        with time_limit(TEMPLATE_SECONDS):
+            found = render()
+    except TimeoutError:
+        defect = f"the chat template has not ended after {TEMPLATE_SECONDS:.0f} seconds"
+        report.refuse(row, defect)
+        if report.times(defect) == MOST_TIMEOUTS:
+            what = f"{row.source}: {defect} for {MOST_TIMEOUTS} rows, the last of them row {row.number}"
+            raise UserError(f"{what}: set model.tokenizer_name_or_path to a tokenizer with another template") from None
+        return None
+    except Exception as error:  # a template is a program, and can raise anything
+        kind = "" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: "
+        report.refuse(row, f"the chat template refuses it ({kind}{' '.join(str(error).split())[:200]})")
         return None
     if any(response is None for _, response, *_ in found):
         report.refuse(row, "the chat template does not render the conversation as a continuation of its prompt")

@@ -12,15 +12,17 @@ import re
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Optional
+from typing import Any, BinaryIO, Optional
 
 import datasets
 import pyarrow
 import pyarrow.parquet
 
+from tdpo.files import reason_of
 from tdpo.utils import UserError, looks_local, nearest, plural, some_of
 
 LOCAL_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+LONGEST_ROW = 2**24  # bytes: millions of tokens; a longer row takes tens of times its size in memory on its way to tokens
 
 
 class Row:
@@ -50,7 +52,7 @@ def read_rows(path: str, split: str, subset: Optional[str], cache_dir: Optional[
     if os.path.isfile(os.path.join(path, "dataset_dict.json")):
         return _saved_rows(path, split)
     if os.path.isfile(os.path.join(path, "state.json")):  # one dataset without splits
-        return _DatasetRows(datasets.load_from_disk(path), path)
+        return _DatasetRows(_from_disk(path), path)
     files = [path] if os.path.isfile(path) else _files_of_split(path, split)
     if not files:
         raise UserError(f"'{path}' has no split {split!r}: looked for {split}.jsonl, {split}.jsonl.gz and {split}[-*].parquet")
@@ -117,36 +119,77 @@ def _json_lines(file: str) -> Iterator[Row]:
     number = 0
     opener = gzip.open if file.endswith(".gz") else open
     try:
-        with opener(file, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    fields = json.loads(line)
-                except UnicodeDecodeError:
-                    yield Row(file, number, None, "not UTF-8 text")
-                    continue
-                except ValueError:
-                    yield Row(file, number, None, "truncated or malformed JSON")
-                    continue
-                yield Row(file, number, *((fields,) if isinstance(fields, dict) else (None, "not a JSON object")))
+        with opener(file, "rb") as handle:
+            for number, line in enumerate(_bounded_lines(handle), 1):
+                if line is None:
+                    yield Row(file, number, None, f"longer than {LONGEST_ROW // 2**20} MiB")
+                elif line.strip():
+                    yield _json_row(file, number, line)
     except (EOFError, zlib.error, gzip.BadGzipFile):
         yield Row(file, number + 1, None, "the compressed file is truncated or corrupt here")
+    except OSError as error:
+        raise UserError(f"'{file}' cannot be read: {reason_of(error)}") from None
+
+
+def _bounded_lines(handle: BinaryIO) -> Iterator[Optional[bytes]]:
+    """Yield the lines of a file, None for one of more than LONGEST_ROW bytes, which is never in memory as a whole."""
+    while line := handle.readline(LONGEST_ROW + 1):
+        if len(line) <= LONGEST_ROW:
+            yield line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = handle.readline(LONGEST_ROW)
+        yield None
+
+
+def _json_row(file: str, number: int, line: bytes) -> Row:
+    try:
+        fields = json.loads(line)
+    except UnicodeDecodeError:
+        return Row(file, number, None, "not UTF-8 text")
+    except ValueError:
+        return Row(file, number, None, "truncated or malformed JSON")
+    except RecursionError:
+        return Row(file, number, None, "JSON nested too deeply")
+    return Row(file, number, fields) if isinstance(fields, dict) else Row(file, number, None, "not a JSON object")
 
 
 def _parquet_rows(file: str) -> Iterator[Row]:
     try:
         number = 0
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
             for fields in batch.to_pylist():
                 number += 1
-                yield Row(file, number, fields)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"'{file}' is not a readable parquet file: {str(error).splitlines()[0]}") from None
+                yield _checked_row(file, number, fields)
+    except (pyarrow.ArrowException, OSError, ValueError, NotImplementedError) as error:
+        raise UserError(f"'{file}' is not a readable parquet file: {_first_line(error)}") from None
+
+
+def _checked_row(source: str, number: int, fields: Mapping[str, Any]) -> Row:
+    """Return the row, or, if its texts are too long in all, a row with that defect."""
+    waiting, length = [fields], 0
+    while waiting and length <= LONGEST_ROW:
+        value = waiting.pop()
+        if isinstance(value, (str, bytes)):
+            length += len(value)
+        elif isinstance(value, (list, tuple)):
+            waiting.extend(value)
+        elif isinstance(value, Mapping):
+            waiting.extend(value.values())
+    defect = f"longer than {LONGEST_ROW // 2**20} MiB" if length > LONGEST_ROW else None
+    return Row(source, number, None if defect else fields, defect)
+
+
+def _from_disk(path: str) -> Any:
+    """Return what `save_to_disk` of the datasets library has written."""
+    try:
+        return datasets.load_from_disk(path)
+    except Exception as error:  # a damaged file can make the library raise anything
+        raise UserError(f"'{path}' cannot be read as a folder of save_to_disk: {_first_line(error)}") from None
 
 
 def _saved_rows(path: str, split: str) -> Sequence[Row]:
-    saved = datasets.load_from_disk(path)
+    saved = _from_disk(path)
     if split not in saved:
         raise UserError(f"'{path}' has no split {split!r}; it has {some_of(sorted(saved))}")
     return _DatasetRows(saved[split], f"{path}/{split}")
@@ -164,7 +207,10 @@ class _DatasetRows(Sequence):
     def __getitem__(self, index: int) -> Row:
         if not 0 <= index < len(self.dataset):
             raise IndexError(index)
-        return Row(self.source, int(index) + 1, self.dataset[int(index)])
+        try:
+            return _checked_row(self.source, int(index) + 1, self.dataset[int(index)])
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            raise UserError(f"{self.source} row {index + 1} cannot be read: {_first_line(error)}") from None
 
 
 class _HubRows(_DatasetRows):
@@ -215,6 +261,10 @@ class RowReport:
                 self.refuse(row, row.defect)
             else:
                 yield row
+
+    def times(self, defect: str) -> int:
+        """Return how many rows have this defect so far."""
+        return len(self._defects.get(defect, ()))
 
     def refuse(self, row: Row, defect: str) -> None:
         """Note a defect that makes a row unusable."""

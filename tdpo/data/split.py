@@ -15,6 +15,7 @@ from tdpo.data.tokenization import batch_element, truncate, truncated_lengths
 from tdpo.utils import UserError, plural, some_of
 
 EVAL_SEED = 0  # of the eval order; fixed, so that runs with different seeds see the same eval pairs
+MANY_UNKNOWN = 0.1  # fraction of unknown tokens above which a warning is given: a tokenizer of a real language model knows all
 Item = TypeVar("Item")
 
 
@@ -192,7 +193,8 @@ class TokenizedSplit:
             unknown = sum(
                 int((flat(self.prompts, *place) == self.unknown_token_id).sum()) for place in (("prompt_ids", 1), ("response_ids", 2))
             )
-            parts += [f"{unknown:,} tokens are unknown to the tokenizer"] if unknown else []
+            many = " (many: is it the model's own, and the model the right one for these data?)" if unknown > MANY_UNKNOWN * tokens else ""
+            parts += [f"{unknown:,} tokens are unknown to the tokenizer{many}"] if unknown else []
         return "; ".join(parts)
 
 

@@ -11,9 +11,9 @@ import importlib.metadata
 import inspect
 import json
 import os
+import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Optional
 
@@ -23,7 +23,8 @@ import numpy as np
 from tdpo.data.contract import Examples, Form
 from tdpo.data.rows import data_fingerprint
 from tdpo.data.tokenization import encode, trim_after_eos, with_bos, with_eos
-from tdpo.utils import UserError, cores, get_logger
+from tdpo.files import entries_of, own_name, reason_of, remove, remove_left_behind
+from tdpo.utils import UserError, cores, get_logger, try_lock
 
 log = get_logger(__name__)
 
@@ -192,12 +193,19 @@ class TokenCache:
         self.folder = os.path.join(cache_dir, "tokens", digest[:32])
 
     def load(self) -> Optional[tuple[datasets.Dataset, list[str]]]:
-        """Return the table, memory-mapped, and the lines; None if they do not exist or cannot be read."""
+        """Return the table, memory-mapped, and the lines; None if they do not exist or are damaged, which is logged. Reads all files."""
+        contents = os.path.join(self.folder, "contents.json")
+        if not os.path.lexists(self.folder):
+            return None
         try:
-            with open(os.path.join(self.folder, "lines.json")) as file:
-                lines = json.load(file)
+            with open(contents) as file:
+                whole = json.load(file)
+            files, lines = whole["files"], list(map(str, whole["lines"]))
+            if not files or entries_of(self.folder, files, "Checking the tokens") != files:
+                raise ValueError("another content than was written")
             return datasets.load_from_disk(os.path.join(self.folder, "table")), lines
-        except (OSError, ValueError):
+        except Exception as error:  # a damaged file can make the library raise anything
+            log.warning(f"the cached tokens in {self.folder} are damaged ({reason_of(error)}): the data are tokenized again")
             return None
 
     def build(self, make, lines: Sequence[str]) -> datasets.Dataset:
@@ -208,23 +216,41 @@ class TokenCache:
             lines: logged about the rows, kept with the table.
         """
         try:
-            parent = os.path.dirname(self.folder)
-            os.makedirs(parent, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=parent, prefix="new-", ignore_cleanup_errors=True) as new:
+            with self._new_folder() as new:
                 table = make(os.path.join(new, "rows.arrow"))
+                whole = os.path.join(new, "whole")
                 with _progress_bars(shown=False):
-                    table.save_to_disk(os.path.join(new, "whole", "table"))
-                with open(os.path.join(new, "whole", "lines.json"), "w") as file:
-                    json.dump(list(lines), file)
+                    table.save_to_disk(os.path.join(whole, "table"))
+                files = [os.path.relpath(file, whole) for file in glob.glob(os.path.join(glob.escape(whole), "table", "*"))]
+                with open(os.path.join(whole, "contents.json"), "w") as file:
+                    json.dump({"files": entries_of(whole, files, "Hashing the tokens"), "lines": list(lines)}, file)
                 if self.load() is None:  # otherwise another run was faster
-                    if os.path.exists(self.folder):
-                        os.rename(self.folder, os.path.join(new, "unreadable"))
-                    os.rename(os.path.join(new, "whole"), self.folder)  # atomic
-                loaded = self.load()
+                    if os.path.lexists(self.folder):
+                        os.rename(self.folder, os.path.join(new, "damaged"))
+                    os.rename(whole, self.folder)  # atomic
+                return datasets.load_from_disk(os.path.join(self.folder, "table"))
         except OSError as error:
-            log.info(f"tokens are not cached for the next run: {error}")
-            loaded = None
-        return loaded[0] if loaded else make(None)
+            log.info(f"tokens are not cached for the next run: {reason_of(error)}")
+        return make(None)
+
+    @contextmanager
+    def _new_folder(self) -> Iterator[str]:
+        """Yield an empty folder beside the cache's, which is removed at the end; remove those that killed runs have left."""
+        parent = os.path.dirname(self.folder)
+        os.makedirs(parent, exist_ok=True)
+        prefix = os.path.join(parent, "new-")
+        remove_left_behind(prefix, "")
+        new = prefix + own_name()
+        if os.path.lexists(new):
+            remove(new)
+        os.mkdir(new)
+        handle = os.open(new, os.O_RDONLY)
+        try:
+            try_lock(handle)
+            yield new
+        finally:
+            os.close(handle)
+            shutil.rmtree(new, ignore_errors=True)
 
 
 def cache_key(

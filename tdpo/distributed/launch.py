@@ -102,9 +102,13 @@ def start_ranks(n: int, script: str, overrides: Sequence[str], config: DictConfi
         logs.cleanup()
         for signum, handler in before.items():
             signal.signal(signum, handler)
-    if received and all(failure.exitcode in [-signum for signum in received] for failure in result.failures.values()):
-        raise Stopped(received[0])  # the ranks saved a checkpoint, or ended before there was anything to save
     if result.is_failed():
+        codes = {failure.exitcode for failure in result.failures.values()}
+        for signum in STOP_SIGNALS:
+            # The ranks saved a checkpoint, which a signal to one of them also makes them do, or ended before there was anything to save.
+            told = {128 + signum} | ({-signum} if received else set())
+            if codes & told and codes <= told | {-signal.SIGTERM}:  # with which PyTorch ends the others when the first has ended
+                raise Stopped(signum)
         rank, failure = min(result.failures.items(), key=lambda item: item[1].timestamp)
         if failure.exitcode == 2:  # invalid input, which that rank has reported
             sys.exit(2)
@@ -203,6 +207,8 @@ def process_group(timeout_secs: int) -> Iterator[World]:
         leave = True
     except Stopped:
         leave = True
+        with suppress(RuntimeError):
+            world.maximum(0)  # all end together: a launcher kills the others as soon as one has ended
         raise
     finally:
         if leave:

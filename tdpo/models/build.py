@@ -6,15 +6,14 @@ from typing import Optional
 
 import datasets
 import huggingface_hub
-import safetensors
 import tokenizers
 import torch
 import transformers
 from omegaconf import DictConfig, OmegaConf
 
 from tdpo.data import reviews
-from tdpo.models.archive import LEGACY_BUFFERS, check_archive, read_archive
-from tdpo.utils import DTYPES, UserError, disable_dropout, get_logger, looks_local, some_of
+from tdpo.models.archive import LEGACY_BUFFERS, check_archive, find_archive, read_archive
+from tdpo.utils import DTYPES, UserError, disable_dropout, get_logger, looks_local, not_finite, some_of
 
 log = get_logger(__name__)
 
@@ -31,8 +30,14 @@ def prepare_hub(names: Iterable[Optional[str]]) -> None:
 
     Args:
         names: local paths, names on the hub, or None.
+
+    Raises:
+        UserError: a local path does not exist.
     """
-    remote = [name for name in names if name and name != EMBEDDED_TOKENIZER and not os.path.exists(name)]
+    given = [name for name in names if name and name != EMBEDDED_TOKENIZER]
+    if missing := [name for name in given if looks_local(name) and not os.path.exists(name)]:
+        raise UserError(f"'{missing[0]}' does not exist; give a local path, or owner/name for a model or dataset on the hub")
+    remote = [name for name in given if not looks_local(name)]
     if not remote or huggingface_hub.constants.HF_HUB_OFFLINE:
         return
     try:
@@ -56,7 +61,7 @@ def load_tokenizer(model: DictConfig, cache_dir: Optional[str]):
         raise UserError(f"model or tokenizer '{name}' does not exist; give a local path, or owner/name for one on the hub")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the Rust library raises plain Exception for a damaged file
         raise UserError(f"tokenizer '{name}' cannot be loaded: {_reason(error)}") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer '{name}' has no end-of-sequence token: give another model.tokenizer_name_or_path")
@@ -108,7 +113,7 @@ def check_model(model: DictConfig, model_config, tokenizer, max_length: int) -> 
         max_length: tokens of prompt and response.
 
     Returns:
-        the state dict of a `model.archive` that is a file, memory-mapped (see `read_archive`); else None.
+        the state dict of a `model.archive` that is not a Hugging Face folder (see `read_archive`); else None.
 
     Raises:
         UserError: max_length exceeds the model's positions, the tokenizer has more entries than the model, or the archive does not fit.
@@ -122,15 +127,20 @@ def check_model(model: DictConfig, model_config, tokenizer, max_length: int) -> 
     empty = empty_model(model_config)
     if model.archive is None:
         return None
-    if os.path.isdir(model.archive):
-        if not os.path.exists(os.path.join(model.archive, "config.json")):
-            inside = [os.path.join(model.archive, file) for file in ("LATEST/policy.pt", "policy.pt")]
-            hint = "".join(f" (did you mean {file}?)" for file in inside if os.path.exists(file))
-            raise UserError(f"model.archive={model.archive} is not a Hugging Face folder: it has no config.json{hint}")
+    if is_hugging_face(model.archive):
         return None
+    if os.path.isdir(model.archive) and find_archive(model.archive) is None:
+        raise UserError(
+            f"model.archive={model.archive} is no folder of weights: it has no config.json, policy.pt or checkpoint; give a folder that has"
+        )
     state = read_archive(model.archive)
     check_archive(model.archive, state, empty)
     return state
+
+
+def is_hugging_face(path: str) -> bool:
+    """Whether a path is a local folder of Transformers' save_pretrained."""
+    return os.path.isfile(os.path.join(path, "config.json"))
 
 
 def empty_model(model_config, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
@@ -140,6 +150,7 @@ def empty_model(model_config, dtype: torch.dtype = torch.float32) -> torch.nn.Mo
         UserError: no model can be built from the config.
     """
     try:
+        no_cudnn_attention()
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=False)
     except Exception as error:  # models reject inconsistent sizes in their own ways
@@ -166,7 +177,8 @@ def build_model(
     Raises:
         UserError: the weights cannot be loaded, or do not fit the model.
     """
-    folder = model.archive if model.archive is not None and os.path.isdir(model.archive) else None
+    no_cudnn_attention()
+    folder = model.archive if archive is None else None
     if archive is not None:
         # Copies: Transformers would use the tensors themselves, but policy and reference must share neither memory nor the mapped file.
         state = {name: tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True) for name, tensor in archive.items()}
@@ -177,8 +189,16 @@ def build_model(
         built = transformers.AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=False)
     else:
         built = _from_pretrained(folder or model.name_or_path, model_config, dtype, cache_dir, strict=folder is not None)
+    if wrong := not_finite(dict(built.named_parameters())):
+        where = model.archive or model.name_or_path or "from_config"
+        raise UserError(f"the weights of '{where}' are not finite ({some_of(wrong, 3)}): give other weights, or an earlier checkpoint")
     disable_dropout(built)
     return built
+
+
+def no_cudnn_attention() -> None:
+    """Keep PyTorch from using cuDNN's attention, which gives NaN gradients at some lengths with masks (pytorch#196678), as ours all are."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def compute_dtype(model: DictConfig) -> torch.dtype:
@@ -247,7 +267,7 @@ def _from_pretrained(name: str, model_config, dtype: torch.dtype, cache_dir: Opt
             ignore_mismatched_sizes=True,  # reported below, with their names
             trust_remote_code=False,
         )
-    except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+    except Exception as error:  # OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError
         raise UserError(f"the weights of '{name}' cannot be loaded: {_reason(error)}") from None
     unexpected = [key for key in info["unexpected_keys"] if strict and not str(key).endswith(LEGACY_BUFFERS)]
     problems = [("missing", info["missing_keys"]), ("not in the model", unexpected), ("other shape", info["mismatched_keys"])]

@@ -1,6 +1,7 @@
 """Checks during a run: loss and gradient are finite, policy and reference are equal at the start; and errors for lack of memory."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Optional
 
 import torch
@@ -10,6 +11,7 @@ from tdpo.checkpointing.training_state import Progress
 from tdpo.data.split import Example, TokenizedSplit
 from tdpo.distributed.world import World
 from tdpo.training.metrics import start_difference
+from tdpo.training.saver import Saver
 from tdpo.training.strategies import SingleDevice
 from tdpo.utils import RunError, get_logger, some_of
 
@@ -56,6 +58,7 @@ class Guards:
         examples: Sequence[Example],
         losses: Sequence[torch.Tensor],
         progress: Progress,
+        advice: Callable[[], str] = str,
     ) -> bool:
         """Whether to take the step: the same answer on all ranks. This is the only place in a step that waits for the device.
 
@@ -65,6 +68,7 @@ class Guards:
             examples: this rank's examples of the step.
             losses: their losses, in nats: one tensor (B,) for each microbatch.
             progress: the counters before the step.
+            advice: returns what to add to the error; called on rank 0.
 
         Raises:
             RunError: loss or gradient norm is not finite, and max_skipped_steps such steps were skipped already.
@@ -84,10 +88,34 @@ class Guards:
             if skipped > self.config.max_skipped_steps and self.world.is_first:
                 raise RunError(
                     f"{message}\nthe run stopped before this step; try a smaller lr or max_grad_norm, or model.policy_dtype=float32 "
-                    "(max_skipped_steps=N skips up to N such steps)"
+                    f"(max_skipped_steps=N skips up to N such steps){advice()}"
                 )
         log.info(f"{message}: skipped ({skipped} of at most {self.config.max_skipped_steps})")
         return False
+
+    def warn_of_eval(self, metrics: Mapping[str, float]) -> None:
+        """Warn if a metric of an eval is not finite.
+
+        Args:
+            metrics: means over the eval examples.
+        """
+        if bad := [name for name, value in metrics.items() if not math.isfinite(value)]:
+            log.warning(f"the eval is not finite: {some_of(bad, 4)}")
+
+    def check_last_eval(self, progress: Progress, saver: Saver) -> None:
+        """Accept the run's last checkpoint as sound if its eval is finite.
+
+        Raises:
+            RunError: it is not. The checkpoint, whose weights are finite, is kept.
+        """
+        bad = [name for name, value in progress.eval_metrics.items() if not math.isfinite(value)]
+        if not bad:
+            saver.eval_followed()
+            return
+        with self.world.agreed():
+            if self.world.is_first:
+                kept = f"; before it, finite steps followed {saver.proven}" if saver.proven else ""
+                raise RunError(f"the last eval is not finite ({some_of(bad, 4)}): do not use {saver.newest or 'the result'}{kept}")
 
     def warn_of_start(self, metrics: Mapping[str, float], reward_scale: Optional[float]) -> None:
         """Warn if policy and reference, which are the same model before the first step, get different scores.

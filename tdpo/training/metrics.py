@@ -11,8 +11,9 @@ import torch
 import tqdm
 from omegaconf import DictConfig, OmegaConf
 
+from tdpo.files import append_lines, reason_of
 from tdpo.losses import LossOutput, ResponseScores
-from tdpo.utils import formatted_dict, get_logger
+from tdpo.utils import RunError, formatted_dict, get_logger
 
 log = get_logger(__name__)
 
@@ -181,8 +182,12 @@ class JsonlSink:
         self.run_dir = run_dir
 
     def _append(self, file: str, rows: list[dict]) -> None:
-        with open(os.path.join(self.run_dir, file), "a") as handle:
-            handle.writelines(json.dumps(row) + "\n" for row in rows)
+        path = os.path.join(self.run_dir, file)
+        try:
+            append_lines(path, rows)
+        except OSError as error:
+            reason = f"{path} cannot be written ({reason_of(error)})"
+            raise RunError(f"{reason}; saved checkpoints are kept; to continue: resume={self.run_dir}") from None
 
     @staticmethod
     def _finite(metrics: Mapping[str, float]) -> dict:
@@ -211,7 +216,7 @@ class WandbSink:
     def __init__(self, run_dir: str, config: DictConfig, run_id: Optional[str]):
         import wandb  # here, because wandb is optional
 
-        self.wandb = wandb
+        self.wandb, self.failed = wandb, False
         arguments = {
             "entity": config.wandb.entity,
             "project": config.wandb.project,
@@ -247,16 +252,29 @@ class WandbSink:
         return None
 
     def log(self, metrics: Mapping[str, float], split: str, examples: int) -> None:
-        self.run.log(dict(metrics), step=examples)
+        self._tried(lambda: self.run.log(dict(metrics), step=examples))
 
     def samples(self, rows: list[dict], examples: int) -> None:
+        self._tried(lambda: self._log_tables(rows, examples))
+
+    def _log_tables(self, rows: list[dict], examples: int) -> None:
         for column in ("policy", "reference"):
             texts = [(examples, row["prompt"], row[column]) for row in rows if column in row]
             if texts:
                 self.run.log({f"{column}_samples": self.wandb.Table(columns=["step", "prompt", "sample"], data=texts)}, step=examples)
 
     def close(self) -> None:
-        self.run.finish()
+        self._tried(self.run.finish)
+
+    def _tried(self, action: Callable[[], None]) -> None:
+        """Do what wandb is asked for. A failure, for which it has a dozen types, ends logging to wandb with a warning, not the run."""
+        if self.failed:
+            return
+        try:
+            action()
+        except Exception as error:
+            self.failed = True
+            log.warning(f"wandb: {(str(error).splitlines() or [type(error).__name__])[0]}; from now on metrics are in metrics.jsonl only")
 
 
 def open_sinks(run_dir: str, config: DictConfig, wandb_id: Optional[str] = None) -> list[Sink]:

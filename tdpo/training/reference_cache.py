@@ -3,12 +3,10 @@
 A hidden state takes hidden_size numbers, its logits vocab_size numbers. Therefore states are stored, and the head stays in memory.
 """
 
-import glob
 import hashlib
 import json
 import os
 import shutil
-import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import BinaryIO, Optional
 
@@ -19,10 +17,14 @@ import transformers
 
 from tdpo.data.split import Example, TokenizedSplit
 from tdpo.distributed.world import World
+from tdpo.files import digest_of_pieces, is_regular, own_name, reason_of, remove_left_behind, set_aside
 from tdpo.scoring.prefix_sharing import SharedPrefixBatch
 from tdpo.scoring.scorer import Scorer
-from tdpo.utils import UserError, plural
+from tdpo.utils import RunError, UserError, as_bytes, get_logger, plural, try_lock
 
+log = get_logger(__name__)
+
+DIGEST = 64  # bytes of the hash at the end of the file
 FORMAT = 1  # version of the file's format, and of how states are computed
 IRRELEVANT_KEYS = ("_name_or_path", "transformers_version", "dtype", "architectures")  # of a model's config: they do not affect states
 
@@ -36,6 +38,8 @@ def config_fingerprint(config: transformers.PreTrainedConfig) -> str:
 
 class ReferenceCache:
     """A file of (positions, hidden) numbers: for each example in turn, the positions in the loss of its responses, role by role.
+
+    A hash of the numbers follows them, so that both are replaced together.
 
     Args:
         cache_dir: the user's cache folder.
@@ -62,15 +66,27 @@ class ReferenceCache:
         self._values: Optional[torch.Tensor] = None
 
     def is_there(self) -> bool:
-        """Whether the file exists and has the expected size."""
-        return os.path.exists(self.file) and os.path.getsize(self.file) == self.bytes
+        """Whether the file exists and holds what was written to it. Reads the whole file."""
+        if not os.path.lexists(self.file):
+            return False
+        try:
+            if is_regular(self.file) and os.path.getsize(self.file) == self.bytes + DIGEST:
+                with open(self.file, "rb") as file:
+                    file.seek(self.bytes)
+                    expected = file.read()
+                if digest_of_pieces(self.file, self.bytes, "Checking the reference cache").encode() == expected:
+                    return True
+        except OSError:
+            pass
+        log.warning(f"reference cache: {self.file} is damaged, or of an earlier version without a hash: it is replaced")
+        return False
 
     def plan(self) -> str:
         """Return a line for the log: '96 examples, 2,912 positions x 32 numbers x 4 bytes = 0.4 MB in <file>; 12.3 GB are free'."""
         free = shutil.disk_usage(_existing_parent(self.file)).free
         return (
             f"{plural(self.n_examples, 'example')}, {self.positions:,} positions x {self.hidden} numbers x {self.dtype.itemsize} bytes = "
-            f"{_size(self.bytes)} in {self.file}; {_size(free)} are free"
+            f"{as_bytes(self.bytes)} in {self.file}; {as_bytes(free)} are free"
         )
 
     def fill(
@@ -99,10 +115,26 @@ class ReferenceCache:
                     self._write(file, microbatch.examples, scorer.reference_states(microbatch.batch).to("cpu", self.dtype))
                 os.fsync(file.fileno())
             world.gather(None)  # waits until all ranks have written
-            world.from_first(lambda: os.replace(new, self.file))
+            world.from_first(lambda: self._publish(new))
+        except OSError as error:
+            raise RunError(f"reference_cache=true: {new} cannot be written ({reason_of(error)}); set local_dirs to another disk") from None
         finally:
-            if world.is_first and os.path.exists(new):
-                os.remove(new)
+            if world.is_first:
+                os.close(self._lock)
+                if os.path.exists(new):
+                    os.remove(new)
+
+    def _publish(self, new: str) -> None:
+        """Add the hash to a complete file, and give the file its name."""
+        digest = digest_of_pieces(new, self.bytes, "Hashing the reference cache")
+        with open(new, "r+b") as file:
+            file.seek(self.bytes)
+            file.write(digest.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        if os.path.isdir(self.file):
+            set_aside(self.file)
+        os.replace(new, self.file)
 
     def _create(self) -> str:
         """Create a file of full size, and return its path. Its name is this run's own: another run may compute the same states now.
@@ -111,37 +143,28 @@ class ReferenceCache:
             UserError: the disk has too little space, or cannot be written.
         """
         folder = os.path.dirname(self.file)
-        own = f"{socket.gethostname()}-{os.getpid()}"
-        new = f"{self.file}.{own}.new"
+        new = f"{self.file}.{own_name()}.new"
         try:
             os.makedirs(folder, exist_ok=True)
-            self._remove_left_behind()
+            remove_left_behind(f"{self.file}.", ".new")
             free = shutil.disk_usage(folder).free
             if free < self.bytes:
                 raise UserError(
-                    f"reference_cache=true needs {_size(self.bytes)} in {folder}; {_size(free)} are free\n"
+                    f"reference_cache=true needs {as_bytes(self.bytes)} in {folder}; {as_bytes(free)} are free\n"
                     "set local_dirs to a larger disk, or reference_cache=false"
                 )
             with open(new, "wb") as file:
-                (os.posix_fallocate if hasattr(os, "posix_fallocate") else _extend)(file.fileno(), 0, self.bytes)
+                self._lock = os.dup(file.fileno())
+                try_lock(self._lock)
+                (os.posix_fallocate if hasattr(os, "posix_fallocate") else _extend)(file.fileno(), 0, self.bytes + DIGEST)
         except OSError as error:
             if os.path.exists(new):
                 os.remove(new)
-            raise UserError(f"reference_cache=true: {new} cannot be written: {error}; set local_dirs to another disk") from None
+            raise UserError(f"reference_cache=true: {new} cannot be written: {reason_of(error)}; set local_dirs to another disk") from None
         return new
 
-    def _remove_left_behind(self) -> None:
-        """Remove files of runs on this machine that were killed while writing."""
-        for file in glob.glob(f"{glob.escape(self.file)}.{socket.gethostname()}-*.new"):
-            try:
-                os.kill(int(file.removesuffix(".new").rpartition("-")[2]), 0)
-            except ProcessLookupError:
-                os.remove(file)
-            except (ValueError, PermissionError):
-                continue
-
     def _check(self, file: str) -> None:
-        if not os.path.exists(file) or os.path.getsize(file) != self.bytes:
+        if not os.path.exists(file) or os.path.getsize(file) != self.bytes + DIGEST:
             raise UserError(f"reference_cache=true: this rank does not see {file}: local_dirs must name a disk that all ranks see")
 
     def open(self) -> None:
@@ -172,10 +195,6 @@ class ReferenceCache:
         """Return the positions of an example in the file."""
         index = self.split.index(example)
         return slice(int(self.stop[index] - self.counts[index]), int(self.stop[index]))
-
-
-def _size(n: int) -> str:
-    return f"{n / 1e9:,.1f} GB" if n >= 1e9 else f"{n / 1e6:,.1f} MB"
 
 
 def _existing_parent(path: str) -> str:

@@ -1,5 +1,6 @@
 """Checkpoints are written completely or not at all, load without executing anything, and can be used as archives."""
 
+import json
 import os
 import pickle
 import shutil
@@ -12,7 +13,7 @@ from helpers import FAMILIES, MINI, compose, run
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from tdpo.checkpointing import checkpoints
-from tdpo.checkpointing.checkpoints import holds_a_run, load_tensors, save_checkpoint
+from tdpo.checkpointing.checkpoints import damaged_files, holds_a_run, list_checkpoints, load_tensors, save_checkpoint
 from tdpo.distributed.world import World
 from tdpo.models.archive import check_archive, read_archive
 from tdpo.models.build import Models, build_model, check_model, load_model_config, load_tokenizer
@@ -22,9 +23,9 @@ STATE = {"weight": torch.arange(6.0).reshape(2, 3)}
 FILES = ["manifest.json", "policy.pt", "state"]
 
 
-def save(run_dir, examples, state=STATE, metrics=None, export=None):
+def save(run_dir, examples, state=STATE, metrics=None, export=None, with_policy=True):
     progress = {"examples": examples, "eval_metrics": metrics or {}}
-    return save_checkpoint(World(), str(run_dir), state, {"policy": state}, progress, export)
+    return save_checkpoint(World(), str(run_dir), state if with_policy else None, {"policy": state}, progress, export)
 
 
 def test_a_checkpoint_has_the_published_format_and_latest_points_to_it(tmp_path):
@@ -64,7 +65,7 @@ def test_a_failed_export_does_not_cost_the_weights(tmp_path, capsys):
 
 def test_a_full_disk_is_noticed_before_writing(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})())
-    with pytest.raises(RunError, match="needs .* GB, .* GB are free"):
+    with pytest.raises(RunError, match="too little space; .* MB needed, 0.0 MB free"):
         save(tmp_path, 8)
     assert os.listdir(tmp_path) == []
 
@@ -237,11 +238,21 @@ def test_a_hugging_face_folder_of_other_sizes_names_the_keys(field, value, messa
         model_of(f"model.archive={tmp_path}/other")
 
 
-def test_a_run_folder_as_archive_suggests_its_policy_file(tmp_path):
-    save(tmp_path, 8)
-    for folder, file in ((tmp_path, "LATEST/policy.pt"), (tmp_path / "step-8", "policy.pt")):
-        with pytest.raises(UserError, match=rf"is not a Hugging Face folder: it has no config.json \(did you mean {folder}/{file}\?\)"):
-            model_of(f"model.archive={folder}")
+@pytest.mark.parametrize("save_policy", ["always", "never"])
+def test_an_archive_may_be_a_run_a_checkpoint_or_its_policy(save_policy, tmp_path):
+    """Without policy.pt the weights are read from state/."""
+    expected = {name: tensor + 1 for name, tensor in model_of().state_dict().items()}
+    save(tmp_path, 8, expected, with_policy=save_policy == "always")
+    given = [tmp_path, tmp_path / "step-8", tmp_path / "LATEST"] + [tmp_path / "LATEST" / "policy.pt"] * (save_policy == "always")
+    for path in given:
+        found = model_of(f"model.archive={path}").state_dict()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_missing_policy_file_names_the_folder_to_give(tmp_path):
+    save(tmp_path, 8, with_policy=False)
+    with pytest.raises(UserError, match=f"policy.pt does not exist: .*give {tmp_path}/LATEST$"):
+        read_archive(f"{tmp_path}/LATEST/policy.pt")
 
 
 def test_a_folder_with_a_run_is_refused_and_untouched(tmp_path, command):
@@ -249,3 +260,130 @@ def test_a_folder_with_a_run_is_refused_and_untouched(tmp_path, command):
     code, _, err = command("exp_name=x", f"local_run_dir={tmp_path}")
     assert code == 2 and "already holds a run" in err
     assert os.listdir(tmp_path) == ["metrics.jsonl"] and (tmp_path / "metrics.jsonl").read_text() == "kept\n"
+
+
+def rewrite(folder, change) -> None:
+    """Change the manifest of a checkpoint."""
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    (folder / "manifest.json").write_text(json.dumps({"files": change(files)}))
+
+
+UNLISTED = {
+    "policy.pt": lambda files: {name: entry for name, entry in files.items() if name != "policy.pt"},
+    "state/__0_0.distcp": lambda files: {name: entry for name, entry in files.items() if not name.endswith(".distcp")},
+}
+
+
+@pytest.mark.parametrize("file", UNLISTED)
+def test_a_manifest_that_lists_less_than_there_is_is_no_manifest(file, tmp_path):
+    save(tmp_path, 8)
+    rewrite(tmp_path / "step-8", UNLISTED[file])
+    assert damaged_files(World(), str(tmp_path / "step-8")) == [file]
+    if file == "state/__0_0.distcp":
+        (tmp_path / "step-8" / "policy.pt").unlink()
+        rewrite(tmp_path / "step-8", UNLISTED["policy.pt"])
+    with pytest.raises(UserError, match="is damaged|has not the content that its run saved"):
+        read_archive(f"{tmp_path}/step-8")
+
+
+def test_shards_that_only_the_index_names_must_be_listed_too(tmp_path):
+    save(tmp_path, 8)
+    rewrite(tmp_path / "step-8", UNLISTED["state/__0_0.distcp"])
+    (tmp_path / "step-8" / "state" / "__0_0.distcp").unlink()
+    assert damaged_files(World(), str(tmp_path / "step-8")) == ["state/__0_0.distcp"]
+
+
+MANIFESTS = {
+    "outside": lambda files: {**files, "../../secret": {"size": 0, "sha256": ""}},
+    "absolute": lambda files: {**files, "/etc/hostname": {"size": 0, "sha256": ""}},
+    "list": list,
+    "no progress": lambda files: {name: entry for name, entry in files.items() if "progress" not in name},
+    "nothing": lambda files: {},
+}
+
+
+@pytest.mark.parametrize("kind", MANIFESTS)
+def test_a_manifest_of_another_kind_is_no_manifest(kind, tmp_path):
+    save(tmp_path, 8)
+    rewrite(tmp_path / "step-8", MANIFESTS[kind])
+    assert damaged_files(World(), str(tmp_path / "step-8")) == ["manifest.json"]
+
+
+def test_names_that_only_look_like_checkpoints_are_no_checkpoints(tmp_path):
+    save(tmp_path, 8)
+    for name in ("step-²", "step-٣", "step-", "step-x", "step--1", "step-1.5", "step-8.old", "step-16"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-24").touch()
+    (tmp_path / "step-32").mkdir()
+    os.mkfifo(tmp_path / "step-32" / "manifest.json")
+    assert list_checkpoints(str(tmp_path)) == [str(tmp_path / "step-8")]
+
+
+@pytest.mark.parametrize("name", ["LATEST.tmp", "step-8.tmp"])
+@pytest.mark.parametrize("kind", ["file", "folder", "link"])
+def test_temporary_names_of_the_wrong_kind_are_in_nobodys_way(name, kind, tmp_path):
+    path = tmp_path / name
+    {"file": path.touch, "folder": lambda: (path / "a").mkdir(parents=True), "link": lambda: path.symlink_to("nowhere")}[kind]()
+    save(tmp_path, 8)
+    assert os.readlink(tmp_path / "LATEST") == "step-8" and damaged_files(World(), str(tmp_path / "step-8")) == []
+    assert not os.path.lexists(path)
+
+
+@pytest.mark.parametrize("where", ["state", "policy"])
+def test_a_second_ctrl_c_during_a_save_is_one(where, tmp_path, monkeypatch):
+    """PyTorch wraps it in an error of its own."""
+    save(tmp_path, 8)
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    target = {"state": (checkpoints.dcp.FileSystemWriter, "write_data"), "policy": (torch, "save")}[where]
+    monkeypatch.setattr(*target, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, 16)
+    assert sorted(os.listdir(tmp_path)) == ["LATEST", "step-8"]
+
+
+def test_a_policy_file_with_another_hash_is_refused(tmp_path):
+    """By everything that reads weights; a copy elsewhere has no hash beside it."""
+    save(tmp_path, 8)
+    shutil.copy(tmp_path / "step-8" / "policy.pt", tmp_path / "copy.pt")
+    torch.save({"step_idx": 8, "state": {"weight": torch.zeros(2, 3)}, "metrics": {}}, tmp_path / "step-8" / "policy.pt")
+    for path in (tmp_path, tmp_path / "step-8", tmp_path / "LATEST" / "policy.pt"):
+        with pytest.raises(UserError, match="has not the content that its run saved"):
+            read_archive(str(path))
+    assert torch.equal(read_archive(str(tmp_path / "copy.pt"))["weight"], STATE["weight"])
+
+
+@pytest.mark.parametrize(
+    "tensor,message",
+    [
+        (torch.ones(2, 3, dtype=torch.int64), "not floating-point numbers: weight int64"),
+        (torch.ones(2, 3, dtype=torch.bool), "not floating-point numbers: weight bool"),
+        (torch.ones(2, 3, dtype=torch.complex64), "not floating-point numbers: weight complex64"),
+        (torch.ones(2, 3).to_sparse(), "not floating-point numbers: weight float32 sparse"),
+    ],
+)
+def test_an_archive_of_other_numbers_is_refused(tensor, message):
+    with pytest.raises(UserError, match=message):
+        check_archive("a.pt", {"weight": tensor}, torch.nn.Linear(3, 2, bias=False))
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        check_archive("a.pt", {"weight": torch.ones(2, 3, dtype=dtype)}, torch.nn.Linear(3, 2, bias=False))
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    state = model_of().state_dict()
+    state["gpt_neox.final_layer_norm.bias"] = torch.full_like(state["gpt_neox.final_layer_norm.bias"], float("nan"))
+    torch.save({"step_idx": 8, "state": state, "metrics": {}}, tmp_path / "policy.pt")
+    with pytest.raises(UserError, match="policy.pt' are not finite .gpt_neox.final_layer_norm.bias"):
+        model_of(f"model.archive={tmp_path}/policy.pt")
+
+
+def test_others_may_read_what_a_run_has_written(tmp_path):
+    before = os.umask(0o022)
+    try:
+        run_dir = run("loss=sft", "batch_size=8", "n_examples=8", "n_eval_examples=8", f"local_run_dir={tmp_path}/run")
+    finally:
+        os.umask(before)
+    modes = {path: path.stat().st_mode & 0o777 for path in run_dir.rglob("*")}
+    assert {mode for path, mode in modes.items() if path.is_file()} == {0o644} and {m for p, m in modes.items() if p.is_dir()} == {0o755}

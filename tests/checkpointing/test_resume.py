@@ -14,8 +14,9 @@ from helpers import DATA, MINI, PREFERENCE, SHARDED, TIMES, assert_same_run, cop
 
 from tdpo.checkpointing import resume
 from tdpo.data.batching import BatchStream
+from tdpo.files import entry_of
 from tdpo.losses import get_objective
-from tdpo.utils import Stopped, UserError
+from tdpo.utils import RunError, Stopped, UserError
 from trainers import BasicTrainer
 
 
@@ -282,6 +283,79 @@ def test_a_folder_in_use_by_another_run_is_refused(monkeypatch, run_dir):
     assert losses_of(run_dir) == before
     run(*SHORT, "n_examples=40", f"resume={run_dir}")
     assert len(logs_of(run_dir, "train")) == 5
+
+
+def test_only_damaged_checkpoints_are_set_aside(run_dir):
+    for name in ("step-32", "step-16"):
+        damage_bytes(run_dir / name)
+    run(*SHORT, f"resume={run_dir}")
+    assert sorted(path.name for path in run_dir.glob("step-*")) == ["step-16", "step-24", "step-32", "step-32.old", "step-8"]
+
+
+def test_what_another_run_did_before_the_lock_was_taken_counts(run_dir, tmp_path, monkeypatch):
+    """A requeued job looks at the folder while its predecessor writes its last checkpoint."""
+    straight = losses_of(run_dir)
+    os.rename(run_dir / "step-32", tmp_path / "later")
+    lock = resume.FolderLock.__init__
+
+    def late(self, folder):
+        lock(self, folder)
+        if not (run_dir / "step-32").exists():
+            os.rename(tmp_path / "later", run_dir / "step-32")
+
+    monkeypatch.setattr(resume.FolderLock, "__init__", late)
+    run(*SHORT, "resume=auto", f"local_run_dir={run_dir}")
+    assert losses_of(run_dir) == straight and not list(run_dir.glob("*.old"))
+
+
+def test_a_folder_that_another_run_filled_before_the_lock_was_taken_is_refused(made_once, tmp_path, monkeypatch):
+    """Two starts without resume in the same second."""
+    lock = resume.FolderLock.__init__
+    monkeypatch.setattr(resume.FolderLock, "__init__", lambda self, folder: (copied(made_once, tmp_path / "run"), lock(self, folder))[1])
+    with pytest.raises(UserError, match="already holds a run"):
+        run(*SHORT, f"local_run_dir={tmp_path}/run")
+    assert losses_of(tmp_path / "run") == losses_of(made_once)
+
+
+def test_a_lock_on_a_folder_that_was_removed_meanwhile_is_none(tmp_path):
+    first = resume.FolderLock(str(tmp_path / "a" / "b"))
+    waiting = os.open(tmp_path / "a" / "b", os.O_RDONLY)  # another process has opened the folder, and waits for the lock
+    first.release()  # removes the empty folders that it has created
+    assert os.listdir(tmp_path) == []
+    os.close(waiting)
+    again = resume.FolderLock(str(tmp_path / "a" / "b"))
+    assert os.path.samestat(os.fstat(again.handle), os.stat(tmp_path / "a" / "b"))
+    again.release()
+
+
+@pytest.mark.parametrize("field,value", [("examples", "8"), ("config", []), ("data", {}), ("reference", {}), ("hooks", None), ("ranks", 1)])
+def test_a_progress_of_another_kind_is_damaged(field, value, run_dir, capsys):
+    """Its hash is right: somebody wrote both."""
+    path = run_dir / "step-32" / "state" / "progress.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    manifest = json.loads((run_dir / "step-32" / "manifest.json").read_text())
+    manifest["files"]["state/progress.json"] = entry_of(str(path))
+    (run_dir / "step-32" / "manifest.json").write_text(json.dumps(manifest))
+    run(*SHORT, f"resume={run_dir}")
+    assert "step-32 is damaged (state/progress.json): skipped" in capsys.readouterr().out
+
+
+def test_a_log_that_others_have_written_to_is_cut_back_and_kept(run_dir, capsys):
+    straight = losses_of(run_dir)
+    with open(run_dir / "metrics.jsonl", "ab") as file:
+        file.write(b"\xff\xfe\nnull\n{}\n")
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    run(*SHORT, f"resume={run_dir}")
+    assert losses_of(run_dir) == straight and (run_dir / "metrics.jsonl.old").read_bytes() == before
+    assert "3 lines cannot be read; the file is kept as metrics.jsonl.old" in capsys.readouterr().out
+
+
+def test_metrics_that_cannot_be_written_end_the_run_in_a_line(run_dir):
+    (run_dir / "metrics.jsonl").unlink()
+    (run_dir / "metrics.jsonl").symlink_to("nowhere/metrics.jsonl")
+    with pytest.raises((RunError, UserError), match="metrics.jsonl. cannot be|metrics.jsonl cannot be written") as error:
+        run(*SHORT, "n_examples=40", f"resume={run_dir}")
+    assert len(str(error.value).splitlines()) == 1
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):

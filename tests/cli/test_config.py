@@ -1,18 +1,27 @@
 """The command line: which configs compose, which are refused, and with which message."""
 
+import contextlib
+import io
 import os
+import random
 import re
+import sys
 
 import pytest
 import torch
-from helpers import MINI, ROOT, compose
+import tqdm
+from helpers import MINI, ROOT, compose, run
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+import sample
+import train
 from tdpo import losses
 from tdpo.cli import schema as config_schema
 from tdpo.cli.check_config import check_config
+from tdpo.cli.command_line import override
 from tdpo.cli.schema import check_tool_config
-from tdpo.utils import UserError
+from tdpo.utils import Console, UserError, lenient_console
 
 MODELS = sorted(file.stem for file in (ROOT / "config" / "model").glob("*.yaml"))
 
@@ -150,11 +159,11 @@ REFUSED = {
     "exp_name=x model.name_or_path=gpt2": "model.name_or_path=gpt2 and model.from_config exclude each other",
     "exp_name=x model.from_config.num_attention_heads=3": "model from_config cannot be loaded: ",
     "exp_name=x model.from_config.model_type=t5": "causal language model",
-    "exp_name=x loss=tdpo model.archive={root}/tests": "tests is not a Hugging Face folder: it has no config.json",
+    "exp_name=x loss=tdpo model.archive={root}/tests": "tests is no folder of weights: it has no config.json",
     "exp_name=x datasets.reviews.invalid_rows=maybe": "datasets.reviews.invalid_rows=maybe: must be 'error', 'skip' or 'keep'",
     "exp_name=x datasets.reviews.n_train=9999": "datasets.reviews.n_train=9999: must be less than or equal to 2856",
     "exp_name=x datasets=[jsonl]": "missing: datasets.jsonl.path=...",
-    "exp_name=x datasets=[jsonl] datasets.jsonl.path=/nowhere.jsonl": "data path '/nowhere.jsonl' does not exist",
+    "exp_name=x datasets=[jsonl] datasets.jsonl.path=/nowhere.jsonl": "'/nowhere.jsonl' does not exist",
     "exp_name=x datasets=[hh] datasets.hh.path={root}/tests": "tests' has no split 'train'",
     "exp_name=x batch_size=10 gradient_accumulation_steps=4": "batch_size=10 is not divisible by gradient_accumulation_steps=4",
     "exp_name=x max_prompt_length=64": "max_prompt_length=64 leaves no room for a response: it must be below max_length=64",
@@ -163,7 +172,7 @@ REFUSED = {
     "exp_name=x n_epochs=null": "n_epochs and n_examples are both null",
     "exp_name=x batch_size=4096": "2,816 train examples, fewer than batch_size=4096",
     "exp_name=x model=blank_model": "missing: model.name_or_path=...",
-    "exp_name=x model=blank_model model.name_or_path=/no/model": "model or tokenizer '/no/model' does not exist",
+    "exp_name=x model=blank_model model.name_or_path=/no/model": "'/no/model' does not exist",
     "exp_name=x model=pythia160m": "tokenizer 'EleutherAI/pythia-160m' cannot be loaded",
     "exp_name=x loss=tdpo model.archive=/no/policy.pt": "model.archive=/no/policy.pt does not exist",
     "exp_name=x loss=tdpo model.archive={root}/README.md": "README.md is not a policy.pt",
@@ -223,3 +232,52 @@ def test_adjusted_and_ignored_values_are_reported():
     )  # 20,000 is the default, and 64 the batch_size of the published commands
     assert config.save_every == 64 and "TDPO1 has no alpha" in notes and "without model.archive" in notes
     assert check_config(compose("exp_name=x")).notes == []
+
+
+def test_an_override_can_carry_any_text():
+    """What Hydra and OmegaConf make of it is the text again."""
+    moments, parser = random.Random(0), OverridesParser.create()
+    parts = [*"ab'\"\\$,{}()=: é数~[]#%&@", "${", "\\", "'", "${a}", "\\${"]
+    for _ in range(2000):
+        text = "".join(moments.choices(parts, k=moments.randint(1, 8)))
+        assert OmegaConf.create({"k": parser.parse_override(override("k", text)).value()}).k == text, override("k", text)
+
+
+def test_a_console_of_another_encoding_gets_escapes():
+    written = io.BytesIO()
+    console = Console(io.TextIOWrapper(written, encoding="ascii", write_through=True))
+    print("naïve 数", file=console)
+    tqdm.tqdm.write("é", file=console)
+    assert written.getvalue() == b"na\\xefve \\u6570\n\\xe9\n" and console.encoding == "ascii"
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_console_that_cannot_be_written_ends_no_run(stream, tmp_path, monkeypatch):
+    """A full disk under a log file, a closed terminal."""
+    with open("/dev/full", "w", buffering=1) as full:
+        monkeypatch.setattr(sys, stream, full)
+        with lenient_console():
+            run_dir = run("loss=sft", "batch_size=8", "n_examples=8", "n_eval_examples=8", f"local_run_dir={tmp_path}/run")
+            getattr(sys, stream).flush()
+        with contextlib.suppress(OSError):
+            full.close()
+    assert (run_dir / "LATEST" / "policy.pt").exists()
+
+
+@pytest.mark.parametrize("error,printed", [(OSError(28, "No space left on device", "/a/b"), "error: /a/b: No space left on device")])
+def test_an_unexpected_error_of_the_disk_is_a_line(error, printed, command, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(train, "check_config", fail)
+    code, _, err = command("exp_name=x")
+    assert code == 1 and err.startswith(printed) and len(err.splitlines()) == 1
+
+
+def test_no_command_uses_cudnns_attention(tmp_path):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    run("loss=sft", "batch_size=8", "n_examples=8", "n_eval_examples=8", f"local_run_dir={tmp_path}/run")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    sample.run(compose(f"run={tmp_path}/run", f"out={tmp_path}/out", "n_prompts=1", name="sample"))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()

@@ -2,16 +2,19 @@
 
 import copy
 import gzip
+import io
 import json
+import signal
 
 import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
-from helpers import CHAT_TEMPLATE, MINI, load, pair, tokenized, write_lines
+from helpers import CHAT_TEMPLATE, MINI, load, pair, tokenized, turn, write_lines
 
 from preference_datasets import default_options, get_dataset, load_split, strip_html_tags
-from tdpo.data.rows import read_rows
+from tdpo.data import chat
+from tdpo.data.rows import LONGEST_ROW, _bounded_lines, read_rows
 from tdpo.models.build import embedded_tokenizer
 from tdpo.utils import UserError
 
@@ -346,3 +349,104 @@ def test_imdb_prompts_are_the_first_words(tmp_path, capsys):
     assert "4 rows read, 4 kept; 1 review dropped: later ones begin with the same words" in capsys.readouterr().out
     with pytest.raises(UserError, match="imdb has no pairs: use it with loss=sft"):
         load_split({"imdb": options}, "train", None, 64, 32, silent=True)
+
+
+@pytest.mark.parametrize(
+    "line,defect",
+    [
+        ('{"prompt": "P", "chosen": ' + "[" * 50_000 + "]" * 50_000 + "}", "JSON nested too deeply"),
+        ("[" * 50_000, "JSON nested too deeply"),
+        ('{"prompt": ' + "1" * 5000 + "}", "truncated or malformed JSON"),
+        ('{"prompt": "' + "x" * LONGEST_ROW + '"}', "longer than 16 MiB"),
+    ],
+    ids=["deep", "deep and cut", "long number", "long"],
+)
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_rows_that_would_exhaust_the_reader_are_defects(line, defect, suffix, tmp_path, capsys):
+    path = write_lines(tmp_path / f"a{suffix}", [pair("A"), line, pair("B")])
+    with pytest.raises(UserError, match=rf"{defect}: .*a{suffix} row 2"):
+        load("jsonl", path=path, eval_path=path)
+    assert list(load("jsonl", path=path, eval_path=path, invalid_rows="skip")) == ["A", "B"]
+
+
+def test_a_long_line_is_never_in_memory_as_a_whole(tmp_path):
+    class Endless(io.RawIOBase):
+        """Yields 3 GB without an end of line."""
+
+        def __init__(self):
+            self.left, self.largest = 3 * 2**30, 0
+
+        def readline(self, size=-1):
+            assert 0 < size <= LONGEST_ROW + 1
+            taken = min(size, self.left)
+            self.left -= taken
+            return b"x" * taken
+
+    assert list(_bounded_lines(Endless())) == [None]
+
+
+def test_long_rows_of_a_parquet_file_are_defects(tmp_path, capsys):
+    rows = [pair("A"), pair("B", chosen="x" * LONGEST_ROW), pair("C")]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    path = str(tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="longer than 16 MiB: .*a.parquet row 2"):
+        load("jsonl", path=path, eval_path=path)
+    assert list(load("jsonl", path=path, eval_path=path, invalid_rows="skip")) == ["A", "C"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "zeroed", "empty", "text"])
+def test_a_damaged_parquet_file_is_named(damage, tmp_path):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([pair(str(i)) for i in range(99)]), path)
+    content = path.read_bytes()
+    half = len(content) // 2
+    path.write_bytes({"cut": content[:half], "zeroed": bytes(half) + content[half:], "empty": b"", "text": b"hello"}[damage])
+    with pytest.raises(UserError, match=f"'{path}' is not a readable parquet file"):
+        load("jsonl", path=str(path), eval_path=str(path))
+
+
+@pytest.mark.parametrize("file", ["state.json", "dataset_info.json", "data-00000-of-00001.arrow"])
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff\xfe"])
+def test_a_damaged_folder_of_save_to_disk_is_named(file, content, tmp_path):
+    datasets.Dataset.from_list([pair(str(i)) for i in range(9)]).save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved" / file).write_bytes(content)
+    with pytest.raises(UserError, match="saved.* cannot be read"):
+        load("jsonl", path=str(tmp_path / "saved"), eval_path=str(tmp_path / "saved"))
+
+
+TEMPLATES = {
+    "type": "{{ 1 + 'a' }}",
+    "division": "{{ 1 / 0 }}",
+    "key": "{{ {}['a'] | length }}{{ [][3].b.c }}",
+    "value": "{{ 'a' | int('x') }}{{ range(3, 1, 0) }}",
+    "overflow": "{{ 'a' * (10 ** 30) }}",
+    "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "memory": "{{ 'a' * (10 ** 16) }}",
+    "attribute": "{{ messages.nothing() }}",
+}
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_whatever_a_template_raises_is_a_defect_of_the_row(kind, tmp_path, chat_tokenizer):
+    broken = copy.deepcopy(chat_tokenizer)
+    broken.chat_template = TEMPLATES[kind]
+    path = write_lines(tmp_path / "a.jsonl", [CHAT_FORMS["whole conversations"]])
+    with pytest.raises(UserError, match=r"the chat template refuses it \(.+\): .*a.jsonl row 1"):
+        load("jsonl", path=path, eval_path=path, tokenizer=broken)
+
+
+def test_a_template_that_never_ends_is_stopped(tmp_path, chat_tokenizer, monkeypatch):
+    """It loops for one row, which is dropped; or for all, which ends the run after three."""
+    monkeypatch.setattr(chat, "TEMPLATE_SECONDS", 0.3)
+    looping = copy.deepcopy(chat_tokenizer)
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    looping.chat_template = "{% if messages[0]['content'] == 'loop' %}" + loop + "{% endif %}" + CHAT_TEMPLATE
+    good, bad = ({"prompt": [turn("user", text)], "chosen": "a", "rejected": "b"} for text in ("hi", "loop"))
+    path = write_lines(tmp_path / "a.jsonl", [good, bad])
+    assert len(load("jsonl", path=path, eval_path=path, tokenizer=looping, invalid_rows="skip")) == 1
+    with pytest.raises(UserError, match="has not ended after 0 seconds: .*row 2"):
+        load("jsonl", path=path, eval_path=path, tokenizer=looping)
+    path = write_lines(tmp_path / "b.jsonl", [bad] * 5)
+    with pytest.raises(UserError, match="for 3 rows, the last of them row 3: set model.tokenizer_name_or_path"):
+        load("jsonl", path=path, eval_path=path, tokenizer=looping, invalid_rows="skip")
+    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL and signal.getitimer(signal.ITIMER_REAL) == (0, 0)

@@ -1,7 +1,10 @@
 """Texts are tokenized once, by several processes, and the next run finds the tokens."""
 
 import json
+import os
 import shutil
+import socket
+from pathlib import Path
 
 import pytest
 from helpers import MINI, compose, tokenized
@@ -100,19 +103,51 @@ def test_rows_in_another_folder_are_found(load, no_reading, data, tmp_path):
     assert load(path=str(shutil.copytree(data, tmp_path / "elsewhere"))).files
 
 
-@pytest.mark.parametrize("damage", ["no table", "no lines", "cut table"])
-def test_an_unreadable_cache_is_made_again(damage, load, tmp_path):
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def replaced_by_a_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+DAMAGES = {
+    "no table": lambda folder: shutil.rmtree(folder / "table"),
+    "no contents": lambda folder: (folder / "contents.json").unlink(),
+    "contents of another kind": lambda folder: (folder / "contents.json").write_text('{"files": [], "lines": 3}'),
+    "contents without files": lambda folder: (folder / "contents.json").write_text('{"files": {}, "lines": []}'),
+    "contents nested deeply": lambda folder: (folder / "contents.json").write_text("[" * 99_999),
+    "contents not UTF-8": lambda folder: (folder / "contents.json").write_bytes(b"\xff\xfe"),
+    "state of another kind": lambda folder: (folder / "table" / "state.json").write_text("[]"),
+    "folder for a file": lambda folder: replaced_by_a_folder(folder / "table" / "dataset_info.json"),
+    "a bit of the table": lambda folder: flip_a_bit(next((folder / "table").glob("*.arrow"))),
+    "cut table": lambda folder: os.truncate(next((folder / "table").glob("*.arrow")), 40),
+    "zeros at the end": lambda folder: os.truncate(next((folder / "table").glob("*.arrow")), 10**6),
+    "a file for the folder": lambda folder: (shutil.rmtree(folder), folder.touch()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_cache_is_made_again(damage, load, tmp_path, capsys):
     expected = all_tokens(load())
     (folder,) = (tmp_path / "cache" / "tokens").iterdir()
-    if damage == "no table":
-        shutil.rmtree(folder / "table")
-    elif damage == "no lines":
-        (folder / "lines.json").unlink()
-    else:
-        (file,) = (folder / "table").glob("*.arrow")
-        file.write_bytes(file.read_bytes()[:40])
+    DAMAGES[damage](folder)
+    capsys.readouterr()
     again = load()
     assert again.files and all_tokens(again) == expected
+    assert f"warning: the cached tokens in {folder} are damaged" in capsys.readouterr().out
+    load()
+    assert "damaged" not in capsys.readouterr().out and [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_what_a_killed_run_left_is_removed(load, tmp_path):
+    left = tmp_path / "cache" / "tokens" / f"new-{socket.gethostname()}-{2**22 + 1}"
+    (left / "whole" / "table").mkdir(parents=True)
+    load()
+    assert not left.exists()
 
 
 def test_a_cache_that_cannot_be_written(load, tmp_path, capsys):
@@ -160,7 +195,7 @@ def test_ranks_that_cannot_read_the_files_are_sent_the_tokens(data, tmp_path, mo
     config = compose("exp_name=x", *options, f"local_dirs=[{tmp_path}]")
 
     def read():
-        plan = train.prepare(config, get_objective("dpo", beta=0.1), World(), None)
+        plan = train.prepare(config, get_objective("dpo", beta=0.1), World(), str(tmp_path), None)
         return train.shared_data(World(), plan)["train"]
 
     mapped = read()

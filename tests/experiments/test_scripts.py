@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 
@@ -89,3 +90,26 @@ def test_a_signal_ends_self_play_after_a_script_that_ended_well(monkeypatch):
     with pytest.raises(SystemExit) as ended:
         spin.call("train.py")
     assert ended.value.code == 128 + signal.SIGTERM
+
+
+# Starts a script as an experiment does; prints the script's process id.
+STARTER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from experiments import scripts
+scripts.run_script(sys.argv[2], sys.argv[3])
+"""
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGHUP])
+def test_a_script_stops_when_its_experiment_is_killed(signum, tmp_path):
+    script, starter, out = tmp_path / "sleeper.py", tmp_path / "starter.py", tmp_path / "out"
+    script.write_text(SLEEPER)
+    starter.write_text(STARTER)
+    process = subprocess.Popen([sys.executable, str(starter), str(ROOT), str(script), str(out)], start_new_session=True)
+    wait_for(out.exists)
+    process.send_signal(signum)
+    process.wait()
+    wait_for(lambda: out.read_text() == str(int(signal.SIGTERM)), 10)
+    wait_for(lambda: not subprocess.run(["pgrep", "-f", str(out)], capture_output=True).stdout, 10)

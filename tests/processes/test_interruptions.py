@@ -9,7 +9,24 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import PREFERENCE, QUIET, ROOT, SHARDED, assert_same_run, has_steps, logs_of, run, start, wait_for
+from helpers import (
+    PREFERENCE,
+    QUIET,
+    ROOT,
+    SHARDED,
+    assert_same_run,
+    compose,
+    has_steps,
+    logs_of,
+    ranks_of,
+    run,
+    start,
+    start_supervised,
+    wait_for,
+)
+
+import train
+from tdpo.cli.command_line import override
 
 pytestmark = pytest.mark.processes
 
@@ -92,3 +109,57 @@ def test_a_full_disk_leaves_the_last_checkpoint_intact(ranks, tmp_path):
     assert done.returncode == 1 and "could not be written" in errors[0] and "the last checkpoint is untouched" in errors[0], done.stderr
     assert len(errors) == 2 and errors[1].startswith("error: rank 0")
     assert os.readlink(short_run / "LATEST") == "step-16" and not list(short_run.glob("*.tmp"))
+
+
+def test_a_stop_signal_to_one_rank_stops_all_and_the_exit_code_says_so(tmp_path):
+    """Otherwise a scheduler would take the run for done."""
+    process = start([*LONG, *SHARDED, "nproc_per_node=2", "n_examples=80000", f"local_run_dir={tmp_path}/run"])
+    wait_for(lambda: has_steps(tmp_path / "run", 5))
+    os.kill(ranks_of(tmp_path / "run")[1], signal.SIGTERM)
+    output, _ = process.communicate(timeout=45)
+    trained = logs_of(tmp_path / "run", "train")[-1]["counters/examples"]
+    assert process.returncode == 143 and os.readlink(tmp_path / "run" / "LATEST") == f"step-{trained}", output
+    assert f"stopped by SIGTERM; to continue: resume={tmp_path}/run" in output and "Traceback" not in output
+
+
+def test_a_rank_that_a_launcher_started_tells_it_of_the_stop(tmp_path):
+    """Also torchrun, which takes any exit code but 0 for a failure."""
+    ranks = start_supervised("train.py", [*QUIET, *LONG, *SHARDED, "n_examples=80000", f"local_run_dir={tmp_path}/run"])
+    wait_for(lambda: has_steps(tmp_path / "run", 5))
+    ranks[1].terminate()
+    assert [(rank.communicate(timeout=60), rank.returncode)[1] for rank in ranks] == [143, 143]
+
+
+@pytest.mark.parametrize("resume", ["null", "auto"])
+def test_two_starts_in_one_folder_at_once(resume, tmp_path):
+    """Without resume the second is refused; with resume=auto it waits, and finds the run finished."""
+    options = [*LONG, "n_examples=160", f"resume={resume}", f"local_run_dir={tmp_path}/run"]
+    processes = [start(options) for _ in range(2)]
+    outputs = [process.communicate(timeout=90)[0] for process in processes]
+    codes = sorted(process.returncode for process in processes)
+    assert codes == ([0, 0] if resume == "auto" else [0, 2]), outputs
+    assert ("already holds a run" if resume == "null" else "no batch is left") in "".join(outputs)
+    assert not list((tmp_path / "run").glob("*.old"))
+    assert_same_run(tmp_path / "run", run(*LONG, "n_examples=160", f"local_run_dir={tmp_path}/straight"))
+
+
+def test_a_quote_in_the_name_of_the_runs_folder(tmp_path, monkeypatch):
+    """The ranks are told the folder on their command line."""
+    (place := tmp_path / "ann's \\'runs' (1) = é").mkdir()
+    quoted = override("local_dirs", str(place)).partition("=")[2]
+    told = []
+    monkeypatch.setattr(train, "start_ranks", lambda n, script, overrides, config: told.append(compose(*overrides).local_run_dir))
+    assert [str(run(*LONG, *SHARDED, "nproc_per_node=2", f"local_dirs=[{quoted}]"))] == told and told[0].startswith(f"{place}/")
+
+
+def test_metrics_that_cannot_be_written_end_all_ranks_in_a_line(tmp_path):
+    """Somebody has moved the run's folder."""
+    options = [*QUIET, *LONG, *SHARDED, "debug=true", "n_examples=80000", f"local_run_dir={tmp_path}/run"]
+    ranks = start_supervised("train.py", options)
+    wait_for(lambda: has_steps(tmp_path / "run", 3))
+    os.rename(tmp_path / "run", tmp_path / "moved")
+    outputs = [rank.communicate(timeout=90)[0] for rank in ranks]
+    errors = [line for output in outputs for line in output.splitlines() if line.startswith("error: ")]
+    assert [rank.returncode for rank in ranks] == [1, 1] and len(errors) == 1, outputs
+    assert errors[0].startswith(f"error: {tmp_path}/run/metrics.jsonl cannot be written (No such file or directory)")
+    assert not any("Traceback" in output for output in outputs)

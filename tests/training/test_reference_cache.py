@@ -10,7 +10,7 @@ from collections import namedtuple
 
 import pytest
 import torch
-from helpers import MINI, PREFERENCE, assert_recorded_logs, logs_of, recorded, run, weights_of
+from helpers import MINI, PREFERENCE, assert_recorded_logs, logs_of, losses_of, recorded, run, weights_of
 
 from tdpo.scoring.scorer import Scorer
 from tdpo.training import reference_cache
@@ -54,7 +54,7 @@ def test_a_second_run_and_later_epochs_use_the_cache(options, tmp_path, capsys, 
     printed = capsys.readouterr().out
     (positions,) = re.findall(r"reference cache, train: 96 examples, ([\d,]+) positions x 32 numbers x 4 bytes = 0.[3-9] MB", printed)
     sizes = {file.stat().st_size for file in (tmp_path / "cache").glob("*/reference/*")}
-    assert int(positions.replace(",", "")) * 32 * 4 in sizes and "found" not in printed
+    assert int(positions.replace(",", "")) * 32 * 4 + reference_cache.DIGEST in sizes and "found" not in printed
 
     def refusing(self, rows):
         raise AssertionError("computed again")
@@ -108,13 +108,41 @@ def test_a_rank_that_does_not_see_the_file_is_an_error(options, tmp_path, monkey
         run(*options, "reference_cache=true", "n_examples=8", f"local_run_dir={tmp_path}/run")
 
 
-def test_a_file_of_another_size_is_computed_again(options, tmp_path, capsys):
+def flip_a_bit(file) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 3] ^= 1
+    file.write_bytes(content)
+
+
+def zero_a_page(file) -> None:
+    with open(file, "r+b") as handle:
+        handle.seek(file.stat().st_size // 2)
+        handle.write(bytes(512))
+
+
+DAMAGES = {
+    "another size": lambda file: os.truncate(file, 100),
+    "no hash, as in earlier versions": lambda file: os.truncate(file, file.stat().st_size - reference_cache.DIGEST),
+    "a flipped bit": flip_a_bit,
+    "a zeroed page": zero_a_page,
+    "empty": lambda file: file.write_bytes(b""),
+    "a folder": lambda file: (file.unlink(), file.mkdir()),
+    "a broken link": lambda file: (file.unlink(), file.symlink_to("nowhere")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_computed_again(damage, options, tmp_path, capsys):
     options += ["reference_cache=true", "n_examples=8"]
     expected = run(*options, f"local_run_dir={tmp_path}/a")
-    for file in (tmp_path / "cache").glob("*/reference/*"):
-        os.truncate(file, 100)
+    for file in list((tmp_path / "cache").glob("*/reference/*")):
+        DAMAGES[damage](file)
     again = run(*options, f"local_run_dir={tmp_path}/b")
-    assert "found" not in capsys.readouterr().out and logs_of(again)[0] == logs_of(expected)[0]
+    printed = capsys.readouterr().out
+    assert "found" not in printed and printed.count("is damaged, or of an earlier version without a hash") == 2
+    assert losses_of(again) == losses_of(expected)
+    run(*options, f"local_run_dir={tmp_path}/c")
+    assert capsys.readouterr().out.count("; found") == 2
 
 
 def test_only_the_head_stays_in_memory(options, tmp_path, monkeypatch):

@@ -1,0 +1,101 @@
+"""When a run's checkpoints are published and removed: only sound weights, and never the last ones that are known to be sound."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Optional
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+
+from tdpo.checkpointing.checkpoints import complete_checkpoint, list_checkpoints, remove_old, save_checkpoint
+from tdpo.distributed.sharding import whole_state
+from tdpo.distributed.world import World
+from tdpo.utils import RunError, get_logger, not_finite, some_of
+
+log = get_logger(__name__)
+
+Export = Callable[[str, Mapping[str, torch.Tensor]], None]  # writes a Hugging Face folder: (its path, whole state dict)
+
+
+class Saver:
+    """The checkpoints of a run.
+
+    Args:
+        world: the run's ranks.
+        run_dir: an existing folder.
+        config: a checked config: save_policy and keep_checkpoints are read.
+    """
+
+    def __init__(self, world: World, run_dir: str, config: DictConfig):
+        self.world, self.run_dir, self.save_policy, self.keep = world, run_dir, config.save_policy, config.keep_checkpoints
+        self.saved_at = -1  # train examples of the newest checkpoint
+        self.newest: Optional[str] = None  # its folder
+        self.proven: Optional[str] = None  # the newest checkpoint that a finite step or, at the end, a finite eval has followed
+        self.resumed_from: Optional[str] = None
+
+    def resume(self, folder: str, examples: int) -> None:
+        """Start with the checkpoint that the run is resumed from; `examples` are its train examples."""
+        self.saved_at, self.newest, self.resumed_from = examples, folder, folder
+
+    def save(
+        self, policy: nn.Module, tensors: Callable[[], Mapping[str, Any]], progress: Mapping[str, Any], export: Export, final: bool
+    ) -> None:
+        """Write a checkpoint if this step has none yet. `final` adds a Hugging Face folder. Called on all ranks.
+
+        Args:
+            policy: whole or sharded.
+            tensors: returns what resuming needs, see save_checkpoint.
+            progress: Progress as a JSON-serializable dict.
+            export: writes the Hugging Face folder.
+            final: whether the run ends with this checkpoint.
+
+        Raises:
+            RunError: weights are not finite, or the checkpoint could not be written; earlier ones are untouched.
+        """
+        with_policy = self.save_policy == "always" or (final and self.save_policy == "final")
+        is_new = self.saved_at != progress["examples"]
+        if is_new:
+            self._check_weights(tensors())
+        state = whole_state(self.world, policy) if (is_new and with_policy) or final else None
+        written = state if with_policy else None
+        if is_new:
+            exported = (lambda folder: export(folder, state)) if final else None
+            self.newest = save_checkpoint(self.world, self.run_dir, written, tensors(), progress, exported)
+            self.saved_at = progress["examples"]
+            log.info(f"checkpoint: {self.newest}")
+        elif final:
+            complete_checkpoint(self.world, self.newest, written, progress, lambda folder: export(folder, state))
+        self._remove_old()
+
+    def _check_weights(self, tensors: Mapping[str, Any]) -> None:
+        """Raise RunError on all ranks if a weight is not finite: a step with finite loss and gradient can ruin the weights."""
+        named = self.world.gather(not_finite({**tensors["policy"], **tensors.get("reference", {})}))
+        bad = {name for names in named for name in names}
+        with self.world.agreed():
+            if bad and self.world.is_first:
+                kept = f"the last checkpoint is {self.newest}" if self.newest else "there is no checkpoint"
+                raise RunError(
+                    f"the last step has made weights that are not finite ({some_of(sorted(bad), 3)}): not saved; {kept}\n"
+                    "try a smaller lr or max_grad_norm"
+                )
+
+    def step_followed(self) -> None:
+        """Note that a step with finite loss and gradient was taken from the newest checkpoint, or from weights after it."""
+        if self.proven != self.newest:
+            self.proven = self.newest
+            self._remove_old()
+
+    eval_followed = step_followed  # after the last step of a run no other can follow
+
+    def _remove_old(self) -> None:
+        # After resuming none is proven yet, and the one from which the run was resumed may be useless.
+        if self.keep is not None and self.proven is not None and self.world.is_first:
+            remove_old(self.run_dir, self.keep, never=[folder for folder in (self.resumed_from, self.proven) if folder])
+
+    def doubt(self) -> str:
+        """Return a line of advice if the newest checkpoint may hold the cause of a step that was not finite; else ''."""
+        if self.newest is None or self.newest == self.proven or not self.world.is_first:
+            return ""
+        before = next((folder for folder in list_checkpoints(self.run_dir) if folder != self.newest), None)
+        remedy = f"remove it to resume from {before}" if before else "start again in another folder"
+        return f"\nno finite step has followed {self.newest}: if its weights are the cause, {remedy}"
