@@ -82,6 +82,7 @@ def train(checked: Checked, world: World) -> str:
             folder.begin()  # this changes the folder, so only when it is certain that the run can be resumed
             left = "" if trainer.progress.batches < len(trainer.batches) else "; no batch is left: set a larger n_epochs or n_examples"
             rank0_print(f"resumed from {resumed.folder}: {plural(trainer.progress.examples, 'example')} trained on so far{left}")
+        trainer.archive = plan.model.archive  # LATEST may have moved since the weights were read
         if world.is_first:
             sinks += open_sinks(plan.run_dir, config, trainer.progress.wandb_id)
         try:

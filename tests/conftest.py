@@ -1,6 +1,7 @@
 """Fixtures. No test uses the network: models are built from their configs, data are local files."""
 
 import os
+import signal
 import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # set before the hub's client is imported, so that nothing waits for a network
@@ -55,11 +56,14 @@ def command(monkeypatch, capsys):
         GlobalHydra.instance().clear()
         HydraConfig.instance().cfg = None  # as in a new process
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        interrupt = signal.getsignal(signal.SIGINT)
         try:
             train.main()
             code = 0
         except SystemExit as exit:
             code = exit.code
+        finally:
+            signal.signal(signal.SIGINT, interrupt)  # a command that ends with an error ignores it from then on
         out, err = capsys.readouterr()
         return code, out, err
 

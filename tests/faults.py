@@ -41,6 +41,7 @@ from tdpo.distributed.world import World  # noqa: E402
 from tdpo.utils import UserError  # noqa: E402
 
 PATIENCE = 180.0  # seconds after which a process counts as hanging
+GRACE = 30.0  # seconds that the other ranks get when one has failed; before they have met, they would wait for it for minutes
 LOSSES = {
     "sft": ["loss=sft"],
     "tdpo2": ["loss=tdpo2"],
@@ -75,7 +76,7 @@ class Slice:
 
     def __post_init__(self):
         self.random = random.Random(self.seed)
-        self.trainer = self.random.choices(list(TRAINERS), [5, 4, 1])[0]
+        self.trainer = self.random.choices(list(TRAINERS), [8, 4, 1])[0]
         self.loss = self.random.choices(list(LOSSES), [2, 3, 2, 1])[0]
         self.keep = self.random.choice([None, 1, 2])
         self.run, self.cache, self.data, self.archive = (self.folder / name for name in ("run", "cache", "data", "archive"))
@@ -89,7 +90,7 @@ class Slice:
     def options(self, straight: Optional[Path] = None) -> list[str]:
         """Return the command line; that of an undisturbed run into the folder `straight`, if given."""
         archive = [] if self.loss == "sft" else [f"model.archive={self.archive}/step-8/policy.pt"]
-        numbers = [*DATA, *LOSSES[self.loss], f"datasets.hh.path={self.data}", "n_epochs=null", "n_examples=160", "save_every=16"]
+        numbers = [*DATA, *LOSSES[self.loss], f"datasets.hh.path={self.data}", "n_epochs=null", "n_examples=96", "save_every=16"]
         numbers += ["eval_every=48", "n_eval_examples=8", *TRAINERS[self.trainer][1], *QUIET, *archive]
         numbers += ["sample_during_eval=true", "n_eval_model_samples=2"] * (self.loss == "tdpo2")
         if straight is not None:
@@ -108,13 +109,22 @@ class Slice:
 
 
 def wait(commands: list[Command], condition: Callable[[], bool] = lambda: False, seconds: float = PATIENCE) -> bool:
-    """Wait until all processes have ended or the condition holds; return whether it holds."""
-    end = time.monotonic() + seconds
+    """Wait until all processes have ended or the condition holds; return whether it holds.
+
+    When one has failed, the others get GRACE seconds to notice, and are killed then, as by a launcher.
+    """
+    end, failed_at = time.monotonic() + seconds, None
     while time.monotonic() < end:
         if condition():
             return True
-        if all(command.poll() is not None for command in commands):
+        codes = [command.poll() for command in commands]
+        if None not in codes:
             return False
+        if failed_at is None and any(codes):
+            failed_at = time.monotonic()
+        if failed_at is not None and time.monotonic() > failed_at + GRACE:
+            for command in commands:
+                command.kill()
         time.sleep(0.01)
     for command in commands:
         command.kill()
@@ -130,6 +140,8 @@ def finish(some: Slice, commands: list[Command], allowed: set[int]) -> int:
         if "Traceback" in text:
             raise BrokenPromiseError("a traceback")
     codes = {command.returncode for command in commands}
+    if len(codes) > 1 and codes != {0}:
+        codes.discard(-signal.SIGKILL)  # by `wait`
     if not codes <= allowed:
         errors = [line for text in outputs for line in text.splitlines() if line.startswith("error: ")]
         if codes & {1, 2} and codes <= {1, 2, *allowed} and any(re.search(x, line) for x in some.refusals for line in errors):
@@ -409,7 +421,7 @@ def run_slice(some: Slice, known: dict[tuple[str, str], Straight], counts: Count
     straight = undisturbed(some, known)
     for _ in range(some.random.randint(2, 5)):
         before = sound(some)
-        for _ in range(some.random.choice([0, 0, 1, 2, 3, 4])):
+        for _ in range(some.random.choice([0, 1, 2, 4, 6, 8])):
             inject = some.random.choices(list(DOWN), DOWN.values())[0]
             if said := inject(some):
                 some.done.append(said)

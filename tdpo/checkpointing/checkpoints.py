@@ -231,7 +231,8 @@ def _finish(folder: str) -> None:
     """Give policy.pt its name, if the process that added it was killed after the manifest listed it."""
     final = os.path.join(folder, POLICY)
     if POLICY in (_read_manifest(folder) or {}) and not os.path.lexists(final) and is_regular(final + ".tmp"):
-        os.rename(final + ".tmp", final)
+        with suppress(OSError):  # a reader may lack the permission
+            os.rename(final + ".tmp", final)
 
 
 def remove_old(run_dir: str, keep: int, never: Iterable[str]) -> None:

@@ -2,10 +2,11 @@
 
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 import hydra
@@ -93,8 +94,15 @@ def reported_errors(config_name: str) -> Iterator[None]:
 
 def exit_quietly(code: int) -> NoReturn:
     """Exit after a delay: launchers kill all ranks when the first one exits, and the failing rank must get to print its error."""
+    _ignore_interrupts()
     time.sleep(5)
     exit_rank(code)
+
+
+def _ignore_interrupts() -> None:
+    """Ignore Ctrl-C from now on: this process ends anyway, and another one would end it with a traceback."""
+    with suppress(ValueError):  # outside the main thread, which gets no signals
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def known_keys(config_name: str) -> list[str]:
@@ -112,6 +120,7 @@ def known_keys(config_name: str) -> list[str]:
 
 def exit_with_error(message: str, code: int) -> NoReturn:
     """Print a message on standard error and exit."""
+    _ignore_interrupts()
     sys.stdout.flush()
     if not torch.distributed.is_initialized() and own_rank() > 0:
         exit_quietly(code)  # before the ranks have met, all fail alike, and rank 0 reports it

@@ -5,6 +5,7 @@ import io
 import os
 import random
 import re
+import signal
 import sys
 
 import pytest
@@ -17,6 +18,7 @@ from omegaconf import OmegaConf
 import sample
 import train
 from tdpo import losses
+from tdpo.cli import command_line
 from tdpo.cli import schema as config_schema
 from tdpo.cli.check_config import check_config
 from tdpo.cli.command_line import override
@@ -272,6 +274,18 @@ def test_an_unexpected_error_of_the_disk_is_a_line(error, printed, command, monk
     monkeypatch.setattr(train, "check_config", fail)
     code, _, err = command("exp_name=x")
     assert code == 1 and err.startswith(printed) and len(err.splitlines()) == 1
+
+
+def test_ctrl_c_while_an_error_is_reported_changes_nothing(monkeypatch, command):
+    """A rank waits before it exits, so that another one gets to print its error."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "check_config", interrupted)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(command_line.time, "sleep", lambda _: os.kill(os.getpid(), signal.SIGINT))
+    assert command("exp_name=x")[0] == 130
 
 
 def test_no_command_uses_cudnns_attention(tmp_path):

@@ -167,6 +167,7 @@ def test_activation_checkpointing_changes_no_number(tmp_path, monkeypatch):
     assert enabled == {False, True}
 
 
+@pytest.mark.processes  # PyTorch's compiler starts one per core, and C++ compilers
 def test_compiled_blocks_and_chunks_compute_the_same(tmp_path, monkeypatch):
     """The model has more layers than PyTorch's limit of recompilations: if each layer needed its own graph, PyTorch would give up.
 
