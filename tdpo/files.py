@@ -65,9 +65,22 @@ def append_lines(path: str, rows: Iterable[Mapping]) -> None:
 
 def set_aside(path: str) -> None:
     """Rename a file or folder to <path>.old, .old.1 and so on, so that the name is free; do nothing if it does not exist."""
-    names = [f"{path}.old", *(f"{path}.old.{i}" for i in range(1, 10_000))]
     if os.path.lexists(path):
-        os.rename(path, next(name for name in names if not os.path.lexists(name)))
+        os.rename(path, _name_aside(path))
+
+
+def keep_copy(path: str) -> None:
+    """Keep the content that a file has now as <path>.old, .old.1 and so on; the file itself stays, to be replaced as a whole."""
+    old = _name_aside(path)
+    try:
+        os.link(path, old)
+    except OSError:  # no hard links on this disk
+        shutil.copy2(path, old)
+
+
+def _name_aside(path: str) -> str:
+    names = [f"{path}.old", *(f"{path}.old.{i}" for i in range(1, 10_000))]
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def make_free(temporary: str) -> None:

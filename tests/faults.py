@@ -37,6 +37,7 @@ from helpers import ARCHIVE, DATA, MINI, QUIET, Command, losses_of, start_superv
 import plot  # noqa: E402
 from tdpo.checkpointing import checkpoints  # noqa: E402
 from tdpo.checkpointing.checkpoints import list_checkpoints  # noqa: E402
+from tdpo.distributed.signals import STOP_SIGNALS  # noqa: E402
 from tdpo.distributed.world import World  # noqa: E402
 from tdpo.utils import UserError  # noqa: E402
 
@@ -46,6 +47,7 @@ LOSSES = {
     "sft": ["loss=sft"],
     "tdpo2": ["loss=tdpo2"],
     "cached": ["loss=tdpo2", "reference_cache=true"],
+    "sampled": ["loss=tdpo2"],
     "kto": ["loss=kto", "datasets.hh.unpair=true"],
 }
 TRAINERS = {
@@ -77,7 +79,7 @@ class Slice:
     def __post_init__(self):
         self.random = random.Random(self.seed)
         self.trainer = self.random.choices(list(TRAINERS), [8, 4, 1])[0]
-        self.loss = self.random.choices(list(LOSSES), [2, 3, 2, 1])[0]
+        self.loss = self.random.choices(list(LOSSES), [3, 3, 2, 1, 1])[0]
         self.keep = self.random.choice([None, 1, 2])
         self.run, self.cache, self.data, self.archive = (self.folder / name for name in ("run", "cache", "data", "archive"))
         shutil.copytree(MINI / "data", self.data)
@@ -90,9 +92,9 @@ class Slice:
     def options(self, straight: Optional[Path] = None) -> list[str]:
         """Return the command line; that of an undisturbed run into the folder `straight`, if given."""
         archive = [] if self.loss == "sft" else [f"model.archive={self.archive}/step-8/policy.pt"]
-        numbers = [*DATA, *LOSSES[self.loss], f"datasets.hh.path={self.data}", "n_epochs=null", "n_examples=96", "save_every=16"]
+        numbers = [*DATA, *LOSSES[self.loss], f"datasets.hh.path={self.data}", "n_epochs=null", "n_examples=80", "save_every=16"]
         numbers += ["eval_every=48", "n_eval_examples=8", *TRAINERS[self.trainer][1], *QUIET, *archive]
-        numbers += ["sample_during_eval=true", "n_eval_model_samples=2"] * (self.loss == "tdpo2")
+        numbers += ["sample_during_eval=true", "n_eval_model_samples=1"] * (self.loss == "sampled")
         if straight is not None:
             return [*numbers, f"local_dirs=[{self.cache}-straight]", f"local_run_dir={straight}"]
         kept = [f"keep_checkpoints={'null' if self.keep is None else self.keep}"]
@@ -142,12 +144,14 @@ def finish(some: Slice, commands: list[Command], allowed: set[int]) -> int:
     codes = {command.returncode for command in commands}
     if len(codes) > 1 and codes != {0}:
         codes.discard(-signal.SIGKILL)  # by `wait`
+    if "" in outputs and allowed & {128 + signum for signum in STOP_SIGNALS}:
+        codes.discard(1)  # the signal came while Python started
     if not codes <= allowed:
         errors = [line for text in outputs for line in text.splitlines() if line.startswith("error: ")]
         if codes & {1, 2} and codes <= {1, 2, *allowed} and any(re.search(x, line) for x in some.refusals for line in errors):
             return max(codes)
         raise BrokenPromiseError(f"exit codes {codes}, expected {allowed}: {errors or 'no error line'}")
-    return max(codes)
+    return max(codes, default=0)
 
 
 def moment(some: Slice) -> Callable[[], bool]:
@@ -491,6 +495,7 @@ def main() -> None:
         if time.monotonic() > end:
             break
         some = Slice(seed, Path(tempfile.mkdtemp(prefix="tdpo-faults-", dir=place)))
+        began = time.monotonic()
         try:
             run_slice(some, known, counts)
         except Exception as error:
@@ -502,7 +507,8 @@ def main() -> None:
             shutil.rmtree(some.folder, ignore_errors=True)
             sys.exit(1)
         shutil.rmtree(some.folder, ignore_errors=True)
-        print(f"seed {seed}: {some.trainer}, {some.loss}: {', '.join(some.done) or 'undisturbed'}", flush=True)
+        took = time.monotonic() - began
+        print(f"seed {seed}: {some.trainer}, {some.loss}, {took:.0f} s: {', '.join(some.done) or 'undisturbed'}", flush=True)
     print(f"{sum(counts.values())} injections, all promises kept: {json.dumps(counts)}")
 
 

@@ -111,7 +111,7 @@ def _bytes(tensors: Mapping[str, Any]) -> int:
 
 def _make_room(run_dir: str, target: str, temporary: str, needed: int) -> None:
     """Check that the checkpoint can be written, rename an incomplete one to .old, create the temporary folder. `needed` is in bytes."""
-    if os.path.exists(os.path.join(target, "manifest.json")):
+    if is_regular(os.path.join(target, "manifest.json")):
         raise RunError(f"{target} exists already; a checkpoint is never overwritten")
     latest = os.path.join(run_dir, "LATEST")
     if os.path.exists(latest) and not os.path.islink(latest):

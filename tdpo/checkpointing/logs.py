@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from typing import Optional
 
-from tdpo.files import replaced_whole, set_aside
+from tdpo.files import keep_copy, replaced_whole
 from tdpo.utils import UserError, get_logger, plural
 
 log = get_logger(__name__)
@@ -77,6 +77,6 @@ def cut_back(path: str, examples: int, evaluated: bool) -> None:
             kept.append(line.rstrip(b"\n") + b"\n")
     if unreadable - last_is_cut:
         log.warning(f"{path}: {plural(unreadable, 'line')} cannot be read; the file is kept as {os.path.basename(path)}.old")
-        set_aside(path)
+        keep_copy(path)  # not renamed: if this process is killed now, the entries must still be there
     with replaced_whole(path, "wb") as handle:
         handle.writelines(kept)

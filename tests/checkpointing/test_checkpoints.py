@@ -319,6 +319,12 @@ def test_names_that_only_look_like_checkpoints_are_no_checkpoints(tmp_path):
     assert list_checkpoints(str(tmp_path)) == [str(tmp_path / "step-8")]
 
 
+def test_a_folder_that_is_no_checkpoint_is_set_aside_when_its_name_is_needed(tmp_path):
+    (tmp_path / "step-8" / "manifest.json").mkdir(parents=True)
+    save(tmp_path, 8)
+    assert list_checkpoints(str(tmp_path)) == [str(tmp_path / "step-8")] and (tmp_path / "step-8.old" / "manifest.json").is_dir()
+
+
 @pytest.mark.parametrize("name", ["LATEST.tmp", "step-8.tmp"])
 @pytest.mark.parametrize("kind", ["file", "folder", "link"])
 def test_temporary_names_of_the_wrong_kind_are_in_nobodys_way(name, kind, tmp_path):

@@ -79,6 +79,19 @@ def test_a_log_with_lines_that_cannot_be_read_is_kept_aside(garbage, lines, tmp_
     assert "1 line cannot be read; the file is kept as log.old" in capsys.readouterr().out
 
 
+def test_a_process_that_is_killed_while_it_cuts_a_log_back_loses_nothing(lines, tmp_path, monkeypatch):
+    path = written(tmp_path / "log", [lines[0], b"null\n", *lines[1:]])
+    before = content(path)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tdpo.files.os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        cut_back(path, 99, True)
+    assert content(path) == content(path + ".old") == before
+
+
 def test_a_log_that_is_no_file_is_named(tmp_path):
     (tmp_path / "log").mkdir()
     for read in (lambda: cut_back(str(tmp_path / "log"), 8, True), lambda: read_metrics(str(tmp_path / "log"))):
