@@ -29,7 +29,7 @@ from tdpo.distributed.watchdog import Watch
 from tdpo.distributed.world import World
 from tdpo.losses import Objective
 from tdpo.models.archive import find_archive
-from tdpo.models.build import Models, check_model, empty_model, is_hugging_face, load_model_config, load_tokenizer, prepare_hub
+from tdpo.models.build import Models, check_local, check_model, empty_model, is_hugging_face, load_model_config, load_tokenizer, prepare_hub
 from tdpo.training.metrics import Sink, open_sinks
 from tdpo.utils import Stopped, UserError, get_local_dir, plural, rank0_print, silenced
 
@@ -123,7 +123,9 @@ def prepare(config: DictConfig, objective: Objective, world: World, run_dir: str
     paths = [node.get(key) for node in config.datasets.values() for key in ("path", "eval_path")]
     if model.archive is not None and not is_hugging_face(model.archive):
         find_archive(model.archive)  # reports a file that is missing before anything is downloaded
-    prepare_hub([model.name_or_path, model.tokenizer_name_or_path, *paths])
+    needed = [model.name_or_path, model.tokenizer_name_or_path, *paths]
+    check_local(needed)
+    prepare_hub(needed)
     if world.device.type == "cpu":
         check_cpu(config)
     tokenizer = load_tokenizer(model, cache_dir)

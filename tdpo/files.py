@@ -16,7 +16,8 @@ import tqdm
 
 from tdpo.utils import cores, try_lock
 
-PIECE = 2**26  # bytes that are hashed at a time
+BUFFER = 2**20  # bytes that are read at a time
+PIECE = 2**26  # bytes of a large file that a core hashes at a time
 SHOWN = 4 * 2**30  # bytes from which on hashing shows a progress bar: a few seconds
 
 
@@ -110,12 +111,12 @@ def entry_of(path: str, bar: Optional[tqdm.tqdm] = None) -> dict[str, Any]:
     """
     if not is_regular(path):
         raise OSError(f"'{path}' is no file")
-    digest = hashlib.sha256()
-    with open(path, "rb") as handle:
-        while piece := handle.read(PIECE):
-            digest.update(piece)
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(BUFFER))  # one buffer: a new one for each piece costs as much as hashing it
+    with open(path, "rb", buffering=0) as handle:
+        while count := handle.readinto(buffer):
+            digest.update(buffer[:count])
             if bar is not None:
-                bar.update(len(piece))
+                bar.update(count)
         return {"size": handle.tell(), "sha256": digest.hexdigest()}
 
 

@@ -30,14 +30,8 @@ def prepare_hub(names: Iterable[Optional[str]]) -> None:
 
     Args:
         names: local paths, names on the hub, or None.
-
-    Raises:
-        UserError: a local path does not exist.
     """
-    given = [name for name in names if name and name != EMBEDDED_TOKENIZER]
-    if missing := [name for name in given if looks_local(name) and not os.path.exists(name)]:
-        raise UserError(f"'{missing[0]}' does not exist; give a local path, or owner/name for a model or dataset on the hub")
-    remote = [name for name in given if not looks_local(name)]
+    remote = [name for name in names if name and name != EMBEDDED_TOKENIZER and not looks_local(name)]
     if not remote or huggingface_hub.constants.HF_HUB_OFFLINE:
         return
     try:
@@ -46,6 +40,20 @@ def prepare_hub(names: Iterable[Optional[str]]) -> None:
         log.info(f"the Hugging Face hub cannot be reached ({error}): {', '.join(remote)} will be read from the local cache only")
         huggingface_hub.constants.HF_HUB_OFFLINE = True
         datasets.config.HF_HUB_OFFLINE = True
+
+
+def check_local(names: Iterable[Optional[str]]) -> None:
+    """Check that local paths exist, before anything is downloaded.
+
+    Args:
+        names: as for `prepare_hub`.
+
+    Raises:
+        UserError: one of them does not exist.
+    """
+    for name in names:
+        if name and looks_local(name) and not os.path.exists(name):
+            raise UserError(f"'{name}' does not exist; give a local path, or owner/name for a model or dataset on the hub")
 
 
 def load_tokenizer(model: DictConfig, cache_dir: Optional[str]):

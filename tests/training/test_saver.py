@@ -1,5 +1,6 @@
 """tdpo/training/saver.py: weights that are not finite are never published, and sound checkpoints stay until newer ones are proven."""
 
+import math
 import os
 import shutil
 
@@ -31,9 +32,8 @@ def ruin(monkeypatch, at: int, value: float) -> None:
     monkeypatch.setattr(BasicTrainer, "train_step", step)
 
 
-@pytest.mark.parametrize("at", [16, 24, 48], ids=["before an eval", "between evals", "last step"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_ruined_weights_are_not_published(value, at, tmp_path, monkeypatch):
+@pytest.mark.parametrize("at,value", [(16, math.nan), (24, math.inf), (48, math.nan)], ids=["before an eval", "between evals", "last step"])
+def test_ruined_weights_are_not_published(at, value, tmp_path, monkeypatch):
     options = [*SHORT, "keep_checkpoints=1", f"local_run_dir={tmp_path}/run"]
     with (
         monkeypatch.context() as patched,
@@ -61,7 +61,7 @@ def test_ruined_weights_of_any_rank_are_not_published(trainer, ranks, tmp_path):
     assert steps(tmp_path / "run") == []
 
 
-@pytest.mark.parametrize("keep,expected", [(1, ["step-16", "step-24"]), (2, ["step-16", "step-24"]), (3, ["step-16", "step-24", "step-8"])])
+@pytest.mark.parametrize("keep,expected", [(1, ["step-16", "step-24"]), (3, ["step-16", "step-24", "step-8"])])
 def test_a_checkpoint_with_finite_but_useless_weights_does_not_cost_the_one_before(keep, expected, tmp_path, monkeypatch):
     """The loss is not finite in the next step, so no finite step has followed it."""
     with pytest.raises(RunError, match="the loss is not finite") as error:
