@@ -353,7 +353,6 @@ class BasicTrainer(PublishedMethods):
             if state := resumed.progress.hooks.get(type(hook).__name__):
                 hook.restore(state)
         self.saver.resume(resumed.folder, self.progress.examples)
-        self.archive = archive_of(resumed, self.config.model.archive)
         same_ranks = resumed.progress.ranks == self.ranks()
         restore_tensors(self.world, resumed.folder, self.policy, self.optimizer, self.moving_reference, with_random=same_ranks)
         if not same_ranks:

@@ -17,7 +17,8 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import torch
 import torch.distributed.checkpoint as dcp
 
-from tdpo.checkpointing.checkpoints import damaged_files, policy_is_sound, read_policy, save_checkpoint
+from tdpo.checkpointing.checkpoints import damaged_files, policy_is_sound, save_checkpoint
+from tdpo.checkpointing.state_reader import read_policy
 from tdpo.distributed.world import World
 from tdpo.files import entries_of
 from tdpo.models.archive import read_archive

@@ -11,7 +11,6 @@
 
 import json
 import os
-import pickle
 import re
 import shutil
 import warnings
@@ -22,8 +21,8 @@ from typing import Any, Optional
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from tdpo.checkpointing.state_reader import StateReader, group_of
 from tdpo.distributed.world import World, is_of_a_collective
 from tdpo.files import entries_of, is_regular, make_free, reason_of, remove, replaced_whole, set_aside, usual_modes, was_interrupted
 from tdpo.utils import PeerError, RunError, as_bytes, get_logger, some_of
@@ -69,7 +68,7 @@ def save_checkpoint(
     with _removed_on_failure(world, target, temporary, needed):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PyTorch warns about saving with one process and about its own internal types
-            dcp.save(dict(tensors), checkpoint_id=os.path.join(temporary, "state"), **_group(world))
+            dcp.save(dict(tensors), checkpoint_id=os.path.join(temporary, "state"), **group_of(world))
         with world.agreed():
             if world.is_first:
                 if policy is not None:
@@ -98,11 +97,6 @@ def _write_policy(path: str, policy: Mapping[str, torch.Tensor], progress: Mappi
     torch.save({"step_idx": progress["examples"], "state": dict(policy), "metrics": metrics}, path)
 
 
-def _group(world: World) -> dict[str, Any]:
-    """Return the arguments by which torch.distributed.checkpoint finds the other ranks."""
-    return {"no_dist": True} if world.size == 1 else {"process_group": world.long_timeout_group}
-
-
 def _bytes(tensors: Mapping[str, Any]) -> int:
     """Return the bytes of the whole tensors, even if this rank holds only shards of them."""
     values = (_bytes(value) if isinstance(value, Mapping) else value.numel() * value.element_size() for value in tensors.values())
@@ -121,10 +115,8 @@ def _make_room(run_dir: str, target: str, temporary: str, needed: int) -> None:
         if free < needed:
             raise RunError(_not_written(target, "too little space", needed, free))
         set_aside(target)  # an incomplete checkpoint
-        if os.path.isdir(temporary) and not os.path.islink(temporary):  # of a run that was killed while writing
-            shutil.rmtree(temporary)
-        else:
-            make_free(temporary)
+        if os.path.lexists(temporary):  # of a run that was killed while writing
+            remove(temporary)
         os.makedirs(os.path.join(temporary, "state"))
     except OSError as error:
         raise RunError(f"{target} could not be written ({reason_of(error)}); the last checkpoint is untouched") from error
@@ -215,6 +207,7 @@ def complete_checkpoint(
         try:
             make_free(new)
             _write_policy(new, policy, progress)
+            _sync_file(new)
             entry = entries_of(folder, [POLICY + ".tmp"], "Hashing policy.pt")[POLICY + ".tmp"]
             # The manifest first: whoever finds it without policy.pt renames the file, see _finish.
             _write_json(os.path.join(folder, "manifest.json"), {"files": {**files, POLICY: entry}})
@@ -244,9 +237,10 @@ def remove_old(run_dir: str, keep: int, never: Iterable[str]) -> None:
             continue
         try:
             # Renamed first, because a folder that is half removed must not look like a checkpoint.
-            make_free(folder + ".tmp")
-            os.rename(folder, folder + ".tmp")
-            remove(folder + ".tmp")
+            if os.path.lexists(temporary := folder + ".tmp"):  # an earlier removal failed
+                remove(temporary)
+            os.rename(folder, temporary)
+            remove(temporary)
         except OSError as error:
             log.warning(f"the old checkpoint {folder} could not be removed ({error})")
 
@@ -298,7 +292,7 @@ def _read_manifest(folder: str) -> Optional[dict[str, dict]]:
             return None
         with open(path, encoding="utf-8") as handle:
             files = json.load(handle)["files"]
-        if not isinstance(files, dict):
+        if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
             return None
         inside = all(not os.path.isabs(file) and ".." not in file.split(os.sep) for file in files)
         return files if inside and {INDEX, PROGRESS} <= set(files) else None
@@ -310,125 +304,26 @@ def _not_listed(folder: str, listed: Mapping[str, Any]) -> list[str]:
     """Return the files that a checkpoint consists of but its manifest does not list: all that exist or that its index names."""
     there = [file for file in _files(folder) if file == POLICY or file.endswith(".distcp")]
     try:
-        index = _Reader(os.path.join(folder, "state")).read_metadata()
+        index = StateReader(os.path.join(folder, "state")).read_metadata()
         named = [os.path.join("state", entry.relative_path) for entry in index.storage_data.values()]
     except Exception:  # whatever unpickling raises
         return [INDEX]
     return sorted({*there, *named} - set(listed))
 
 
+def has_no_policy(folder: str) -> bool:
+    """Whether a checkpoint was saved without policy.pt (save_policy)."""
+    files = _read_manifest(folder)
+    return files is not None and POLICY not in files
+
+
 def policy_is_sound(path: str) -> bool:
-    """Whether a file named policy.pt has the size and hash that the manifest beside it lists; True if there is no manifest."""
-    folder = os.path.dirname(os.path.abspath(path))
-    if os.path.basename(path) != POLICY or not os.path.lexists(os.path.join(folder, "manifest.json")):
+    """Whether a file named policy.pt, or a link to one, has the size and hash in the manifest beside it; True if there is no manifest."""
+    folder, name = os.path.split(os.path.realpath(path))
+    if name != POLICY or not os.path.lexists(os.path.join(folder, "manifest.json")):
         return True
     expected = (_read_manifest(folder) or {}).get(POLICY)
     return expected is not None and entries_of(folder, [POLICY], "Checking policy.pt")[POLICY] == expected
-
-
-def read_policy(folder: str) -> dict[str, torch.Tensor]:
-    """Return the policy's state dict from a checkpoint's state/, in memory, on the CPU. Its files must be undamaged (damaged_files).
-
-    Raises:
-        RunError: it cannot be read.
-    """
-    prefix = "policy."
-    entries = {name: entry for name, entry in saved_tensors(folder).items() if name.startswith(prefix)}
-    policy = {name.removeprefix(prefix): torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
-    _load(World(), folder, {"policy": policy})
-    return policy
-
-
-def saved_tensors(folder: str) -> dict[str, TensorStorageMetadata]:
-    """Return the metadata (shape, dtype) of the tensors in a checkpoint's state/, by dotted name."""
-    return dict(_Reader(os.path.join(folder, "state")).read_metadata().state_dict_metadata)
-
-
-def load_tensors(world: World, folder: str, tensors: Mapping[str, Any]) -> None:
-    """Fill tensors from a checkpoint that any number of ranks may have written. Called on all ranks.
-
-    Args:
-        world: the run's ranks.
-        folder: the checkpoint's folder.
-        tensors: nested dicts of tensors, whole or sharded, as save_checkpoint takes them; filled in place.
-
-    Raises:
-        RunError: names, shapes or dtypes of the tensors differ (torch would cast silently), or the checkpoint cannot be read.
-    """
-    with world.agreed():
-        saved, own = saved_tensors(folder), dict(_flat(tensors))
-        wrong = [name for name in saved if name.startswith(("policy.", "optimizer.", "reference.")) and name not in own]
-        for name, tensor in own.items():
-            entry = saved.get(name)
-            if entry is None or entry.size != tensor.size() or entry.properties.dtype != tensor.dtype:
-                wrong.append(name)
-        if wrong:
-            raise RunError(f"{folder} does not fit this run: missing, unknown, or of another shape or dtype: {some_of(sorted(wrong), 4)}")
-    _load(world, folder, tensors)
-
-
-def _load(world: World, folder: str, tensors: Mapping[str, Any]) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        reader = _Reader(os.path.join(folder, "state"))
-        try:
-            dcp.load(dict(tensors), storage_reader=reader, planner=_TensorsAlone(), **_group(world))
-        except CheckpointException as error:  # not an Exception, and raised on all ranks
-            if was_interrupted(error):
-                raise KeyboardInterrupt from error
-            raise (RunError if world.is_first else PeerError)(f"{folder} could not be read ({reason_of(error)})") from error
-
-
-def _flat(tensors: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    for name, value in tensors.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
-class _TensorsAlone(dcp.DefaultLoadPlanner):
-    """A load planner that refuses all but tensors, so that nothing is unpickled. What is not a tensor is in progress.json."""
-
-    def load_bytes(self, *_: Any) -> None:
-        raise RunError("a checkpoint's state holds an object other than a tensor, which this program never writes: not loaded")
-
-
-class _Reader(dcp.FileSystemReader):
-    """A reader that unpickles a checkpoint's index without executing anything in it."""
-
-    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        with open(os.path.join(self.path, ".metadata"), "rb") as handle:
-            metadata = _Unpickler(handle).load()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-class _Unpickler(pickle.Unpickler):
-    """An unpickler that accepts only the types of a checkpoint's index."""
-
-    KNOWN = {
-        "torch.distributed.checkpoint.metadata": {
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorStorageMetadata",
-            "ChunkStorageMetadata",
-            "TensorProperties",
-            "_MEM_FORMAT_ENCODING",
-        },
-        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-        "torch.serialization": {"_get_layout"},
-        "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
-        "pathlib": {"PosixPath"},
-        "pathlib._local": {"PosixPath"},
-        "collections": {"OrderedDict"},
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in self.KNOWN.get(module, ()):
-            raise RunError(f"a checkpoint's index names {module}.{name}, which no checkpoint needs: not loaded")
-        return super().find_class(module, name)
 
 
 def _try_export(export: Callable[[str], None], folder: str) -> None:
@@ -445,9 +340,13 @@ def _sync(folder: str) -> None:
     """Force a folder's files to disk, so that they are there before the folder gets its final name."""
     for place, _, files in os.walk(folder):
         for file in files:
-            with open(os.path.join(place, file), "rb") as handle:
-                os.fsync(handle.fileno())
+            _sync_file(os.path.join(place, file))
         _sync_folder(place)
+
+
+def _sync_file(path: str) -> None:
+    with open(path, "rb") as handle:
+        os.fsync(handle.fileno())
 
 
 def _sync_folder(folder: str) -> None:

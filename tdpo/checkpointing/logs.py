@@ -29,7 +29,12 @@ def read_metrics(path: str) -> tuple[list[dict], int]:
 
 
 def _is_metric(value: object) -> bool:
-    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+    return value is None or isinstance(value, float) or _is_count(value)
+
+
+def _is_count(value: object) -> bool:
+    """Whether a value is an integer that a program can have counted; a larger one fits no floating-point number."""
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def _lines(path: str) -> Iterator[tuple[bytes, Optional[dict]]]:
@@ -50,8 +55,7 @@ def _entry(line: bytes) -> Optional[dict]:
         return None
     if not isinstance(entry, dict):
         return None
-    examples = entry.get(EXAMPLES)
-    return entry if isinstance(examples, int) and not isinstance(examples, bool) else None
+    return entry if _is_count(entry.get(EXAMPLES)) else None
 
 
 def cut_back(path: str, examples: int, evaluated: bool) -> None:

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-from tdpo.checkpointing.checkpoints import PROGRESS, load_tensors, saved_tensors
+from tdpo.checkpointing.checkpoints import PROGRESS
+from tdpo.checkpointing.state_reader import load_tensors, saved_tensors
 from tdpo.distributed.world import World
 from tdpo.utils import UserError
 

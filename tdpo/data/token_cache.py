@@ -180,6 +180,10 @@ def _progress_bars(shown: bool):
         (datasets.disable_progress_bars if disabled else datasets.enable_progress_bars)()
 
 
+def _digest(files: Mapping[str, Mapping], lines: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps([files, lines], sort_keys=True).encode()).hexdigest()
+
+
 class TokenCache:
     """The cache folder of one dataset's split with one tokenizer: its table, and the lines that were logged about its rows.
 
@@ -200,8 +204,8 @@ class TokenCache:
         try:
             with open(contents) as file:
                 whole = json.load(file)
-            files, lines = whole["files"], list(map(str, whole["lines"]))
-            if not files or entries_of(self.folder, files, "Checking the tokens") != files:
+            files, lines = whole["files"], whole["lines"]
+            if whole["sha256"] != _digest(files, lines) or entries_of(self.folder, files, "Checking the tokens") != files:
                 raise ValueError("another content than was written")
             return datasets.load_from_disk(os.path.join(self.folder, "table")), lines
         except Exception as error:  # a damaged file can make the library raise anything
@@ -222,8 +226,9 @@ class TokenCache:
                 with _progress_bars(shown=False):
                     table.save_to_disk(os.path.join(whole, "table"))
                 files = [os.path.relpath(file, whole) for file in glob.glob(os.path.join(glob.escape(whole), "table", "*"))]
+                content = entries_of(whole, files, "Hashing the tokens"), list(lines)
                 with open(os.path.join(whole, "contents.json"), "w") as file:
-                    json.dump({"files": entries_of(whole, files, "Hashing the tokens"), "lines": list(lines)}, file)
+                    json.dump({"files": content[0], "lines": content[1], "sha256": _digest(*content)}, file)
                 if self.load() is None:  # otherwise another run was faster
                     if os.path.lexists(self.folder):
                         os.rename(self.folder, os.path.join(new, "damaged"))

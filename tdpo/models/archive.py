@@ -7,7 +7,8 @@ from typing import Optional
 
 import torch
 
-from tdpo.checkpointing.checkpoints import POLICY, checkpoint_of, damaged_files, policy_is_sound, read_policy
+from tdpo.checkpointing.checkpoints import POLICY, checkpoint_of, damaged_files, has_no_policy, policy_is_sound
+from tdpo.checkpointing.state_reader import read_policy
 from tdpo.distributed.world import World
 from tdpo.utils import RunError, UserError, some_of
 
@@ -35,7 +36,7 @@ def find_archive(path: str) -> Optional[str]:
         raise UserError(f"model.archive={path} is neither a file nor a folder")
     if not os.path.exists(path):
         folder = os.path.dirname(path)
-        hint = f": its checkpoint was saved without it (save_policy); give {folder}" if folder and checkpoint_of(folder) else ""
+        hint = f": its checkpoint was saved without it (save_policy); give {folder}" if has_no_policy(folder) else ""
         raise UserError(f"model.archive={path} does not exist{hint}")
     return path
 
@@ -70,8 +71,7 @@ def _read_file(path: str) -> dict[str, torch.Tensor]:
         raise UserError(f"model.archive={path} is not a policy.pt (torch.save did not write it): give one, or a Hugging Face folder")
     if not policy_is_sound(path):
         raise UserError(
-            f"model.archive={path} has not the content that its run saved (manifest.json beside it has another hash): it is damaged or "
-            "was replaced; give another checkpoint"
+            f"model.archive={path} is not what its run saved (manifest.json beside it has another hash): give another checkpoint"
         )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

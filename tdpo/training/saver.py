@@ -50,32 +50,32 @@ class Saver:
             final: whether the run ends with this checkpoint.
 
         Raises:
-            RunError: weights are not finite, or the checkpoint could not be written; earlier ones are untouched.
+            RunError: weights or optimizer state are not finite, or the checkpoint could not be written; earlier ones are untouched.
         """
         with_policy = self.save_policy == "always" or (final and self.save_policy == "final")
         is_new = self.saved_at != progress["examples"]
-        if is_new:
-            self._check_weights(tensors())
         state = whole_state(self.world, policy) if (is_new and with_policy) or final else None
         written = state if with_policy else None
         if is_new:
+            self._check(content := tensors())
             exported = (lambda folder: export(folder, state)) if final else None
-            self.newest = save_checkpoint(self.world, self.run_dir, written, tensors(), progress, exported)
+            self.newest = save_checkpoint(self.world, self.run_dir, written, content, progress, exported)
             self.saved_at = progress["examples"]
             log.info(f"checkpoint: {self.newest}")
         elif final:
             complete_checkpoint(self.world, self.newest, written, progress, lambda folder: export(folder, state))
         self._remove_old()
 
-    def _check_weights(self, tensors: Mapping[str, Any]) -> None:
-        """Raise RunError on all ranks if a weight is not finite: a step with finite loss and gradient can ruin the weights."""
-        named = self.world.gather(not_finite({**tensors["policy"], **tensors.get("reference", {})}))
+    def _check(self, tensors: Mapping[str, Any]) -> None:
+        """Raise RunError on all ranks if weights or optimizer state are not finite: a step with finite loss and gradient can ruin them."""
+        states = {f"{name}.{key}": x for name, some in tensors["optimizer"].items() for key, x in some.items()}
+        named = self.world.gather(not_finite({**states, **tensors.get("reference", {}), **tensors["policy"]}))
         bad = {name for names in named for name in names}
         with self.world.agreed():
             if bad and self.world.is_first:
                 kept = f"the last checkpoint is {self.newest}" if self.newest else "there is no checkpoint"
                 raise RunError(
-                    f"the last step has made weights that are not finite ({some_of(sorted(bad), 3)}): not saved; {kept}\n"
+                    f"weights or optimizer state are not finite after the last step ({some_of(sorted(bad), 3)}): not saved; {kept}\n"
                     "try a smaller lr or max_grad_norm"
                 )
 

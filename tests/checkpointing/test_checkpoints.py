@@ -13,7 +13,8 @@ from helpers import FAMILIES, MINI, compose, run
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from tdpo.checkpointing import checkpoints
-from tdpo.checkpointing.checkpoints import damaged_files, holds_a_run, list_checkpoints, load_tensors, save_checkpoint
+from tdpo.checkpointing.checkpoints import damaged_files, holds_a_run, list_checkpoints, save_checkpoint
+from tdpo.checkpointing.state_reader import load_tensors
 from tdpo.distributed.world import World
 from tdpo.models.archive import check_archive, read_archive
 from tdpo.models.build import Models, build_model, check_model, load_model_config, load_tokenizer
@@ -253,6 +254,10 @@ def test_a_missing_policy_file_names_the_folder_to_give(tmp_path):
     save(tmp_path, 8, with_policy=False)
     with pytest.raises(UserError, match=f"policy.pt does not exist: .*give {tmp_path}/LATEST$"):
         read_archive(f"{tmp_path}/LATEST/policy.pt")
+    save(tmp_path, 16)
+    (tmp_path / "step-16" / "policy.pt").unlink()  # this one was saved with it, so its folder would be refused too
+    with pytest.raises(UserError, match="step-16/policy.pt does not exist$"):
+        read_archive(f"{tmp_path}/step-16/policy.pt")
 
 
 def test_a_folder_with_a_run_is_refused_and_untouched(tmp_path, command):
@@ -282,7 +287,7 @@ def test_a_manifest_that_lists_less_than_there_is_is_no_manifest(file, tmp_path)
     if file == "state/__0_0.distcp":
         (tmp_path / "step-8" / "policy.pt").unlink()
         rewrite(tmp_path / "step-8", UNLISTED["policy.pt"])
-    with pytest.raises(UserError, match="is damaged|has not the content that its run saved"):
+    with pytest.raises(UserError, match="is damaged|is not what its run saved"):
         read_archive(f"{tmp_path}/step-8")
 
 
@@ -299,6 +304,8 @@ MANIFESTS = {
     "list": list,
     "no progress": lambda files: {name: entry for name, entry in files.items() if "progress" not in name},
     "nothing": lambda files: {},
+    "no entry": lambda files: {**files, "state/.metadata": None},
+    "number": lambda files: {**files, "state/.metadata": 3},
 }
 
 
@@ -306,6 +313,12 @@ MANIFESTS = {
 def test_a_manifest_of_another_kind_is_no_manifest(kind, tmp_path):
     save(tmp_path, 8)
     rewrite(tmp_path / "step-8", MANIFESTS[kind])
+    assert damaged_files(World(), str(tmp_path / "step-8")) == ["manifest.json"]
+
+
+def test_a_missing_file_with_an_entry_of_null_is_damage(tmp_path):
+    save(tmp_path, 8)
+    rewrite(tmp_path / "step-8", lambda files: {**files, "state/more": None, "policy.pt": None})
     assert damaged_files(World(), str(tmp_path / "step-8")) == ["manifest.json"]
 
 
@@ -355,8 +368,9 @@ def test_a_policy_file_with_another_hash_is_refused(tmp_path):
     save(tmp_path, 8)
     shutil.copy(tmp_path / "step-8" / "policy.pt", tmp_path / "copy.pt")
     torch.save({"step_idx": 8, "state": {"weight": torch.zeros(2, 3)}, "metrics": {}}, tmp_path / "step-8" / "policy.pt")
-    for path in (tmp_path, tmp_path / "step-8", tmp_path / "LATEST" / "policy.pt"):
-        with pytest.raises(UserError, match="has not the content that its run saved"):
+    (tmp_path / "link.pt").symlink_to(tmp_path / "LATEST" / "policy.pt")
+    for path in (tmp_path, tmp_path / "step-8", tmp_path / "LATEST" / "policy.pt", tmp_path / "link.pt"):
+        with pytest.raises(UserError, match="is not what its run saved"):
             read_archive(str(path))
     assert torch.equal(read_archive(str(tmp_path / "copy.pt"))["weight"], STATE["weight"])
 

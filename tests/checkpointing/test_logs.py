@@ -27,6 +27,8 @@ GARBAGE = [
 ]
 GARBAGE += [b'{"split": "train", "counters/exa\n', b"\x00" * 50 + b"\n", b"Traceback\n", b'{"counters/examples": null, "split": "train"}\n']
 
+GARBAGE.insert(0, b'{"split": "train", "counters/examples": 1' + b"0" * 400 + b"}\n")
+
 
 def written(path, lines: list[bytes]) -> str:
     path.write_bytes(b"".join(lines))
@@ -43,15 +45,17 @@ def lines() -> list[bytes]:
 
 
 def test_what_is_no_entry_is_left_out_and_counted(lines, tmp_path):
-    mixed = [*lines, *GARBAGE[:-1], b"\n", b'{"split": "test", "counters/examples": 8}\n', b'{"split": [1], "counters/examples": 8}\n']
+    others = [b'{"split": "test", "counters/examples": 8}\n', b'{"split": [1], "counters/examples": 8}\n']
+    foreign = [*(line.rstrip(b"\n") + b"\n" for line in GARBAGE), *others]
+    mixed = [*lines, *foreign, b"\n"]  # an empty line is none
     random.Random(0).shuffle(mixed)
     found, unreadable = read_metrics(written(tmp_path / "log", mixed))
-    assert sorted(map(str, found)) == sorted(map(str, ENTRIES))
-    assert unreadable == len(GARBAGE) - 1 + 2 - 1  # "[[[..." has no end of line, so it spoils its successor; an empty line is none
+    assert sorted(map(str, found)) == sorted(map(str, ENTRIES)) and unreadable == len(foreign)
 
 
 def test_values_that_are_no_numbers_are_no_metrics(tmp_path):
-    line = b'{"split": "eval", "counters/examples": 8, "loss/eval": "x", "a": {}, "b": true, "c": null, "d": 1}\n'
+    values = b'"loss/eval": "x", "a": {}, "b": true, "c": null, "d": 1, "e": 1' + b"0" * 400
+    line = b'{"split": "eval", "counters/examples": 8, ' + values + b"}\n"
     assert read_metrics(written(tmp_path / "log", [line])) == ([{"split": "eval", "counters/examples": 8, "c": None, "d": 1}], 0)
 
 

@@ -119,6 +119,9 @@ DAMAGES = {
     "no contents": lambda folder: (folder / "contents.json").unlink(),
     "contents of another kind": lambda folder: (folder / "contents.json").write_text('{"files": [], "lines": 3}'),
     "contents without files": lambda folder: (folder / "contents.json").write_text('{"files": {}, "lines": []}'),
+    "a word of the lines": lambda folder: (folder / "contents.json").write_text(
+        (folder / "contents.json").read_text().replace("96 rows", "95 rows")
+    ),
     "contents nested deeply": lambda folder: (folder / "contents.json").write_text("[" * 99_999),
     "contents not UTF-8": lambda folder: (folder / "contents.json").write_bytes(b"\xff\xfe"),
     "state of another kind": lambda folder: (folder / "table" / "state.json").write_text("[]"),

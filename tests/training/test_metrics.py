@@ -11,7 +11,7 @@ from helpers import MINI, ROOT, run
 
 import plot
 from tdpo.losses import LossOutput, ResponseScores
-from tdpo.training.metrics import MetricSums, example_metrics
+from tdpo.training.metrics import MetricSums, WandbSink, example_metrics
 from tdpo.utils import UserError
 
 
@@ -113,3 +113,23 @@ def test_smoothing_keeps_constants_and_short_curves():
     assert plot.smooth([1.0, 5.0, 2.0]) == [1.0, 5.0, 2.0]
     noisy = [float(i % 2) for i in range(400)]
     assert max(plot.smooth(noisy)[100:]) < 0.6 and min(plot.smooth(noisy)[100:]) > 0.4
+
+
+def test_a_failure_of_wandb_ends_only_its_logging(capsys):
+    """Once: a full disk would be reported at every log."""
+
+    class Failing:
+        calls = 0
+
+        def log(self, *_, **__):
+            self.calls += 1
+            raise OSError(28, "No space left on device")
+
+        finish = log
+
+    sink = WandbSink.__new__(WandbSink)
+    sink.run, sink.failed = Failing(), False
+    for _ in range(3):
+        sink.log({"loss/train": 0.5}, "train", 8)
+    sink.close()
+    assert sink.run.calls == 1 and capsys.readouterr().out.count("warning: wandb: [Errno 28]") == 1

@@ -37,7 +37,7 @@ def test_ruined_weights_are_not_published(at, value, tmp_path, monkeypatch):
     options = [*SHORT, "keep_checkpoints=1", f"local_run_dir={tmp_path}/run"]
     with (
         monkeypatch.context() as patched,
-        pytest.raises(RunError, match="weights that are not finite .*: not saved; the last checkpoint is"),
+        pytest.raises(RunError, match="weights or optimizer state are not finite .*: not saved; the last checkpoint is"),
     ):
         ruin(patched, at, value)
         run(*options)
@@ -47,8 +47,23 @@ def test_ruined_weights_are_not_published(at, value, tmp_path, monkeypatch):
     assert_same_run(run(*options, "resume=must"), straight)
 
 
+def test_a_ruined_optimizer_state_is_not_published(tmp_path, monkeypatch):
+    """The weights are finite until the next step."""
+    step = BasicTrainer.train_step
+
+    def ruining(self, examples, microbatches):
+        sums = step(self, examples, microbatches)
+        next(iter(self.optimizer.state.values()))["square_avg"].fill_(math.nan)
+        return sums
+
+    monkeypatch.setattr(BasicTrainer, "train_step", ruining)
+    with pytest.raises(RunError, match="optimizer state are not finite .*square_avg"):
+        run(*SHORT, f"local_run_dir={tmp_path}/run")
+    assert steps(tmp_path / "run") == []
+
+
 def test_a_learning_rate_that_overflows_ends_the_run_before_the_first_checkpoint(tmp_path):
-    with pytest.raises(RunError, match="weights that are not finite .*there is no checkpoint\ntry a smaller lr"):
+    with pytest.raises(RunError, match="weights or optimizer state are not finite .*there is no checkpoint\ntry a smaller lr"):
         run(*SHORT, "lr=1e38", "warmup_steps=0", "n_examples=8", f"local_run_dir={tmp_path}/run")
     assert steps(tmp_path / "run") == []
 
@@ -56,7 +71,7 @@ def test_a_learning_rate_that_overflows_ends_the_run_before_the_first_checkpoint
 @pytest.mark.parametrize("trainer", [SHARDED, TENSOR], ids=["FSDP", "tensor parallel"])
 def test_ruined_weights_of_any_rank_are_not_published(trainer, ranks, tmp_path):
     options = [*SHORT, *trainer, "lr=1e38", "warmup_steps=0", "n_examples=8"]
-    with pytest.raises(RunError, match="weights that are not finite"):
+    with pytest.raises(RunError, match="weights or optimizer state are not finite"):
         ranks(2).run(*options, f"local_run_dir={tmp_path}/run")
     assert steps(tmp_path / "run") == []
 
