@@ -177,6 +177,7 @@ def assert_close_logs(ours: list[dict], theirs: list[dict], **tolerance: float) 
 # --- recorded runs of the published code ---
 
 RELATIVE, ABSOLUTE = 1e-4, 1e-5
+SHARES = {"tdpo": 0.25}  # of that tolerance, within which a run stays; 1 for other losses
 KEYS = (
     "seed batch_size eval_batch_size lr gradient_accumulation_steps max_grad_norm max_length max_prompt_length n_examples "
     "n_eval_examples optimizer warmup_steps eval_every do_first_eval"
@@ -198,6 +199,7 @@ def recorded(name: str, folder: Path = MINI, model: Path = MINI / "model", data:
 
 def assert_recorded_logs(golden: dict, run_dir: Path) -> None:
     """Compare every metric of every recorded log. Our run has one more eval, after the last step."""
+    share = SHARES.get(golden["config"]["loss"]["name"], 1)
     for split in ("train", "eval"):
         ours = logs_of(run_dir, split)
         assert len(ours) == len(golden[split]) + (split == "eval")
@@ -205,7 +207,7 @@ def assert_recorded_logs(golden: dict, run_dir: Path) -> None:
             for key, value in expected.items():
                 noise = key.endswith("/accuracies") and abs(expected[key.replace("accuracies", "margins")]) < 1e-6
                 if key != "step_examples" and not noise:
-                    assert actual[key] == pytest.approx(value, rel=RELATIVE, abs=ABSOLUTE), f"{split} log {i} {key}"
+                    assert abs(actual[key] - value) <= share * (RELATIVE * abs(value) + ABSOLUTE), f"{split} log {i} {key}"
 
 
 # --- processes ---

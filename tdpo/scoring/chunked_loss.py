@@ -23,6 +23,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from tdpo.losses import LossOutput, Objective, ResponseScores
+from tdpo.scoring.logps import sum_dtype
 from tdpo.scoring.prefix_sharing import SharedPrefixBatch
 from tdpo.utils import full_tensor
 
@@ -107,8 +108,9 @@ class ReferenceStates:
     head: Head
 
 
-def _zero_scores(rows: SharedPrefixBatch, objective: Objective, dtype: torch.dtype) -> ResponseScores:
-    """Return scores (B, R) of zeros, to be summed into; reference_logps and kl are None if the objective does not need them."""
+def _zero_scores(rows: SharedPrefixBatch, objective: Objective) -> ResponseScores:
+    """Return scores (B, R) of zeros, to be summed into in float64; reference_logps and kl are None if the objective does not need them."""
+    dtype = sum_dtype(rows.labels.device)
 
     def zeros(needed: bool) -> Optional[torch.Tensor]:
         return torch.zeros(rows.num_tokens.shape, dtype=dtype, device=rows.labels.device) if needed else None
@@ -134,7 +136,7 @@ def score_rows(
         scores, (B, R).
     """
     work = _Workspace(head, states, reference, objective.needs_kl)
-    scores = _zero_scores(rows, objective, work.dtype)
+    scores = _zero_scores(rows, objective)
     for chunk in pieces(0, len(rows.labels), work.size):
         work.compute(chunk, rows).add_to(scores, rows.responses[chunk])
     return scores
@@ -154,8 +156,8 @@ def loss_of_rows(
         counted: number of rows in the loss; the others enter only output and scores.
 
     Returns:
-        (loss, output, scores): the sum of the losses, a scalar in nats that can be differentiated once, with gradient to states, weight and
-        bias; the objective's output, (B,), detached; the scores, (B, R), without gradient.
+        (loss, output, scores): the sum of the losses, a float64 scalar in nats that can be differentiated once, with gradient to states,
+        weight and bias; the objective's output, (B,), detached; the scores, (B, R), without gradient.
     """
     outputs: list[LossOutput] = []
     arguments = head, reference, rows, objective, counted, outputs
@@ -171,14 +173,14 @@ class _LossOfRows(torch.autograd.Function):
     def forward(ctx, states, weight, bias, head, reference, rows, objective, counted, outputs):
         ctx.set_materialize_grads(False)
         work = _Workspace(head, states, reference, objective.needs_kl)
-        scores = _zero_scores(rows, objective, work.dtype)
+        scores = _zero_scores(rows, objective)
         gradients = _Gradients(head, states, ctx.needs_input_grad, work.dtype)
-        total = torch.zeros((), dtype=work.dtype, device=states.device)
+        total = torch.zeros((), dtype=scores.logps.dtype, device=states.device)
         for group, chunks in _groups(rows.counts, work.size):
             for chunk in chunks:
                 distributions = work.compute(chunk, rows)
                 distributions.add_to(scores, rows.responses[chunk])
-            value, output, *coefficients = _coefficients(scores, objective, group, counted)
+            value, output, *coefficients = _coefficients(scores, objective, group, counted, work.dtype)
             total += value
             outputs.append(output)
             for chunk in chunks:
@@ -198,8 +200,9 @@ class _LossOfRows(torch.autograd.Function):
         return *(None if x is None else x.mul_(factor) for x in gradients), None, None, None, None, None, None
 
 
-def _coefficients(scores: ResponseScores, objective: Objective, group: slice, counted: int) -> tuple:
-    """Evaluate the objective on a group of rows. Returns (sum of the counted losses, output, dL/dlogps, dL/dkl), derivatives (rows, R)."""
+def _coefficients(scores: ResponseScores, objective: Objective, group: slice, counted: int, dtype: torch.dtype) -> tuple:
+    """Evaluate the objective on a group of rows. Returns (sum of the counted losses, output, dL/dlogps, dL/dkl), derivatives (rows, R) of
+    that dtype."""
     logps, reference_logps, kl = (None if x is None else x[group].clone() for x in (scores.logps, scores.reference_logps, scores.kl))
     inputs = [x.requires_grad_() for x in (logps, kl) if x is not None]
     annotation = None if scores.annotation is None else scores.annotation[group]
@@ -207,7 +210,8 @@ def _coefficients(scores: ResponseScores, objective: Objective, group: slice, co
     with torch.enable_grad():
         output = objective(own.by_role(objective.roles))
         total = output.losses[: max(0, counted - group.start)].sum()
-    g, h = (*torch.autograd.grad(total, inputs, allow_unused=True, materialize_grads=True), None)[:2]
+    derivatives = torch.autograd.grad(total, inputs, allow_unused=True, materialize_grads=True)
+    g, h = (*(x.to(dtype) for x in derivatives), None)[:2]
     return total.detach(), output.detach(), g, h
 
 
@@ -243,12 +247,12 @@ class _Distributions:
         """Add the values of the positions to the scores of their responses, in place.
 
         Args:
-            scores: (B, R).
+            scores: (B, R), float64.
             responses: (C,), index b * R + r of each position's response.
         """
         for table, values in zip((scores.logps, scores.reference_logps, scores.kl), self.values):
             if table is not None:
-                table.view(-1).index_add_(0, responses, values)
+                table.view(-1).index_add_(0, responses, values.to(table.dtype))
 
     def logit_gradient(self, g: torch.Tensor, h: Optional[torch.Tensor]) -> torch.Tensor:
         """Compute the gradient of the chunk's logits, (C, V), in place of log p.

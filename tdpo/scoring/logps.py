@@ -73,7 +73,7 @@ def _get_batch_logps(logits: torch.Tensor, labels: torch.Tensor, average_log_pro
         average_log_prob: return the mean per response token instead of the sum; NaN for a response without tokens in the loss.
 
     Returns:
-        (B,), nats.
+        (B,), nats, float64 (see `sum_dtype`).
 
     Raises:
         ValueError: the shapes of logits and labels do not match.
@@ -95,8 +95,8 @@ def _tdpo_get_batch_logps(
         average_log_prob: return means per response token instead of sums.
 
     Returns:
-        (log-ratio, SeqKL, log-probability), each (B,), nats: the sums of log pi(y_t|s_t) - log pi_ref(y_t|s_t), of
-        KL(pi_ref(.|s_t) || pi(.|s_t)), and of log pi(y_t|s_t). Gradients flow to both logits.
+        (log-ratio, SeqKL, log-probability), each (B,), nats, float64 (see `sum_dtype`): the sums of log pi(y_t|s_t) - log pi_ref(y_t|s_t),
+        of KL(pi_ref(.|s_t) || pi(.|s_t)), and of log pi(y_t|s_t). Gradients flow to both logits.
 
     Raises:
         ValueError: the shapes of logits, reference_logits and labels do not match.
@@ -107,7 +107,7 @@ def _tdpo_get_batch_logps(
     logps = positions.select(logits).log_softmax(-1)
     reference_logps = positions.select(reference_logits).log_softmax(-1)
     token_logps = positions.of_label(logps)
-    log_ratio = token_logps - positions.of_label(reference_logps)
+    log_ratio = widened(token_logps) - widened(positions.of_label(reference_logps))
     per_position_kl = forward_kl(reference_logps, logps)
     return tuple(positions.reduce(values, average_log_prob) for values in (log_ratio, per_position_kl, token_logps))
 
@@ -167,14 +167,29 @@ class _ResponsePositions:
         return label_logps(logps, self.labels)
 
     def reduce(self, values: torch.Tensor, average: bool) -> torch.Tensor:
-        """Sum (or average) the values of each sequence.
+        """Sum (or average) the values of each sequence, in float64.
 
         Args:
             values: (N,); returns (B,).
             average: return the mean per response token.
         """
+        values = widened(values)
         table = values.new_zeros(self.mask.shape).index_put(self.index, values)
         return table.sum(-1) / self.mask.sum(-1) if average else table.sum(-1)
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of sums over a response: float64, or float32 on a device that lacks it (Apple's).
+
+    A log-ratio is a small difference of two sums of hundreds of nats. In float32 their rounding, which depends on the processor, was more
+    than 1e-4 of some rewards.
+    """
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def widened(values: torch.Tensor) -> torch.Tensor:
+    """Return values of tokens in the dtype in which they are summed over a response, see `sum_dtype`."""
+    return values.to(torch.promote_types(values.dtype, sum_dtype(values.device)))
 
 
 def label_logps(logps: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -198,3 +198,19 @@ def test_policy_and_reference_of_every_family_agree_exactly_in_bfloat16(family):
     with torch.no_grad(), cast_parameters(policy, torch.bfloat16):
         for score in scorer(batch).scores.values():
             assert not score.kl.any() and not score.log_ratio.any()
+
+
+def test_sums_over_a_long_response_are_exact():
+    """Values of 1,500 tokens, each in float32, are summed in float64, because log-ratios are small differences of such sums."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 1501, 40, generator=generator) * 3
+    reference_logits = logits + 1e-3 * torch.randn(logits.shape, generator=generator)
+    labels = torch.randint(40, (2, 1501), generator=generator)
+    log_ratio, kl, logps = _tdpo_get_batch_logps(logits, reference_logits, labels)
+    p, q = (x[:, :-1].log_softmax(-1) for x in (logits, reference_logits))
+    for row in range(2):
+        tokens = [(p[row, t, labels[row, t + 1]].item(), q[row, t, labels[row, t + 1]].item()) for t in range(1500)]
+        assert logps[row].item() == pytest.approx(math.fsum(own for own, _ in tokens), rel=1e-14)
+        assert log_ratio[row].item() == pytest.approx(math.fsum(own - other for own, other in tokens), rel=1e-10)
+        assert kl[row].item() == pytest.approx(math.fsum(forward_kl(q[row], p[row]).tolist()), rel=1e-12)
+    assert _get_batch_logps(logits, labels).tolist() == logps.tolist()

@@ -306,6 +306,25 @@ def test_logits_200_apart_and_probabilities_of_0():
     assert states.grad.isfinite().all() and states.grad.any() and head.weight.grad.isfinite().all()
 
 
+def test_fast_scoring_sums_over_a_long_response_exactly():
+    """Values of tokens are of float32, their sums of float64."""
+    generator = torch.Generator().manual_seed(0)
+    rows = shared_prefix_batch([([3, 4], [torch.randint(3, 31, (n,), generator=generator).tolist() for n in (300, 200)])])
+    states = torch.randn(500, 16, generator=generator)
+    weights = [torch.randn(31, 16, generator=generator)]
+    weights.append(weights[0] + 1e-3 * torch.randn(31, 16, generator=generator))
+    reference = ReferenceStates(states, Head(weights[1], None))
+    objective = get_objective("tdpo2", beta=0.1)
+    scores = score_rows(states, Head(weights[0], None), reference, rows, objective)
+    p, q = ((states @ weight.T).log_softmax(-1) for weight in weights)
+    own, other = (x.gather(-1, rows.labels[:, None])[:, 0].tolist() for x in (p, q))
+    for r, part in enumerate((slice(0, 300), slice(300, 500))):
+        assert scores.logps[0, r].item() == pytest.approx(math.fsum(own[part]), rel=1e-12)
+        assert scores.log_ratio[0, r].item() == pytest.approx(math.fsum(own[part]) - math.fsum(other[part]), rel=1e-9)
+    total, output, trained = loss_of_rows(states.requires_grad_(), Head(weights[0], None), reference, rows, objective, 1)
+    assert torch.equal(trained.logps, scores.logps) and total.dtype == output.losses.dtype == torch.float64
+
+
 def test_nan_of_a_model_reaches_the_loss():
     for poisoned in ("policy", "reference"):
         states, head, reference, rows = one_row(8, 16)
