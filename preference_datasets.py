@@ -13,11 +13,13 @@ from typing import NamedTuple, Optional, Union
 import numpy as np
 from omegaconf import OmegaConf
 
-from tdpo.data import chat, reviews
+from tdpo.data import reviews
 from tdpo.data.batching import BatchStream, get_collate_fn
+from tdpo.data.chat import Chat, has_messages
 from tdpo.data.contract import PAIRS, SFT, Contract, Form, Source, add_pair, examples_in_form
 from tdpo.data.jsonl import load_jsonl
-from tdpo.data.rows import Row, RowReport, read_rows
+from tdpo.data.rows import Row, RowReport
+from tdpo.data.sources import Place, read_rows
 from tdpo.data.split import TokenizedSplit
 from tdpo.data.token_cache import TEXTS_A_CORE, TokenCache, cache_key, count_texts, tokenize
 from tdpo.data.tokenization import encode, special_token_strings, tokenize_batch_element, truncate, with_bos
@@ -113,7 +115,7 @@ def load_se(source: Source) -> Contract:
 
     The rows come as one split, `train`, and are shuffled with seed 42, as published. The first 1 % of them are the test split.
     """
-    rows = read_rows(source.options["path"], "train", source.options.get("subset"), source.cache_dir)
+    rows = read_rows(source.place(), "train")
     order = np.random.default_rng(42).permutation(len(rows))  # what datasets.Dataset.shuffle(seed=42) does
     n_test = int(len(rows) * 0.01)
     order = order[:n_test] if source.split == "test" else order[n_test:]
@@ -275,11 +277,14 @@ def strings_match_up_to_spaces(str_a: str, str_b: str) -> bool:
 
 def _load(name: str, split: str, options: Mapping, cache_dir: Optional[str], tokenizer, form: Form) -> tuple[Contract, list[str]]:
     """Return the dataset, and the lines to log about its rows."""
-    escaped = options.get("escape_special_tokens", False)
-    special_tokens = special_token_strings(tokenizer) if tokenizer is not None and not escaped else ()
-    report = RowReport(name, split, options["invalid_rows"], special_tokens)
+    plain = options.get("escape_special_tokens", False) or options.get("rendered", False)
+    special_tokens = special_token_strings(tokenizer) if tokenizer is not None and not plain else ()
+    report = RowReport(name, split, options["invalid_rows"], special_tokens, takes_rendered="rendered" in options)
     data = LOADERS[options["loader"]](Source(split, options, report, cache_dir, tokenizer, form))
     lines = report.finish()
+    texts = report.kept - report.rendered
+    if texts > 0 and getattr(tokenizer, "chat_template", None) and not options.get("rendered"):
+        lines.append(f"  {plural(texts, 'row')} of plain text: trained on as it is, without the tokenizer's chat template")
     if not data:
         raise UserError(f"{name}: the {split} split has no rows")
     return data, lines
@@ -360,7 +365,8 @@ def load_prompts(
     """
     if path is not None:
         report = RowReport("prompts", split, "error", special_token_strings(tokenizer))
-        found = (_prompt_of(row, report, tokenizer) for row in report.rows(read_rows(path, split, None, cache_dir)))
+        template = Chat(tokenizer, report)
+        found = (_prompt_of(row, report, template) for row in report.rows(read_rows(Place(path, cache_dir=cache_dir), split)))
         texts = [text for text in found if text is not None]
         report.kept = len(texts)
         lines = report.finish(remedy="fix or remove them")
@@ -377,9 +383,9 @@ def load_prompts(
     return [Prompt(text, truncate(ids, [[]], mode, max_prompt_length, max_prompt_length, bos)[0]) for text, ids, mode in found]
 
 
-def _prompt_of(row: Row, report: RowReport, tokenizer) -> Optional[str]:
-    if chat.has_messages(row, ("prompt",)):
-        return chat.render_prompt(row, report, tokenizer, "prompt")
+def _prompt_of(row: Row, report: RowReport, template: Chat) -> Optional[str]:
+    if has_messages(row, ("prompt",)):
+        return template.prompt(row, "prompt")
     texts = report.texts(row, "prompt")
     return texts and texts[0]
 

@@ -25,7 +25,7 @@ from preference_datasets import load_split  # noqa: E402
 from tdpo.analysis.trained_models import Trained, find_trained  # noqa: E402
 from tdpo.cli.command_line import override  # noqa: E402
 from tdpo.data.contract import SFT  # noqa: E402
-from tdpo.data.rows import read_rows  # noqa: E402
+from tdpo.data.sources import Place, read_rows  # noqa: E402
 from tdpo.data.tokenization import special_token_strings  # noqa: E402
 from tdpo.distributed.signals import forwarded  # noqa: E402
 from tdpo.files import replaced_whole  # noqa: E402
@@ -123,7 +123,7 @@ def write_pairs(table: datasets.Dataset, split: str, samples: Path, file: Path) 
     targets, left_out = table["texts"], 0
     file.parent.mkdir(parents=True, exist_ok=True)
     with replaced_whole(str(file)) as handle:
-        for row in read_rows(str(samples), split, None, None):
+        for row in read_rows(Place(str(samples)), split):
             target, own = targets[row.fields["index"]][0], row.fields["completion"]
             if not own.strip() or own == target:
                 left_out += 1

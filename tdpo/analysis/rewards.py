@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from tdpo.data import reviews
-from tdpo.data.rows import read_rows
+from tdpo.data.sources import Place, read_rows
 from tdpo.utils import UserError
 
 Reward = Callable[[Sequence[str]], list[float]]  # texts (prompt and response) -> one reward per text
@@ -59,7 +59,7 @@ def _logistic(path: str, cache_dir: Optional[str]) -> Reward:
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
-    rows = [row.fields or {} for row in read_rows(path, "train", None, cache_dir)]
+    rows = [row.fields or {} for row in read_rows(Place(path, cache_dir=cache_dir), "train")]
     examples = [(row["text"], row["label"]) for row in rows if isinstance(row.get("text"), str) and row.get("label") in (0, 1)]
     if len({label for _, label in examples}) < 2:
         raise UserError(f"reward=logistic:{path} lacks examples of both labels: it needs rows {{text, label}} with labels 0 and 1")

@@ -59,6 +59,8 @@ class Model(Node):
     name_or_path: Optional[str]
     from_config: Optional[dict]
     tokenizer_name_or_path: Optional[str]
+    chat_template: Optional[str]
+    chat_template_kwargs: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], Any]
     archive: Optional[str]
     block_name: Optional[str]
     attn_implementation: Optional[Literal["sdpa", "eager", "flex_attention"]]
@@ -94,24 +96,34 @@ class Published(Corpus):
 
 
 class Columns(Node):
-    """Names of the fields of data rows, for rows=labelled and rows=scored."""
+    """Names of the fields of data rows; null for those that may have several names, or none."""
 
     prompt: str
+    chosen: str
+    rejected: str
     completion: str
+    messages: str
     score: str
     label: str
+    chosen_score: Optional[str]
+    rejected_score: Optional[str]
+    system: Optional[str]
+    tools: str
 
 
 class Jsonl(Corpus):
     loader: Literal["jsonl"]
     path: str
     subset: Optional[str]
+    revision: Optional[str]
     train_split: str
     eval_split: Optional[str]
     eval_path: Optional[str]
     eval_fraction: Annotated[float, Field(gt=0, lt=1)]
     escape_special_tokens: StrictBool
+    rendered: StrictBool
     rows: Literal["pairs", "labelled", "scored", "segments"]
+    assistant_turns: Literal["last", "all"]
     columns: Columns
     separator: str
     pairs_by: Literal["all", "extremes"]

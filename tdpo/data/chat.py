@@ -1,236 +1,413 @@
-"""Data rows with chat messages: the tokenizer's chat template renders them to the texts of prompt and responses."""
+"""Chat rows: the tokenizer's chat template renders their conversations to the texts of prompt and responses.
 
-from collections.abc import Callable, Mapping, Sequence
+Prompt and response together are the whole conversation as the template renders it, up to the end of the reply; nothing else decides what
+is trained. Two messages are the same if the template renders them alike.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Optional
 
 import jinja2
 
+from tdpo.data.messages import (
+    ENVIRONMENT,
+    SEGMENT,
+    Messages,
+    are_messages,
+    content_of,
+    misread,
+    parsed,
+    read_messages,
+    spelled,
+    spellings,
+    texts_of,
+    without_nulls,
+    words_of,
+)
 from tdpo.data.rows import Row, RowReport
-from tdpo.data.tokenization import trim_after_eos
+from tdpo.data.tokenization import special_token_strings, with_escapes
 from tdpo.utils import UserError, time_limit
 
-Messages = list[Mapping[str, str]]
 TEMPLATE_SECONDS = 10.0  # in which a template must have rendered a row; it takes milliseconds, unless it loops
 MOST_TIMEOUTS = 3  # rows after which a template counts as one that loops for every row
+PROBE = "\ue000"  # stands for a reply's content; of Unicode's private use, so in no text
+PIECE = re.compile(r"<[^<>\s]{1,60}>|\[/?[A-Z_]{2,30}\]|\s|[^\s<\[]+|.", re.DOTALL)  # a text is cut between pieces, not within a tag
 
 
-def has_messages(row: Row, names: Sequence[str]) -> bool:
+def has_messages(row: Row, names: Iterable[str]) -> bool:
     """Whether any of the row's fields of these names holds chat messages."""
-    return any(isinstance(row.fields.get(name), (list, tuple)) for name in names)
+    return any(isinstance(row.fields.get(name), (list, tuple, dict)) for name in names)
 
 
 class Rendered(NamedTuple):
     """A prompt and its responses, as rendered by the template and as plain words."""
 
     texts: tuple[str, ...]  # prompt and responses, to be tokenized
-    contents: tuple[str, ...]  # the same without what the template adds, to find empty and equal texts
-    spans: tuple[list[tuple[int, int]], ...] = ()  # of each response: (start, stop) of its segment's turns, in characters
-    cut: bool = False  # whether turns were cut off one segment, because the other one has fewer
+    contents: tuple[str, ...]  # the same without what the template adds, to find empty texts
+    spans: tuple[list[tuple[int, int]], ...] = ()  # of each response: (start, stop) of what is in the loss, in characters; [] for all
+    cut: bool = False  # whether turns at the end were left out
+    complete: bool = True  # whether the texts hold all special tokens; false for plain text
 
 
-def render(row: Row, report: RowReport, tokenizer, prompt_name: str, *names: str) -> Optional[Rendered]:
-    """Render a row's prompt and responses with the tokenizer's chat template.
-
-    A row holds either a prompt (text or messages) and responses (text, or messages that follow the prompt), or whole conversations as
-    responses, whose shared beginning is the prompt; a prompt field is then not read.
-
-    Args:
-        row, report: the row, and where its defects are noted.
-        tokenizer: with a chat template.
-        prompt_name: field of the prompt.
-        names: field of the only response, or fields of chosen and rejected.
-
-    Returns:
-        The texts; None if the row has a defect.
-
-    Raises:
-        UserError: the tokenizer has no chat template.
-    """
-    _check_template(row, tokenizer)
-    conversations = [_conversation(row, report, prompt_name, name) for name in names]
-    if None in conversations:
-        return None
-    shared = _shared_beginning(conversations[0], conversations[-1])
-    if shared == 0:
-        report.refuse(row, "chosen and rejected have different prompts" if len(names) > 1 else f"no prompt before {names[0]!r}")
-        return None
-    if any(message["role"] == "user" for messages in conversations for message in messages[shared:]):
-        report.refuse(row, "user turn within a response: conversations may differ only after their last user turn")
-        return None
-    found = _tried(row, report, lambda: [_render(messages, shared, tokenizer) for messages in conversations])
-    if found is None:
-        return None
-    contents = (_words(conversations[0][:shared]), *(_words(messages[shared:]) for messages in conversations))
-    return Rendered((found[0][0], *(response for _, response in found)), contents)
+class Defect(Exception):
+    """Why a row cannot be rendered."""
 
 
-def render_segments(row: Row, report: RowReport, tokenizer, cut: bool) -> Optional[Rendered]:
-    """Render the conversations in chosen and rejected, of which only turns marked {"segment": true} are in the loss.
-
-    As in SDPO, https://arxiv.org/abs/2501.01821. What follows a segment's last turn is dropped, because nothing in the loss depends on it.
+class Chat:
+    """A tokenizer's chat template, for the rows of one dataset.
 
     Args:
-        row, report, tokenizer: as for `render`.
-        cut: if one segment has more turns than the other, cut off its last ones; otherwise the row is refused.
-
-    Returns:
-        The texts, with spans; None if the row has a defect.
-
-    Raises:
-        UserError: as `render`.
+        tokenizer: of Transformers.
+        report: where defects of rows are noted, and what the template leaves out.
+        escape: read a special token's string inside a message as plain text.
+        tools, system: names of the fields that hold a row's tools and its system message, if it has them.
     """
-    _check_template(row, tokenizer)
-    conversations = [_conversation(row, report, "prompt", name) for name in ("chosen", "rejected")]
-    if None in conversations:
-        return None
-    turns = [[i for i, message in enumerate(messages) if message.get("segment")] for messages in conversations]
-    if not all(turns) or any(messages[i]["role"] != "assistant" for messages, some in zip(conversations, turns) for i in some):
-        report.refuse(row, 'chosen and rejected need assistant turns marked {"segment": true}, and no other turns may be marked')
-        return None
-    n = min(map(len, turns))
-    if not cut and n < max(map(len, turns)):
-        report.refuse(row, f"segments of {len(turns[0])} and {len(turns[1])} turns (datasets.jsonl.segments=cut makes them equal)")
-        return None
-    conversations = [messages[: some[n - 1] + 1] for messages, some in zip(conversations, turns)]
-    shared = min(_shared_beginning(*conversations), turns[0][0], turns[1][0])
-    if shared == 0:
-        report.refuse(row, "chosen and rejected have different prompts")
-        return None
-    found = _tried(row, report, lambda: [_render_turns(m, shared, some[:n], tokenizer) for m, some in zip(conversations, turns)])
-    if found is None:
-        return None
-    contents = (_words(conversations[0][:shared]), *(_words([m[i] for i in some[:n]]) for m, some in zip(conversations, turns)))
-    prompts, responses, spans = zip(*found)
-    if prompts[0] != prompts[1]:
-        report.refuse(row, "after the shared turns only one of the conversations continues with the assistant")
-        return None
-    return Rendered((prompts[0], *responses), contents, spans, n < max(map(len, turns)))
 
+    def __init__(self, tokenizer, report: RowReport, escape: bool = False, tools: str = "tools", system: Optional[str] = None):
+        self.tokenizer, self.report, self.escape, self.tools, self.system = tokenizer, report, escape, tools, system
+        self._tail: Optional[str] = None  # what the template writes after the last reply's content, see `_prepare`
+        self._structural: Optional[re.Pattern] = None
+        self._special: Optional[re.Pattern] = None
 
-def render_prompt(row: Row, report: RowReport, tokenizer, name: str) -> Optional[str]:
-    """Render the messages of a field up to where a reply begins; None if they have a defect, which is noted. Raises as `render`."""
-    _check_template(row, tokenizer)
-    messages = _as_messages(row.fields[name], "user")
-    if not _are_messages(row, report, name, messages):
-        return None
-    found = _tried(row, report, lambda: [(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), "")])
-    return None if found is None else found[0][0]
+    def responses(self, row: Row, prompt_name: str, *names: str) -> Optional[Rendered]:
+        """Render a row's prompt and responses.
 
+        A row holds either a prompt (text or messages) and responses (text, or messages that follow the prompt), or whole conversations as
+        responses, whose shared beginning is the prompt. Of a response of several turns only the assistant's are in the loss.
 
-def _check_template(row: Row, tokenizer) -> None:
-    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
-        raise UserError(
-            f"{row.source} row {row.number} holds chat messages, but the tokenizer has no chat template: "
-            "set model.tokenizer_name_or_path to an instruct model's tokenizer, or give plain text"
-        )
+        Args:
+            row: the row.
+            prompt_name: field of the prompt.
+            names: field of the only response, or fields of chosen and rejected.
 
+        Returns:
+            The texts; None if the row has a defect.
 
-def _tried(row: Row, report: RowReport, render: Callable[[], list[tuple]]) -> Optional[list[tuple]]:
-    """Return what `render` returns; None if the template raises an error or a response is None, which is noted.
+        Raises:
+            UserError: the tokenizer has no chat template.
+        """
+        return self._tried(row, lambda: self._responses(row, [self._conversation(row, prompt_name, name) for name in names], names))
 
-    Raises:
-        UserError: the template does not end within TEMPLATE_SECONDS for MOST_TIMEOUTS rows.
-    """
-    try:
-        with time_limit(TEMPLATE_SECONDS):
-            found = render()
-    except TimeoutError:
-        defect = f"the chat template has not ended after {TEMPLATE_SECONDS:.0f} seconds"
-        report.refuse(row, defect)
-        if report.times(defect) == MOST_TIMEOUTS:
-            what = f"{row.source}: {defect} for {MOST_TIMEOUTS} rows, the last of them row {row.number}"
-            raise UserError(f"{what}: set model.tokenizer_name_or_path to a tokenizer with another template") from None
-        return None
-    except Exception as error:  # a template is a program, and can raise anything
-        kind = "" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: "
-        report.refuse(row, f"the chat template refuses it ({kind}{' '.join(str(error).split())[:200]})")
-        return None
-    if any(response is None for _, response, *_ in found):
-        report.refuse(row, "the chat template does not render the conversation as a continuation of its prompt")
-        return None
-    return found
+    def conversation(self, row: Row, name: str, all_turns: bool, prompt_name: Optional[str] = None) -> Optional[Rendered]:
+        """Render one conversation for SFT: its last reply is the response or, with `all_turns`, all that follows the first user turns, of
+        which the assistant's turns are in the loss. What follows the last reply is left out.
 
+        Args:
+            row, name: the row, and its field.
+            all_turns: train on all turns of the assistant.
+            prompt_name: field of a prompt that comes before it, or None.
 
-def _conversation(row: Row, report: RowReport, prompt_name: str, name: str) -> Optional[Messages]:
-    """Return prompt and response as one list of messages; None if the row lacks them, which is noted."""
-    if name not in row.fields:
-        report.refuse(row, f"no field {name!r}")
-        return None
-    messages = _as_messages(row.fields[name], "assistant")
-    if messages and messages[0].get("role") == "assistant":
-        if row.fields.get(prompt_name) is None:
-            report.refuse(row, f"no field {prompt_name!r}")
+        Returns:
+            The texts; None if the row has a defect.
+
+        Raises:
+            UserError: as `responses`.
+        """
+
+        def render() -> Rendered:
+            messages = self._conversation(row, prompt_name or name, name)
+            replies = [i for i, message in enumerate(messages) if message["role"] not in ENVIRONMENT]
+            if not replies or replies[-1] == 0 or (first := replies[0] if all_turns else replies[-1]) == 0:
+                raise Defect(f"{name!r} has no reply of the assistant after a prompt")
+            left_out = replies[-1] + 1 < len(messages)
+            (messages,), (text,) = self._written(row, [messages[: replies[-1] + 1]])
+            prompt = self._before(messages, first, [text])
+            return self._result([messages], first, prompt, [text], [[i for i in replies if i >= first]], left_out)
+
+        return self._tried(row, render)
+
+    def segments(self, row: Row, names: tuple[str, str], cut: bool) -> Optional[Rendered]:
+        """Render the conversations in chosen and rejected, of which only turns marked {"segment": true} are in the loss.
+
+        As in SDPO, https://arxiv.org/abs/2501.01821. What follows a segment's last turn is dropped, because nothing in the loss depends on
+        it.
+
+        Args:
+            row: the row.
+            names: fields of chosen and rejected.
+            cut: if one segment has more turns than the other, cut off its last ones; otherwise the row is refused.
+
+        Returns:
+            The texts, with spans; None if the row has a defect.
+
+        Raises:
+            UserError: as `responses`.
+        """
+
+        def render() -> Rendered:
+            conversations = [self._conversation(row, "prompt", name) for name in names]
+            turns = [[i for i, message in enumerate(messages) if message.get(SEGMENT)] for messages in conversations]
+            if not all(turns) or any(messages[i]["role"] != "assistant" for messages, some in zip(conversations, turns) for i in some):
+                raise Defect('chosen and rejected need assistant turns marked {"segment": true}, and no other turns may be marked')
+            n = min(map(len, turns))
+            shortened = n < max(map(len, turns))
+            if not cut and shortened:
+                key = f"datasets.{self.report.name}.segments=cut"
+                raise Defect(f"segments of {len(turns[0])} and {len(turns[1])} turns ({key} makes them equal)")
+            conversations = [messages[: some[n - 1] + 1] for messages, some in zip(conversations, turns)]
+            conversations, texts = self._written(row, conversations)
+            shared = min(self._shared(conversations, texts), turns[0][0], turns[1][0])
+            if shared == 0:
+                raise Defect("chosen and rejected have different prompts")
+            prompt = self._before_any(conversations, shared, texts)
+            found = self._result(conversations, shared, prompt, texts, [some[:n] for some in turns], shortened)
+            words = (words_of([messages[i] for i in some[:n]]) for messages, some in zip(conversations, turns))
+            return found._replace(contents=(found.contents[0], *words))
+
+        return self._tried(row, render)
+
+    def prompt(self, row: Row, name: str) -> Optional[str]:
+        """Render the messages of a field up to where a reply begins; None if they have a defect, which is noted. Raises as `responses`."""
+
+        def render() -> str:
+            messages = read_messages(row.fields[name], "user")
+            if not are_messages(row, self.report, name, messages, self._structural):
+                raise Defect("")
+            (messages,), _ = self._written(row, [self._with_system(row, messages)], opened=True)
+            return self._text(messages, True)
+
+        return self._tried(row, render)
+
+    def _tried(self, row: Row, render: Callable[[], Any]) -> Any:
+        """Return what `render` returns; None if it finds a defect, or the template raises an error, which is noted.
+
+        Raises:
+            UserError: there is no template, or it does not end within TEMPLATE_SECONDS for MOST_TIMEOUTS rows.
+        """
+        report = self.report
+        try:
+            with time_limit(TEMPLATE_SECONDS):
+                self._prepare(row)
+                found = render()
+        except Defect as defect:
+            if str(defect):  # otherwise it is noted already
+                report.refuse(row, str(defect))
             return None
-        messages = (_as_messages(row.fields[prompt_name], "user") or []) + messages
-    return messages if _are_messages(row, report, name, messages) else None
+        except TimeoutError:
+            defect = f"the chat template has not ended after {TEMPLATE_SECONDS:.0f} seconds"
+            report.refuse(row, defect)
+            if report.times(defect) == MOST_TIMEOUTS:
+                what = f"{row.source}: {defect} for {MOST_TIMEOUTS} rows, the last of them row {row.number}"
+                raise UserError(f"{what}: set model.chat_template to another template") from None
+            return None
+        except UserError:
+            raise
+        except Exception as error:  # a template is a program, and can raise anything
+            kind = "" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: "
+            report.refuse(row, f"the chat template refuses it ({kind}{' '.join(str(error).split())[:200]})")
+            return None
+        report.rendered += 1
+        return found
+
+    def _prepare(self, row: Row) -> None:
+        """Find out how the template ends a reply and which special tokens it separates turns with, by a conversation of one turn each."""
+        if self._structural is not None:
+            return
+        if self.tokenizer is None or not getattr(self.tokenizer, "chat_template", None):
+            raise UserError(
+                f"{row.source} row {row.number} holds chat messages, but the tokenizer has no chat template: set model.chat_template to a "
+                "file, or model.tokenizer_name_or_path to an instruct model's tokenizer, or give plain text"
+            )
+        self._specials = tuple(special_token_strings(self.tokenizer))
+        self._special = one_of(self._specials)
+        named = {token for name, token in self.tokenizer.special_tokens_map.items() if isinstance(token, str) and name.endswith("_token")}
+        self.turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
+        self._tools: Optional[list] = None
+        try:
+            text = self._text(self.turn)
+        except (TimeoutError, UserError):
+            raise
+        except Exception:  # the rows tell what it refuses
+            text = ""
+        self._tail = text.partition(PROBE)[2] if text.count(PROBE) == 1 else None
+        end = self._special.search(self._tail or "")
+        self._writes_end = end is not None
+        self._end = self._tail[: end.end()] if end else (self._tail or "").rstrip()
+        self._structural = one_of([token for token in self._specials if token in named or token in text])
+
+    def _text(self, messages: Sequence[dict], opened: bool = False) -> str:
+        """Render messages, with the row's tools; `opened`: with the beginning of a reply after them."""
+        return self.tokenizer.apply_chat_template(list(messages), tools=self._tools, tokenize=False, add_generation_prompt=opened)
+
+    def _conversation(self, row: Row, prompt_name: str, name: str) -> Messages:
+        """Return prompt and response as one list of messages."""
+        if name not in row.fields:
+            raise Defect(f"no field {name!r}")
+        messages = read_messages(row.fields[name], "assistant")
+        if messages and messages[0].get("role") not in ENVIRONMENT and prompt_name != name:
+            if row.fields.get(prompt_name) is None:
+                raise Defect(f"no field {prompt_name!r}")
+            messages = (read_messages(row.fields[prompt_name], "user") or []) + messages
+        if not are_messages(row, self.report, name, messages, self._structural):
+            raise Defect("")
+        return self._with_system(row, messages)
+
+    def _with_system(self, row: Row, messages: Messages) -> Messages:
+        """Return messages after the row's system message, if it has one; their special tokens are escaped if that is asked for."""
+        system = row.fields.get(self.system) if self.system else None
+        if system:
+            if not self.report.is_text(row, self.system, system):
+                raise Defect("")
+            if messages[0]["role"] == "system":
+                raise Defect(f"a system message and a field {self.system!r}")
+            messages = [{"role": "system", "content": system}, *messages]
+        return with_escapes(messages, self._special) if self.escape else messages
+
+    def _row_tools(self, row: Row) -> Optional[list]:
+        """Return the row's tools: a list of schemas, or their JSON."""
+        tools = row.fields.get(self.tools)
+        tools = parsed(tools, tools) if isinstance(tools, str) else without_nulls(tools)
+        tools = [tools] if isinstance(tools, dict) else tools
+        if not tools:
+            return None
+        if not isinstance(tools, list):
+            raise Defect(f"{self.tools!r} is {type(tools).__name__}, not a list of tools")
+        tools = [parsed(tool, tool) if isinstance(tool, str) else tool for tool in tools]
+        if not all(isinstance(tool, dict) for tool in tools):
+            raise Defect(f"{self.tools!r} holds something else than the schemas of tools")
+        if not all(self.report.is_text(row, self.tools, text) for _, text in texts_of(tools)):
+            raise Defect("")
+        return with_escapes(tools, self._special) if self.escape else tools
+
+    def _written(self, row: Row, conversations: Sequence[Messages], opened: bool = False) -> tuple[list[list[dict]], list[str]]:
+        """Return the conversations in the first spelling that the template understands, and their texts up to the end of the last reply."""
+        self._tools = self._row_tools(row)
+        best, failed = None, None
+        for spelling in spellings(conversations):
+            written = [spelled(messages, spelling) for messages in conversations]
+            try:
+                texts = [self._text(messages, opened) for messages in written]
+            except (TimeoutError, UserError):
+                raise
+            except Exception as error:
+                failed = failed or error
+                continue
+            wrong = sum(misread(text, messages, spelling) for text, messages in zip(texts, conversations))
+            if best is None or wrong < best[0]:
+                best = wrong, written, texts
+            if wrong == 0:
+                break
+        if best is None:
+            raise failed
+        _, written, texts = best
+        self._note_left_out(written, texts, opened)
+        return written, texts if opened else [self._completed(text) for text in texts]
+
+    def _note_left_out(self, conversations: Sequence[Sequence[dict]], texts: Sequence[str], opened: bool) -> None:
+        """Count what the template does not write as it is: texts of messages, by key, and tools."""
+        left_out = set()
+        for messages, text in zip(conversations, texts):
+            left_out |= {key for message in messages for key, value in texts_of(message) if value.strip() not in text}
+        if self._tools is not None:
+            tools, self._tools = self._tools, None
+            left_out |= {self.tools} if [self._text(messages, opened) for messages in conversations] == list(texts) else set()
+            self._tools = tools
+        self.report.left_out.update(left_out)
+
+    def _completed(self, text: str) -> str:
+        """Return a conversation up to the end of its last reply, with end-of-sequence if the template writes no end."""
+        if self._tail is not None and text.endswith(self._tail):
+            text = text[: len(text) - len(self._tail)] + self._end
+        elif text.rstrip().endswith(self._specials):
+            text = text.rstrip()
+        return text if self._writes_end or text.endswith(self.tokenizer.eos_token) else text + self.tokenizer.eos_token
+
+    def _shared(self, conversations: Sequence[Sequence[dict]], texts: Sequence[str]) -> int:
+        """Return the number of messages that the conversations begin with; the last message of each always counts as response.
+
+        Messages that differ are the same if the template renders the first conversation with either of them alike.
+        """
+        first, last = conversations[0], conversations[-1]
+        for i, (a, b) in enumerate(zip(first[:-1], last[:-1])):
+            if a != b and (a["role"] != b["role"] or self._completed(self._text([*first[:i], b, *first[i + 1 :]])) != texts[0]):
+                return i
+        return min(len(first), len(last)) - 1
+
+    def _responses(self, row: Row, conversations: list[Messages], names: Sequence[str]) -> Rendered:
+        conversations, texts = self._written(row, conversations)
+        shared = self._shared(conversations, texts)
+        if shared == 0:
+            raise Defect("chosen and rejected have different prompts" if len(names) > 1 else f"no prompt before {names[0]!r}")
+        replies = [[i for i in range(shared, len(m)) if m[i]["role"] not in ENVIRONMENT] for m in conversations]
+        for messages, own, name in zip(conversations, replies, names):
+            if any(message["role"] == "user" for message in messages[shared:]):
+                raise Defect("user turn within a response: conversations may differ only after their last user turn")
+            if own[:1] != [shared] or own[-1] != len(messages) - 1:
+                raise Defect(f"the response of {name!r} does not begin and end with a turn of the assistant")
+        prompt = self._before(conversations[0], shared, texts)
+        parts = [own if len(own) < len(messages) - shared else [] for own, messages in zip(replies, conversations)]
+        return self._result(conversations, shared, prompt, texts, parts)
+
+    def _result(
+        self,
+        conversations: Sequence[Sequence[dict]],
+        shared: int,
+        prompt: str,
+        texts: Sequence[str],
+        turns: Sequence[Sequence[int]],
+        cut: bool = False,
+    ) -> Rendered:
+        """Return prompt and responses, of which the given turns are in the loss; no turns: all of it."""
+        spans = []
+        for messages, text, own in zip(conversations, texts, turns):
+            whole = len(messages) - 1 == shared and list(own) == [shared]
+            extents = [] if whole else [self._extent(messages, i, text) for i in own]
+            spans.append([(max(0, start - len(prompt)), stop - len(prompt)) for start, stop in extents])
+        contents = (words_of(conversations[0][:shared]), *(words_of(messages[shared:]) for messages in conversations))
+        return Rendered((prompt, *(text[len(prompt) :] for text in texts)), contents, tuple(spans), cut)
+
+    def _before_any(self, conversations: Sequence[Sequence[dict]], i: int, texts: Sequence[str]) -> str:
+        """Return the text before message i, which only some of the conversations have as a reply."""
+        if all(messages[i]["role"] not in ENVIRONMENT for messages in conversations):
+            return self._before(conversations[0], i, texts)
+        before = self._text(conversations[0][:i])
+        return before[: _boundary(before, texts)]
+
+    def _before(self, messages: Sequence[dict], i: int, texts: Sequence[str]) -> str:
+        """Return the text before reply i, with which all texts begin: up to the beginning of a reply, as far as they have it.
+
+        A template may open a thought for the reply to come that it does not write for a reply without one; the reply then has no opened
+        thought, and its header is part of the prompt.
+        """
+        opened = self._text(messages[:i], True)
+        if all(text.startswith(opened) for text in texts):
+            return opened
+        closed = os.path.commonprefix([self._text(messages[:i]), opened])
+        end = _boundary(opened, texts)
+        if end >= _boundary(closed, [opened]):
+            return opened[:end]
+        # The template renders these messages differently where a reply follows: what the reply does not change comes before it.
+        other = self._text([*messages[:i], self.turn[1]])
+        before = other[: _boundary(other, texts)]
+        if content_of(messages[i - 1]).strip() not in before:
+            raise Defect("the chat template does not render the conversation as a continuation of its prompt")
+        return before
+
+    def _extent(self, messages: Sequence[dict], i: int, text: str) -> tuple[int, int]:
+        """Return (start, stop) of reply i in the conversation's text, with its end token, without its header."""
+        start = len(self._before(messages, i, [text]))
+        if i == len(messages) - 1:
+            return start, len(text)
+        until = self._completed(self._text(messages[: i + 1]))
+        if text.startswith(until):
+            return start, len(until)
+        # The template writes a turn differently once others follow, such as without its thought: what changes with the reply is its text.
+        other = self._completed(self._text([*messages[:i], self.turn[1], *messages[i + 1 :]]))
+        after = len(os.path.commonprefix([text[start:][::-1], other[start:][::-1]]))
+        stop = len(text) - after
+        end = re.compile(rf"\s*(?:{self._special.pattern})").match(text, stop) if self._writes_end else None
+        return start, end.end() if end else stop
 
 
-def _shared_beginning(chosen: Messages, rejected: Messages) -> int:
-    """Return the number of messages that both conversations begin with; the last message of each always counts as response."""
-    shared = 0
-    for a, b in zip(chosen[:-1], rejected[:-1]):
-        if (a["role"], a["content"]) != (b["role"], b["content"]):
-            break
-        shared += 1
-    return shared
+def one_of(texts: Sequence[str]) -> re.Pattern:
+    """Return a pattern that finds any of the texts; without texts, nothing."""
+    return re.compile("|".join(map(re.escape, texts)) or r"(?!)")
 
 
-def _words(messages: Messages) -> str:
-    return "\n".join(message["content"] for message in messages)
-
-
-def _as_messages(value: Any, role: str) -> Optional[Messages]:
-    """Return a text as one message of that role, a list of messages as it is; None for anything else, also for lists with null entries."""
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    return list(value) if isinstance(value, (list, tuple)) and all(isinstance(x, Mapping) for x in value) else None
-
-
-def _are_messages(row: Row, report: RowReport, name: str, messages: Optional[Messages]) -> bool:
-    if not messages:
-        report.refuse(row, f"{name!r} is not a list of messages")
-        return False
-    for message in messages:
-        if not isinstance(message.get("role"), str):
-            report.refuse(row, f"a message of {name!r} has no role")
-            return False
-        if not report.is_text(row, f"content of {name!r}", message.get("content")):
-            return False
-    return True
-
-
-def _render(messages: Messages, shared: int, tokenizer) -> tuple[str, Optional[str]]:
-    """Return prompt and response text. The prompt ends with the generation prompt, unless the template renders replies without it.
-
-    The response is None if the rendered conversation does not begin with the rendered prompt.
-    """
-    full = tokenizer.apply_chat_template(messages, tokenize=False)
-    for add_generation_prompt in (True, False):
-        prompt = tokenizer.apply_chat_template(messages[:shared], tokenize=False, add_generation_prompt=add_generation_prompt)
-        if full.startswith(prompt):
-            return prompt, full[len(prompt) :]
-    return prompt, None
-
-
-def _render_turns(
-    messages: Messages, shared: int, turns: Sequence[int], tokenizer
-) -> tuple[str, Optional[str], Optional[list[tuple[int, int]]]]:
-    """Return prompt text, response text, and (start, stop) of each turn in the response text.
-
-    The last two are None if the rendered conversation does not begin with the text of its first turns.
-    """
-    full = tokenizer.apply_chat_template(messages, tokenize=False)
-
-    def until(i: int) -> str:
-        """Render the messages before i, with the generation prompt if message i is a reply."""
-        return tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=messages[i]["role"] == "assistant")
-
-    prompt = until(shared)
-    spans = []
-    for i in turns:
-        before, whole = until(i), tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
-        if not (full.startswith(prompt) and full.startswith(whole) and whole.startswith(before)):
-            return prompt, None, None
-        end = len(before) + len(trim_after_eos(whole[len(before) :], tokenizer))
-        spans.append((len(before) - len(prompt), end - len(prompt)))
-    return prompt, full[len(prompt) :], spans
+def _boundary(text: str, others: Sequence[str]) -> int:
+    """Return the length of the longest beginning of a text that the others share and that ends between two pieces of all of them."""
+    common = len(os.path.commonprefix([text, *others]))
+    ends = [{0, *(piece.end() for piece in PIECE.finditer(some[: common + 61]))} for some in (text, *others)]
+    return max(end for end in set.intersection(*ends) if end <= common)

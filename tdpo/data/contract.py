@@ -8,6 +8,8 @@ A loader returns a dict from prompt to a dict with
     scores       optional: the rating of each response
     labels       optional, instead of pairs: for each response, whether it is desirable
     spans        optional: for each response, the (start, stop) character ranges that are in the loss; [] means the whole response
+    targets      optional, instead of sft_target: the indices of the responses that SFT trains on
+    rendered     optional: true if the texts hold all their special tokens, end-of-sequence included, as after a chat template
 
 Prompt and response are concatenated as they are, so a response must bring its own leading space.
 """
@@ -15,7 +17,8 @@ Prompt and response are concatenated as they are, so a response must bring its o
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple, Optional
 
-from tdpo.data.rows import Row, RowReport, read_rows
+from tdpo.data.rows import Row, RowReport
+from tdpo.data.sources import Place, place_of, read_rows
 from tdpo.utils import UserError, plural
 
 Contract = dict[str, dict]  # see above
@@ -53,8 +56,11 @@ class Source(NamedTuple):
         Args:
             split, path: None takes this source's own.
         """
-        rows = read_rows(path or self.options["path"], split or self.split, self.options.get("subset"), self.cache_dir)
-        return self.report.rows(rows)
+        return self.report.rows(read_rows(self.place(path), split or self.split))
+
+    def place(self, path: Optional[str] = None) -> Place:
+        """Return where the rows are; `path` in place of this source's own."""
+        return place_of(self.options, path, self.cache_dir)
 
 
 def add_pair(entry: dict, chosen: str, rejected: str) -> None:
@@ -72,6 +78,7 @@ class Examples(NamedTuple):
     spans: list[list[tuple[int, int]]]  # of each text: (start, stop) of what is in the loss, in characters; [] for all of it
     indices: list[tuple[int, ...]]  # of each example: the index of its text for each role
     annotations: list[list[float]]  # of each example: a rating or label for each role, or []
+    rendered: bool = False  # whether the texts hold their special tokens
 
 
 def examples_in_form(name: str, data: Contract, form: Form, unpair: bool = False) -> tuple[dict[str, Examples], list[str]]:
@@ -99,12 +106,14 @@ def examples_in_form(name: str, data: Contract, form: Form, unpair: bool = False
 
 
 def _targets(name: str, data: Contract) -> tuple[dict[str, Examples], list[str]]:
-    """Return one example per prompt: its SFT target."""
+    """Return one example per SFT target: one of each prompt, unless the loader gives several."""
     found = {}
     for prompt, entry in data.items():
-        if "sft_target" in entry:
-            target, texts, spans = entry["sft_target"], *_texts_of(entry)
-            found[prompt] = Examples([target], [spans[texts.index(target)] if target in texts else []], [(0,)], [[]])
+        texts, spans = _texts_of(entry)
+        targets = [texts[i] for i in entry.get("targets", ())] or [entry[key] for key in ("sft_target",) if key in entry]
+        if targets:
+            own = [spans[texts.index(target)] if target in texts else [] for target in targets]
+            found[prompt] = Examples(targets, own, [(i,) for i in range(len(targets))], [[]] * len(targets), _is_rendered(entry))
     if not found:
         raise UserError(f"{name} has no SFT target: none of its responses is labelled desirable")
     left_out = len(data) - len(found)
@@ -114,7 +123,12 @@ def _targets(name: str, data: Contract) -> tuple[dict[str, Examples], list[str]]
 def _completions(data: Contract) -> dict[str, Examples]:
     """Return one example per response, annotated with its label."""
     return {
-        prompt: Examples(*_texts_of(entry), [(i,) for i in range(len(entry["responses"]))], [[float(label)] for label in entry["labels"]])
+        prompt: Examples(
+            *_texts_of(entry),
+            [(i,) for i in range(len(entry["responses"]))],
+            [[float(label)] for label in entry["labels"]],
+            _is_rendered(entry),
+        )
         for prompt, entry in data.items()
     }
 
@@ -140,6 +154,7 @@ def _unpaired(name: str, data: Contract, unpair: bool) -> tuple[dict[str, Exampl
             indices = [i for pair in entry["pairs"] for i in pair]
             labels = [True, False] * len(entry["pairs"])
             single[prompt] = {"responses": [texts[i] for i in indices], "spans": [spans[i] for i in indices], "labels": labels}
+            single[prompt]["rendered"] = _is_rendered(entry)
     count = sum(len(entry["pairs"]) for entry in data.values())
     note = f"{name}: {plural(count, 'pair')} split into {2 * count:,} single responses, the chosen ones desirable (unpair=true)"
     return _completions(single), [note]
@@ -149,7 +164,7 @@ def _pairs(name: str, data: Contract, form: Form) -> dict[str, Examples]:
     """Return one example per pair, with the SFT target and the ratings if the form has them."""
     if form.rated and not all("scores" in entry for entry in data.values()):
         raise UserError(f"{name} has no scores, which this loss needs: use datasets=[shp], [se], [reviews], or [jsonl] with scores")
-    if form.segments and not all("spans" in entry for entry in data.values()):
+    if form.segments and not all(all(entry.get("spans") or [[]]) for entry in data.values()):
         raise UserError(f"{name} has no segments, which this loss needs: use datasets=[jsonl] datasets.jsonl.rows=segments")
     found = {}
     for prompt, entry in data.items():
@@ -160,7 +175,7 @@ def _pairs(name: str, data: Contract, form: Form) -> dict[str, Examples]:
             if (target := entry["sft_target"]) not in texts:
                 texts, spans = [*texts, target], [*spans, []]
             indices = [(*pair, texts.index(target)) for pair in indices]
-        found[prompt] = Examples(texts, spans, indices, annotations)
+        found[prompt] = Examples(texts, spans, indices, annotations, _is_rendered(entry))
     return found
 
 
@@ -168,3 +183,7 @@ def _texts_of(entry: Mapping) -> tuple[list[str], list]:
     """Return the responses of an entry and their spans."""
     texts = list(entry["responses"])
     return texts, list(entry.get("spans") or [[]] * len(texts))
+
+
+def _is_rendered(entry: Mapping) -> bool:
+    return bool(entry.get("rendered"))

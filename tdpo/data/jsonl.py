@@ -1,18 +1,28 @@
 """The jsonl dataset: data rows in one of several forms, text or chat messages, from files or the hub."""
 
+import decimal
 import hashlib
 import itertools
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Optional
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Optional, Union
 
-import numpy as np
+from tdpo.data.chat import Chat, Rendered, has_messages
+from tdpo.data.contract import SFT, Contract, Source, add_pair
+from tdpo.data.rows import Row
+from tdpo.data.sources import has_split, known_split, unread_files
+from tdpo.data.tokenization import completed
+from tdpo.utils import UserError, plural, some_of
 
-from tdpo.data import chat
-from tdpo.data.contract import Contract, Source, add_pair
-from tdpo.data.rows import Row, has_split
-from tdpo.utils import UserError, plural
+# Names of the fields of a row, by what they hold, where the option `columns` gives no other; several: the first that a row has.
+FIELDS: dict[str, tuple[str, ...]] = {
+    **{name: (name,) for name in ("prompt", "chosen", "rejected", "completion", "messages", "score", "label", "tools")},
+    "chosen_score": ("chosen_score", "score_chosen", "chosen_rating", "chosen-rating"),
+    "rejected_score": ("rejected_score", "score_rejected", "rejected_rating", "rejected-rating"),
+    "system": (),
+}
+OPTIONAL = ("chosen_score", "rejected_score", "system", "tools")  # of these a row may have none, but not all rows, if `columns` names one
+ESCAPES = {"\\n": "\n", "\\t": "\t"}  # in the option `separator`; a command line passes a backslash and a letter on as they are
 
 
 def load_jsonl(source: Source) -> Contract:
@@ -22,14 +32,34 @@ def load_jsonl(source: Source) -> Contract:
     thus always in the same split, whatever the run's seed, the other rows, or a date that the chat template writes.
     """
     options = source.options
-    eval_split = options["eval_split"] or "test"
-    read = JSONL_ROWS[options["rows"]]
+    place, train_split = source.place(), known_split(source.place(), options["train_split"])
     if source.split == "test" and options["eval_path"]:
-        return read(source, source.rows(eval_split, options["eval_path"]))[0]
+        other = source.place(options["eval_path"])
+        split = known_split(other, options["eval_split"] or "test")
+        return _read(source, split, options["eval_path"])[0]
+    eval_split = options["eval_split"] or known_split(place, "test")
     apart = options["eval_path"] or options["eval_split"]  # a requested split must exist
-    if apart or has_split(options["path"], eval_split, options["subset"], source.cache_dir):
-        return read(source, source.rows(options["train_split"] if source.split == "train" else eval_split))[0]
-    return _held_out(source, *read(source, source.rows(options["train_split"])))
+    if apart or has_split(place, eval_split):
+        return _read(source, train_split if source.split == "train" else eval_split)[0]
+    return _held_out(source, *_read(source, train_split))
+
+
+Words = dict[str, str]  # prompt -> its text without what a chat template adds
+
+
+def _read(source: Source, split: str, path: Optional[str] = None) -> tuple[Contract, Words]:
+    """Read a split in the form that the options name; notes say what of it is not read."""
+    reader = _Reader(source)
+    data, words = JSONL_ROWS[source.options["rows"]](reader, source.rows(split, path))
+    notes = source.report.notes
+    if split != (source.options["train_split"] if source.split == "train" else source.options["eval_split"] or "test"):
+        notes.append(f"split {split}")
+    if files := unread_files(source.place(path), split):
+        notes.append(f"files of another format not read: {some_of(files, 4)}")
+    reader.check_columns()
+    if unread := sorted(source.report.fields - reader.read):
+        notes.append(f"fields not read: {some_of(unread)}")
+    return data, words
 
 
 def _held_out(source: Source, data: Contract, words: Mapping[str, str]) -> Contract:
@@ -44,88 +74,260 @@ def _held_out(source: Source, data: Contract, words: Mapping[str, str]) -> Contr
     return split
 
 
-Words = dict[str, str]  # prompt -> its text without what a chat template adds
+class _Reader:
+    """Reads the fields of rows; the option `columns` names them.
+
+    Args:
+        source: of the rows.
+    """
+
+    def __init__(self, source: Source):
+        self.source, self.report, self.options = source, source.report, source.options
+        self.named = {key: name for key, name in (self.options.get("columns") or {}).items() if name is not None}
+        self.read: set[str] = set()  # names of fields that were looked for
+        separator = self.options.get("separator", "")
+        for written, meant in ESCAPES.items():
+            separator = separator.replace(written, meant)
+        self.separator = separator
+        tools = self.name("tools")
+        self.chat = Chat(source.tokenizer, self.report, self.options.get("escape_special_tokens", False), tools, self.named.get("system"))
+
+    def name(self, key: str, row: Optional[Row] = None) -> str:
+        """Return the name of a field; where it may have several, the one that the row has."""
+        names = (self.named[key],) if key in self.named else FIELDS[key]
+        self.read.update(names[:1] if len(names) == 1 else [name for name in names if row is not None and name in row.fields])
+        return next((name for name in names if row is not None and name in row.fields), names[0])
+
+    def has(self, row: Row, *keys: str) -> bool:
+        """Whether the row has these fields."""
+        return all(self.name(key, row) in row.fields for key in keys)
+
+    def require(self, row: Row, *keys: str) -> bool:
+        """Whether the row has these fields; if not, the missing ones and those it has are noted."""
+        missing = [f"columns.{key}={self.name(key, row)}" for key in keys if not self.has(row, key)]
+        if missing:
+            fields = ", ".join(row.fields)
+            self.report.refuse(row, f"no such field: {', '.join(missing)} (of datasets.{self.report.name}); it has {fields}")
+        return not missing
+
+    def check_columns(self) -> None:
+        """Raise UserError if no row has an optional field that `columns` names."""
+        for key in OPTIONAL:
+            name = self.named.get(key, "tools")
+            if name != "tools" and self.report.fields and name not in self.report.fields:
+                found = some_of(sorted(self.report.fields))
+                raise UserError(f"datasets.{self.report.name}.columns.{key}={name}: no row has such a field; they have {found}")
+
+    def texts(self, row: Row, prompt: str, *keys: str, separator: str = "") -> Optional[Rendered]:
+        """Return prompt and responses, plain or rendered by the chat template; None if they have a defect, which is noted.
+
+        Args:
+            row: the row.
+            prompt, keys: of its fields, see FIELDS.
+            separator: comes before a response of plain text.
+        """
+        names = [self.name(key, row) for key in (prompt, *keys)]
+        if has_messages(row, names):
+            self._check_not_rendered(row)
+            return self.chat.responses(row, *names)
+        texts = self.report.texts(row, *names)
+        if texts is None or (texts := self._after_system(row, texts)) is None:
+            return None
+        texts[1:] = [separator + text for text in texts[1:]]
+        if not self.options.get("rendered"):
+            return Rendered(tuple(texts), tuple(texts), complete=False)
+        return Rendered((texts[0], *(completed(text, self.source.tokenizer) for text in texts[1:])), tuple(texts))
+
+    def _after_system(self, row: Row, texts: list[str]) -> Optional[list[str]]:
+        """Put the row's system text, if it has one, before a prompt of plain text, with an empty line between."""
+        name = self.named.get("system")
+        system = row.fields.get(name) if name else None
+        if not system:
+            return texts
+        return [f"{system}\n\n{texts[0]}", *texts[1:]] if self.report.is_text(row, name, system) else None
+
+    def conversation(self, row: Row, key: str, prompt: Optional[str] = None) -> Optional[Rendered]:
+        """Return a conversation with the replies on which SFT trains, see Chat.conversation."""
+        self._check_not_rendered(row)
+        all_turns = self.options.get("assistant_turns") == "all"
+        return self.chat.conversation(row, self.name(key, row), all_turns, prompt and self.name(prompt, row))
+
+    def _check_not_rendered(self, row: Row) -> None:
+        if self.options.get("rendered"):
+            raise UserError(
+                f"datasets.{self.report.name}.rendered=true is for text that is rendered already, but {row.source} row {row.number} holds "
+                "chat messages: set it to false"
+            )
 
 
-def _jsonl_pairs(source: Source, rows: Iterable[Row]) -> tuple[Contract, Words]:
-    """Read {prompt, chosen, rejected}, optionally with {chosen_score, rejected_score}; the SFT target is the last chosen response."""
-    data: Contract = defaultdict(lambda: {"responses": [], "pairs": [], "scores": []})
+def _entry(data: Contract, found: Rendered) -> dict:
+    """Return the entry of a prompt, to which responses are added."""
+    entry = data.setdefault(found.texts[0], {"responses": [], "pairs": []})
+    if found.complete:
+        entry["rendered"] = True
+    return entry
+
+
+def _add_spans(entry: dict, found: Rendered) -> None:
+    """Add the spans of the responses that were added last, if any response of the prompt has some."""
+    spans = list(found.spans) or [[]] * (len(found.texts) - 1)
+    if any(spans) or "spans" in entry:
+        entry.setdefault("spans", [[]] * (len(entry["responses"]) - len(spans))).extend(spans)
+
+
+def _jsonl_pairs(reader: _Reader, rows: Iterable[Row]) -> tuple[Contract, Words]:
+    """Read {prompt, chosen, rejected}, optionally with ratings; the SFT target is the last chosen response.
+
+    For SFT a row may also be {messages} or {prompt, completion}.
+    """
+    data: Contract = {}
     words: Words = {}
+    report, rated = reader.report, reader.source.form.rated
+    single = _Single(reader, data, words)
     for row in rows:
-        found = _texts_of(source, row, "prompt", "chosen", "rejected")
-        scores = [row.fields.get(f"{role}_score") for role in ("chosen", "rejected")]
+        if reader.source.form.roles == SFT.roles and single.add(row):
+            continue
+        found = reader.texts(row, "prompt", "chosen", "rejected")
+        given = [row.fields.get(reader.name(f"{role}_score", row)) for role in ("chosen", "rejected")]
+        ratings = list(map(number_of, given))
         if found is None:
             continue
-        if source.form.rated and scores == [None, None]:
-            source.report.refuse(row, "no chosen_score and rejected_score, which this loss needs")
-        elif source.form.rated and not _in_order(scores):
-            source.report.refuse(row, "chosen_score and rejected_score must be numbers, the first one greater")
-        elif source.report.usable_pair(row, *found.contents):
-            prompt, *responses = found.texts
-            add_pair(data[prompt], *responses)
-            data[prompt]["scores"] += scores
-            words[prompt] = found.contents[0]
+        if rated and given == [None, None]:
+            report.refuse(row, "no chosen_score and rejected_score, which this loss needs")
+        elif rated and not (None not in ratings and ratings[0] > ratings[1]):
+            report.refuse(row, "chosen_score and rejected_score must be numbers, the first one greater")
+        elif report.usable_pair(row, *found.contents, equal=found.texts[1] == found.texts[2] if found.complete else None):
+            entry = _entry(data, found)
+            add_pair(entry, *found.texts[1:])
+            _add_spans(entry, found)
+            entry.setdefault("scores", []).extend(ratings)
+            words[found.texts[0]] = found.contents[0]
     for entry in data.values():
-        if not all(map(_is_number, entry["scores"])):
-            del entry["scores"]
-    return dict(data), words
+        if None in entry.get("scores", [None]):
+            entry.pop("scores", None)
+    single.note()
+    return data, words
 
 
-def _in_order(scores: Sequence) -> bool:
-    return all(map(_is_number, scores)) and scores[0] > scores[1]
+class _Single:
+    """Reads rows that SFT alone can use: {messages}, {prompt, completion}, and, to train on all turns, the conversation in chosen.
+
+    Args:
+        reader: of the rows.
+        data, words: to which their examples are added.
+    """
+
+    def __init__(self, reader: _Reader, data: Contract, words: Words):
+        self.reader, self.data, self.words = reader, data, words
+        self.cut = 0  # conversations of which turns after the last reply are left out
+
+    def add(self, row: Row) -> bool:
+        """Read the row if it is of such a form, and return whether it is."""
+        reader = self.reader
+        every = reader.options.get("assistant_turns") == "all"
+        if not reader.has(row, "chosen") and reader.has(row, "messages"):
+            found = reader.conversation(row, "messages")
+        elif not reader.has(row, "chosen") and reader.has(row, "completion"):
+            names = (reader.name("prompt", row), reader.name("completion", row))
+            chat = every and has_messages(row, names)
+            found = (
+                reader.conversation(row, "completion", "prompt")
+                if chat
+                else reader.texts(row, "prompt", "completion", separator=reader.separator)
+            )
+        elif every and has_messages(row, [reader.name("chosen", row)]):
+            reader.name("rejected", row)
+            found = reader.conversation(row, "chosen", "prompt")
+        else:
+            return False
+        if found is not None and reader.report.usable_answers(row, found.contents[0], found.contents[1:]):
+            entry = _entry(self.data, found)
+            entry.setdefault("targets", []).append(len(entry["responses"]))
+            entry["responses"].append(found.texts[1])
+            _add_spans(entry, found)
+            self.words[found.texts[0]] = found.contents[0]
+            self.cut += found.cut
+        return True
+
+    def note(self) -> None:
+        """Note how many conversations were cut."""
+        if self.cut:
+            self.reader.report.notes.append(f"{plural(self.cut, 'conversation')} cut after the last turn of the assistant")
 
 
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def number_of(value: Any) -> Optional[Union[int, float]]:
+    """Return a number as files and databases hold it: an integer, a float, or a decimal; None for anything else, and outside float64."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, decimal.Decimal)):
+        return None
+    if isinstance(value, decimal.Decimal):
+        if not value.is_finite():
+            return None
+        value = int(value) if value == value.to_integral_value() else float(value)
+    try:
+        return value if math.isfinite(value) else None
+    except OverflowError:
+        return None
 
 
-def _jsonl_labelled(source: Source, rows: Iterable[Row]) -> tuple[Contract, Words]:
+def _label_of(value: Any) -> Optional[bool]:
+    """Return a label, given as true or false, or as the numbers 1 and 0; None for anything else."""
+    number = int(value) if isinstance(value, bool) else number_of(value)
+    return bool(number) if number in (0, 1) else None
+
+
+def _jsonl_labelled(reader: _Reader, rows: Iterable[Row]) -> tuple[Contract, Words]:
     """Read {prompt, completion, label}: single responses; the SFT target is the last desirable one."""
-    columns = source.options["columns"]
-    data: Contract = defaultdict(lambda: {"responses": [], "pairs": [], "labels": []})
+    data: Contract = {}
     words: Words = {}
-    for row in rows:
-        found = _completion_of(source, row)
-        label = row.fields.get(columns["label"])
-        if not _has_columns(source, row, "prompt", "completion", "label"):
-            continue
-        if not isinstance(label, (bool, int)) or label not in (0, 1):
-            source.report.refuse(row, f"{columns['label']!r} must be true or false")
-        elif found is not None and source.report.usable_answers(row, found.contents[0], found.contents[1:]):
-            prompt, response = found.texts
-            data[prompt]["responses"].append(response)
-            data[prompt]["labels"].append(bool(label))
-            data[prompt] |= {"sft_target": response} if label else {}
-            words[prompt] = found.contents[0]
-    return dict(data), words
+    for row, found in _completions(reader, rows, "label"):
+        name = reader.name("label", row)
+        label = _label_of(row.fields[name])
+        if label is None:
+            reader.report.refuse(row, f"{name!r} must be true or false")
+        elif found is not None and reader.report.usable_answers(row, found.contents[0], found.contents[1:]):
+            entry = _add_completion(data, words, found)
+            entry.setdefault("labels", []).append(label)
+            entry |= {"sft_target": found.texts[1]} if label else {}
+    return data, words
 
 
-def _jsonl_scored(source: Source, rows: Iterable[Row]) -> tuple[Contract, Words]:
+def _jsonl_scored(reader: _Reader, rows: Iterable[Row]) -> tuple[Contract, Words]:
     """Read {prompt, completion, score}: a prompt's completions become pairs by score; the best one is the SFT target."""
-    options = source.options
-    column = options["columns"]["score"]
-    data: Contract = defaultdict(lambda: {"responses": [], "pairs": [], "scores": []})
+    options = reader.options
+    data: Contract = {}
     words: Words = {}
-    for row in rows:
-        found, score = _completion_of(source, row), row.fields.get(column)
-        if not _has_columns(source, row, "prompt", "completion", "score"):
-            continue
-        if not _is_number(score):
-            source.report.refuse(row, f"{column!r} must be a number")
-        elif found is not None and source.report.usable_answers(row, found.contents[0], found.contents[1:]):
-            prompt, response = found.texts
-            data[prompt]["responses"].append(response)
-            data[prompt]["scores"].append(score)
-            words[prompt] = found.contents[0]
+    for row, found in _completions(reader, rows, "score"):
+        name = reader.name("score", row)
+        score = number_of(row.fields[name])
+        if score is None:
+            reader.report.refuse(row, f"{name!r} must be a number")
+        elif found is not None and reader.report.usable_answers(row, found.contents[0], found.contents[1:]):
+            _add_completion(data, words, found).setdefault("scores", []).append(score)
     for entry in data.values():
         entry["pairs"] = _pairs_by_score(entry["responses"], entry["scores"], options["pairs_by"], options["min_margin"])
-        entry["sft_target"] = entry["responses"][int(np.argmax(entry["scores"]))]
+        entry["sft_target"] = entry["responses"][entry["scores"].index(max(entry["scores"]))]
     pairs = sum(len(entry["pairs"]) for entry in data.values())
     kind = "every two" if options["pairs_by"] == "all" else "best and worst"
-    source.report.notes.append(
+    reader.report.notes.append(
         f"{plural(pairs, 'pair')}: {kind} completions of a prompt whose scores differ by more than {options['min_margin']}"
     )
-    return dict(data), words
+    return data, words
+
+
+def _completions(reader: _Reader, rows: Iterable[Row], key: str) -> Iterator[tuple[Row, Optional[Rendered]]]:
+    """Yield the rows that have prompt, completion and the field of `key`, with their texts, or None if these have a defect."""
+    for row in rows:
+        if reader.require(row, "prompt", "completion", key):
+            yield row, reader.texts(row, "prompt", "completion", separator=reader.separator)
+
+
+def _add_completion(data: Contract, words: Words, found: Rendered) -> dict:
+    """Add a response to its prompt's entry, which is returned."""
+    entry = _entry(data, found)
+    entry["responses"].append(found.texts[1])
+    _add_spans(entry, found)
+    words[found.texts[0]] = found.contents[0]
+    return entry
 
 
 def _pairs_by_score(responses: Sequence[str], scores: Sequence[float], pairs_by: str, min_margin: float) -> list[tuple[int, int]]:
@@ -135,60 +337,28 @@ def _pairs_by_score(responses: Sequence[str], scores: Sequence[float], pairs_by:
     return [(i, j) for i, j in candidates if scores[i] - scores[j] > min_margin and responses[i] != responses[j]]
 
 
-def _jsonl_segments(source: Source, rows: Iterable[Row]) -> tuple[Contract, Words]:
+def _jsonl_segments(reader: _Reader, rows: Iterable[Row]) -> tuple[Contract, Words]:
     """Read {chosen, rejected}: conversations with a shared beginning; turns marked {"segment": true} are in the loss."""
-    data: Contract = defaultdict(lambda: {"responses": [], "pairs": [], "spans": []})
+    data: Contract = {}
     words: Words = {}
     cut = 0
-    _check_escaping(source)
     for row in rows:
-        found = chat.render_segments(row, source.report, source.tokenizer, source.options["segments"] == "cut")
-        if found is not None and source.report.usable_pair(row, *found.contents):
-            prompt, *responses = found.texts
-            add_pair(data[prompt], *responses)
-            data[prompt]["spans"] += found.spans
-            words[prompt] = found.contents[0]
+        names = (reader.name("chosen", row), reader.name("rejected", row))
+        reader.name("prompt", row)
+        found = reader.chat.segments(row, names, reader.options["segments"] == "cut")
+        if found is not None and reader.report.usable_pair(row, *found.contents, equal=found.texts[1] == found.texts[2]):
+            entry = _entry(data, found)
+            add_pair(entry, *found.texts[1:])
+            _add_spans(entry, found)
+            words[found.texts[0]] = found.contents[0]
             cut += found.cut
-    source.report.notes += [f"{plural(cut, 'pair')} whose segments were cut to the same number of turns"] if cut else []
-    return dict(data), words
+    reader.report.notes += [f"{plural(cut, 'pair')} whose segments were cut to the same number of turns"] if cut else []
+    return data, words
 
 
-JSONL_ROWS: dict[str, Callable[[Source, Iterable[Row]], tuple[Contract, Words]]] = {
+JSONL_ROWS: dict[str, Callable[[_Reader, Iterable[Row]], tuple[Contract, Words]]] = {
     "pairs": _jsonl_pairs,
     "labelled": _jsonl_labelled,
     "scored": _jsonl_scored,
     "segments": _jsonl_segments,
 }
-
-
-def _texts_of(source: Source, row: Row, *names: str) -> Optional[chat.Rendered]:
-    """Return prompt and responses, plain or rendered by the chat template; None if they have a defect, which is noted."""
-    if not chat.has_messages(row, names):
-        texts = source.report.texts(row, *names)
-        return None if texts is None else chat.Rendered(tuple(texts), tuple(texts))
-    _check_escaping(source)
-    return chat.render(row, source.report, source.tokenizer, *names)
-
-
-def _check_escaping(source: Source) -> None:
-    if source.options["escape_special_tokens"]:
-        raise UserError("escape_special_tokens=true would escape the chat template's own tokens too: set it to false for chat messages")
-
-
-def _has_columns(source: Source, row: Row, *columns: str) -> bool:
-    """Whether the row has the fields that `columns` names; if not, the missing ones and those it has are noted."""
-    missing = [f"columns.{name}={field}" for name in columns if (field := source.options["columns"][name]) not in row.fields]
-    if missing:
-        source.report.refuse(row, f"no such field: {', '.join(missing)} (of datasets.{source.report.name}); it has {', '.join(row.fields)}")
-    return not missing
-
-
-def _completion_of(source: Source, row: Row) -> Optional[chat.Rendered]:
-    """Return prompt and one response; plain text gets the separator in front of the response."""
-    columns, separator = source.options["columns"], source.options["separator"]
-    if not {columns["prompt"], columns["completion"]} <= set(row.fields):
-        return None
-    found = _texts_of(source, row, columns["prompt"], columns["completion"])
-    if found is None or chat.has_messages(row, (columns["prompt"], columns["completion"])):
-        return found
-    return found._replace(texts=(found.texts[0], separator + found.texts[1]))

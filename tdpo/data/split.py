@@ -52,7 +52,7 @@ class TokenizedSplit:
         add_bos: whether prompts begin with the tokenizer's beginning-of-sequence token.
 
     Raises:
-        UserError: truncation would cut off tokens of a segment that are in the loss.
+        UserError: truncation would cut off tokens of a segment, or leave a response without tokens, in the loss.
     """
 
     def __init__(
@@ -138,15 +138,16 @@ class TokenizedSplit:
         return element | {f"{role}_annotation": value for role, value in zip(roles, annotations)}
 
     def _check_masks(self) -> None:
-        """Raise UserError if truncation cuts off tokens in the loss: segments would no longer have equal numbers of turns."""
+        """Raise UserError if truncation leaves a response without tokens in the loss, or segments with unequal numbers of turns."""
         lost = []
         for i, example in enumerate(next(self.epochs(0, shuffle=False))):
             entry = self._ids[example.prompt]
             whole = [sum(entry["masks"][k]) for k in entry["examples"][example.pair]]  # 0 for a response without a mask
-            lost += [i] if any(sum(mask) < n for mask, n in zip(self.example(example).masks, whole)) else []
+            left = list(map(sum, self.example(example).masks))
+            lost += [i] if any(m < n and (self.form.segments or m == 0) for m, n in zip(left, whole)) else []
         if lost:
             raise UserError(
-                f"{plural(len(lost), 'example')} ({some_of(lost)}) of {len(self):,} have segment turns beyond "
+                f"{plural(len(lost), 'example')} ({some_of(lost)}) of {len(self):,} have turns that are in the loss beyond "
                 f"max_length={self.max_length}: raise it, or remove these examples"
             )
 

@@ -21,8 +21,8 @@ import datasets
 import numpy as np
 
 from tdpo.data.contract import Examples, Form
-from tdpo.data.rows import data_fingerprint
-from tdpo.data.tokenization import encode, trim_after_eos, with_bos, with_eos
+from tdpo.data.sources import data_fingerprint, place_of
+from tdpo.data.tokenization import ESCAPE, encode, encode_rendered, trim_after_eos, with_bos, with_eos
 from tdpo.files import entries_of, own_name, reason_of, remove, remove_left_behind
 from tdpo.utils import UserError, cores, get_logger, try_lock
 
@@ -30,7 +30,8 @@ log = get_logger(__name__)
 
 TEXTS_A_CORE = 10_000  # texts per core: for fewer, another process takes longer to start than it saves; for fewer in all, so does a cache
 SLICE = 20_000  # prompts per slice
-SPANS = datasets.List(datasets.List(datasets.List(datasets.Value("int32"))))
+# Columns of what is tokenized that are not in the table.
+GIVEN = {"spans": datasets.List(datasets.List(datasets.List(datasets.Value("int32")))), "rendered": datasets.Value("bool")}
 IDS = datasets.List(datasets.Value("int32"))
 FEATURES = datasets.Features(
     {
@@ -79,12 +80,13 @@ def tokenize(
     found = list(examples.values())
     columns = {
         "prompt": list(examples),
-        "texts": [[trim_after_eos(text, tokenizer) for text in some.texts] for some in found],
+        "texts": [list(some.texts) if some.rendered else [trim_after_eos(text, tokenizer) for text in some.texts] for some in found],
+        "rendered": [some.rendered for some in found],
         "spans": [some.spans for some in found],
         "examples": [some.indices for some in found],
         "annotations": [some.annotations for some in found],
     }
-    features = datasets.Features({column: FEATURES.get(column, SPANS) for column in columns})
+    features = datasets.Features({column: FEATURES.get(column) or GIVEN[column] for column in columns})
     processes = min(cores(), count_texts(found) // TEXTS_A_CORE)
     settings = {
         "name": name,
@@ -102,7 +104,7 @@ def tokenize(
             batched=True,
             fn_kwargs=settings,
             features=FEATURES,
-            remove_columns=["spans"],
+            remove_columns=list(GIVEN),
             num_proc=processes if processes > 1 else None,
             desc=f"Tokenizing {name}",
             keep_in_memory=file is None,
@@ -112,14 +114,15 @@ def tokenize(
 
 
 def _tokenize_rows(columns: Mapping[str, list], name: str, tokenizer, escape: bool, add_bos: bool, truncation_mode: str) -> dict[str, list]:
-    prompts, texts = columns["prompt"], columns["texts"]
-    prompt_ids = encode(prompts, tokenizer, escape)
+    prompts, texts, rendered = columns["prompt"], columns["texts"], columns["rendered"]
+    prompt_ids = _encode_in_kind(prompts, rendered, tokenizer, escape, False)
     if add_bos:
         prompt_ids = [with_bos(ids, tokenizer) for ids in prompt_ids]
     for prompt, ids in zip(prompts, prompt_ids):
         if not ids:
             raise UserError(f"{name}: prompt {prompt!r} has no tokens, so the first response token cannot be predicted: remove it")
-    responses = _encode_responses(texts, columns["spans"], tokenizer, escape)
+    responses = _encode_responses(texts, columns["spans"], rendered, tokenizer, escape)
+    prompts, texts = [_unmarked(prompt) for prompt in prompts], [[_unmarked(text) for text in some] for some in texts]
     return {
         "dataset": [name] * len(prompts),
         "prompt": prompts,
@@ -137,20 +140,41 @@ def _tokenize_rows(columns: Mapping[str, list], name: str, tokenizer, escape: bo
     }
 
 
-def _encode_responses(texts: Sequence[Sequence[str]], spans: Sequence, tokenizer, escape: bool) -> list[list[tuple[list[int], list[int]]]]:
+def _encode_in_kind(texts: Sequence[str], rendered: Sequence[bool], tokenizer, escape: bool, continues: bool) -> list[list[int]]:
+    """Return the token ids of texts, of which some are rendered (see contract.py); for `continues` see `encode_rendered`."""
+    ids: list[list[int]] = [[]] * len(texts)
+    for kind in (False, True):
+        places = [i for i, some in enumerate(rendered) if some == kind]
+        if places:
+            some = [texts[i] for i in places]
+            found = encode_rendered(some, tokenizer, continues) if kind else encode(some, tokenizer, escape)
+            for i, own in zip(places, found):
+                ids[i] = own
+    return ids
+
+
+def _unmarked(text: str) -> str:
+    return text.replace(ESCAPE, "") if ESCAPE in text else text
+
+
+def _encode_responses(
+    texts: Sequence[Sequence[str]], spans: Sequence, rendered: Sequence[bool], tokenizer, escape: bool
+) -> list[list[tuple[list[int], list[int]]]]:
     """Return (token ids, loss mask) of each response. A text with spans is cut at their ends, and the pieces are tokenized separately."""
     cut = [[_pieces(text, some) for text, some in zip(*both)] for both in zip(texts, spans)]
-    encoded = iter(encode([piece for some in cut for pieces in some for piece, _ in pieces], tokenizer, escape))
+    kinds = [kind for some, kind in zip(cut, rendered) for pieces in some for _ in pieces]
+    encoded = iter(_encode_in_kind([piece for some in cut for pieces in some for piece, _ in pieces], kinds, tokenizer, escape, True))
 
-    def joined(pieces: list[tuple[str, bool]]) -> tuple[list[int], list[int]]:
+    def joined(pieces: list[tuple[str, bool]], kind: bool) -> tuple[list[int], list[int]]:
         tokens = [(next(encoded), in_loss) for _, in_loss in pieces]
-        ids = with_eos([token for some, _ in tokens for token in some], tokenizer)
+        ids = [token for some, _ in tokens for token in some]
+        ids = ids if kind else with_eos(ids, tokenizer)
         if len(pieces) == 1 and pieces[0][1]:
             return ids, []
         mask = [int(in_loss) for some, in_loss in tokens for _ in some]
         return ids, mask + [int(tokens[-1][1])] * (len(ids) - len(mask))
 
-    return [[joined(pieces) for pieces in some] for some in cut]
+    return [[joined(pieces, kind) for pieces in some] for some, kind in zip(cut, rendered)]
 
 
 def _pieces(text: str, spans: Sequence[Sequence[int]]) -> list[tuple[str, bool]]:
@@ -269,7 +293,7 @@ def cache_key(
         cache_dir: folder for hub datasets.
         loader: function that reads the rows. The code of its file and of this package is part of the key.
     """
-    sources = {k: data_fingerprint(options[k], options.get("subset"), cache_dir) for k in ("path", "eval_path") if options.get(k)}
+    sources = {k: data_fingerprint(place_of(options, options[k], cache_dir)) for k in ("path", "eval_path") if options.get(k)}
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return {
         "code": _code_digest(loader),

@@ -1,11 +1,15 @@
 """Token ids and labels of texts: special tokens, truncation, and the published batch element."""
 
-from collections.abc import Sequence
-from typing import Optional
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional
 
 import numpy as np
 
 from tdpo.utils import IGNORED
+
+ESCAPE = "\ufdd0"  # within the string of a special token in a chat row, which is then plain text; Unicode keeps it out of texts
+GUARDS = ("\n", ";", "a", "0")  # texts to put in front of one that continues another, of which some token stays whole
 
 
 def special_token_strings(tokenizer) -> list[str]:
@@ -31,6 +35,65 @@ def encode(texts: Sequence[str], tokenizer, escape_special_tokens: bool = False)
     )["input_ids"]
 
 
+def encode_rendered(texts: Sequence[str], tokenizer, continues: bool) -> list[list[int]]:
+    """Return the token ids of texts that hold their special tokens, save those that `with_escapes` has marked.
+
+    Args:
+        texts: to be tokenized.
+        tokenizer: of Transformers.
+        continues: the texts continue others, so a tokenizer that begins every text with a space must not add one.
+    """
+    escaped = re.compile(f"({'|'.join(re.escape(_escaped(token)) for token in special_token_strings(tokenizer)) or '(?!)'})")
+    pieces = [escaped.split(text) if ESCAPE in text else [text] for text in texts]  # at odd places: the strings of special tokens
+    first = encode([some[0] for some in pieces], tokenizer) if not continues else _encode_continuations([x[0] for x in pieces], tokenizer)
+    if max(map(len, pieces), default=1) == 1:
+        return first
+    return [
+        sum((_encode_continuations([piece.replace(ESCAPE, "")], tokenizer, i % 2 == 1)[0] for i, piece in enumerate(some) if i), ids)
+        for some, ids in zip(pieces, first)
+    ]
+
+
+def _encode_continuations(texts: Sequence[str], tokenizer, escape: bool = False) -> list[list[int]]:
+    guard = _guard(tokenizer)
+    if guard is None:
+        return encode(texts, tokenizer, escape)
+    length = len(encode([guard], tokenizer)[0])
+    return [ids[length:] for ids in encode([guard + text for text in texts], tokenizer, escape)]
+
+
+def _guard(tokenizer) -> Optional[str]:
+    """Return a text in front of which a tokenizer's own space goes, so that none comes before the text that follows; None: it adds none."""
+
+    def adds_space(guard: str) -> bool:
+        before = encode([guard], tokenizer)[0] if guard else []
+        texts = ["word", " word", "<", "\n"]
+        return any(
+            ids[: len(before)] != before or tokenizer.decode([*encode(["x"], tokenizer)[0], *ids[len(before) :]]) != "x" + text
+            for text, ids in zip(texts, encode([guard + text for text in texts], tokenizer))
+        )
+
+    return None if not adds_space("") else next((guard for guard in GUARDS if not adds_space(guard)), None)
+
+
+def with_escapes(value: Any, special: re.Pattern) -> Any:
+    """Return a value with the strings of special tokens in all its texts marked as plain text.
+
+    Args:
+        value: a text, or messages.
+        special: finds the strings.
+    """
+    if isinstance(value, str):
+        return special.sub(lambda found: _escaped(found[0]), value)
+    if isinstance(value, Mapping):
+        return {key: with_escapes(entry, special) for key, entry in value.items()}
+    return [with_escapes(entry, special) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
+def _escaped(token: str) -> str:
+    return token[0] + ESCAPE + token[1:]
+
+
 def with_eos(ids: list[int], tokenizer) -> list[int]:
     """Append end-of-sequence to a response's tokens, unless they end with it already (some chat templates write it)."""
     return ids if ids and ids[-1] == tokenizer.eos_token_id else ids + [tokenizer.eos_token_id]
@@ -40,6 +103,14 @@ def trim_after_eos(text: str, tokenizer) -> str:
     """Strip the white space that some chat templates write after end-of-sequence."""
     stripped = text.rstrip()
     return stripped if stripped.endswith(tokenizer.eos_token) else text
+
+
+def completed(text: str, tokenizer) -> str:
+    """Return a rendered response without white space after its last special token, and with end-of-sequence if it does not end with one."""
+    if tokenizer is None:
+        return text
+    stripped = text.rstrip()
+    return stripped if stripped.endswith(tuple(special_token_strings(tokenizer))) else text + tokenizer.eos_token
 
 
 def with_bos(ids: list[int], tokenizer) -> list[int]:

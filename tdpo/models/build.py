@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from tdpo.data import reviews
 from tdpo.models.archive import LEGACY_BUFFERS, check_archive, find_archive, read_archive
+from tdpo.models.chat_template import set_chat_template
 from tdpo.utils import DTYPES, UserError, disable_dropout, get_logger, looks_local, not_finite, some_of
 
 log = get_logger(__name__)
@@ -60,11 +61,16 @@ def load_tokenizer(model: DictConfig, cache_dir: Optional[str]):
     """Return the tokenizer of a config's `model`. It has a padding token (end-of-sequence, if it had none).
 
     Raises:
-        UserError: it cannot be loaded, or lacks the end-of-sequence token or a required beginning-of-sequence token.
+        UserError: it cannot be loaded, or lacks the end-of-sequence token, a required beginning-of-sequence token, or the chat template
+            that `model` names.
     """
     name = model.tokenizer_name_or_path or model.name_or_path
-    if name == EMBEDDED_TOKENIZER:
-        return embedded_tokenizer()
+    tokenizer = embedded_tokenizer() if name == EMBEDDED_TOKENIZER else _load_tokenizer(name, model.add_bos, cache_dir)
+    set_chat_template(tokenizer, model.get("chat_template"), model.get("chat_template_kwargs") or {})
+    return tokenizer
+
+
+def _load_tokenizer(name: str, add_bos: bool, cache_dir: Optional[str]):
     if looks_local(name) and not os.path.exists(name):
         raise UserError(f"model or tokenizer '{name}' does not exist; give a local path, or owner/name for one on the hub")
     try:
@@ -73,7 +79,7 @@ def load_tokenizer(model: DictConfig, cache_dir: Optional[str]):
         raise UserError(f"tokenizer '{name}' cannot be loaded: {_reason(error)}") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer '{name}' has no end-of-sequence token: give another model.tokenizer_name_or_path")
-    if model.add_bos and tokenizer.bos_token_id is None:
+    if add_bos and tokenizer.bos_token_id is None:
         raise UserError(f"model.add_bos=true: tokenizer '{name}' has no beginning-of-sequence token; use model.add_bos=false")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id

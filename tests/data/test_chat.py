@@ -55,9 +55,10 @@ def test_chat_rows_are_rendered_by_the_template(form, tmp_path, chat_tokenizer):
     data = load("jsonl", path=path, eval_path=path, tokenizer=chat_tokenizer)
     assert data == {
         "<|start|>user\nhi<|end|>\n<|start|>assistant\n": {
-            "responses": ["yes<|end|>\n", "no<|end|>\n"],
+            "responses": ["yes<|end|>", "no<|end|>"],
             "pairs": [(0, 1)],
-            "sft_target": "yes<|end|>\n",
+            "sft_target": "yes<|end|>",
+            "rendered": True,
         }
     }
     split = tokenized({"jsonl": (data, default_options("jsonl"))}, chat_tokenizer)
@@ -108,13 +109,11 @@ def test_invalid_chat_rows(tmp_path, chat_tokenizer):
         "no field 'prompt'": 4,
         "a message of 'chosen' has no role": 5,
         "chosen and rejected are equal": 6,
-        "content of 'chosen'\" is null": 7,
+        "content of 'chosen' is null": 7,
         "'rejected' is not a list of messages": 8,
         "user turn within a response": 9,
     }.items():
         assert defect.replace('"', "") in message.replace('"', "") and f"row {row}" in message
-    with pytest.raises(UserError, match="escape_special_tokens=true would escape the chat template's own"):
-        load("jsonl", path=path, eval_path=path, tokenizer=chat_tokenizer, escape_special_tokens=True)
     with pytest.raises(UserError, match="no chat template"):
         load("jsonl", path=path, eval_path=path, tokenizer=embedded_tokenizer())
 
@@ -152,6 +151,6 @@ def test_a_template_that_never_ends_is_stopped(tmp_path, chat_tokenizer, monkeyp
     with pytest.raises(UserError, match="has not ended after 0 seconds: .*row 2"):
         load("jsonl", path=path, eval_path=path, tokenizer=looping)
     path = write_lines(tmp_path / "b.jsonl", [bad] * 5)
-    with pytest.raises(UserError, match="for 3 rows, the last of them row 3: set model.tokenizer_name_or_path"):
+    with pytest.raises(UserError, match="for 3 rows, the last of them row 3: set model.chat_template"):
         load("jsonl", path=path, eval_path=path, tokenizer=looping, invalid_rows="skip")
     assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL and signal.getitimer(signal.ITIMER_REAL) == (0, 0)

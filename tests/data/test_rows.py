@@ -10,7 +10,7 @@ import pytest
 from helpers import load, pair, tokenized, write_lines
 
 from preference_datasets import default_options, get_dataset
-from tdpo.data.rows import LONGEST_ROW, _bounded_lines, read_rows
+from tdpo.data.sources import LONGEST_ROW, Place, _bounded_lines, read_rows
 from tdpo.utils import UserError
 
 BAD_ROWS = [
@@ -101,7 +101,7 @@ def test_paths_without_data(path, message, tmp_path):
     (tmp_path / "a.csv").write_text("x")
     (tmp_path / "b.parquet").write_text("x")
     with pytest.raises(UserError, match=message):
-        read_rows(str(tmp_path / path), "train", None, None)
+        read_rows(Place(str(tmp_path / path)), "train")
 
 
 @pytest.mark.parametrize(

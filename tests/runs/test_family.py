@@ -35,7 +35,7 @@ from preference_datasets import default_options, get_dataset, load_split
 from tdpo.checkpointing.training_state import read_progress
 from tdpo.data.batching import BatchStream
 from tdpo.data.contract import COMPLETIONS, PAIRS
-from tdpo.data.rows import read_rows
+from tdpo.data.sources import Place, read_rows
 from tdpo.losses import OBJECTIVES, LossOutput, Objective
 
 LENGTH = ["n_examples=40", "n_eval_examples=13", "eval_batch_size=5", "eval_every=24"]
@@ -45,7 +45,7 @@ LENGTH = ["n_examples=40", "n_eval_examples=13", "eval_batch_size=5", "eval_ever
 def files(tmp_path_factory, chat_tokenizer):
     """Data files in the forms that some losses need, and a tokenizer: {name: path}."""
     folder = tmp_path_factory.mktemp("data")
-    rows = [row.fields for row in read_rows(str(MINI / "data"), "train", None, None)][:48]
+    rows = [row.fields for row in read_rows(Place(str(MINI / "data")), "train")][:48]
     cut = [(row["chosen"].rpartition("\n\nAssistant:"), row["rejected"].rpartition("\n\nAssistant:")) for row in rows]
     scored = [
         {"prompt": w[0] + w[1], "completion": text, "score": score + i % 5}
@@ -329,9 +329,7 @@ def test_self_play(tmp_path, monkeypatch):
     for k in (1, 2):
         folder = tmp_path / "spin" / f"iteration-{k}"
         pairs = get_dataset("jsonl", "train", True, options={**default_options("jsonl"), "path": str(folder / "pairs"), "eval_path": "x"})
-        samples = {
-            row.fields["prompt"]: row.fields["completion"] for row in read_rows(str(folder / "samples-train.jsonl"), "train", None, None)
-        }
+        samples = {row.fields["prompt"]: row.fields["completion"] for row in read_rows(Place(str(folder / "samples-train.jsonl")), "train")}
         targets = get_dataset("reviews", "train", True)
         assert 24 < len(pairs) <= 32
         assert all(entry["responses"] == [targets[prompt]["sft_target"], samples[prompt]] for prompt, entry in pairs.items())
