@@ -113,7 +113,7 @@ class Chat:
                 raise Defect(f"{name!r} has no reply of the assistant after a prompt")
             left_out = replies[-1] + 1 < len(messages)
             (messages,), (text,) = self._written(row, [messages[: replies[-1] + 1]])
-            prompt = self._before(messages, first, [text])
+            prompt = self._before([messages], first, [text])
             return self._result([messages], first, prompt, [text], [[i for i in replies if i >= first]], left_out)
 
         return self._tried(row, render)
@@ -212,6 +212,7 @@ class Chat:
             )
         self._specials = tuple(special_token_strings(self.tokenizer))
         self._special = one_of(self._specials)
+        self._only_special = re.compile(rf"(?:\s|{self._special.pattern})*")
         named = {token for name, token in self.tokenizer.special_tokens_map.items() if isinstance(token, str) and name.endswith("_token")}
         self.turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
         self._tools: Optional[list] = None
@@ -222,10 +223,17 @@ class Chat:
         except Exception:  # the rows tell what it refuses
             text = ""
         self._tail = text.partition(PROBE)[2] if text.count(PROBE) == 1 else None
-        end = self._special.search(self._tail or "")
-        self._writes_end = end is not None
-        self._end = self._tail[: end.end()] if end else (self._tail or "").rstrip()
+        self._end = self._end_of(self._tail or "")
+        self._writes_end = self._special.search(self._end) is not None
         self._structural = one_of([token for token in self._specials if token in named or token in text])
+
+    def _end_of(self, tail: str) -> str:
+        """Return what ends a reply, of all that the template writes after it: up to end-of-sequence, else to the last special token."""
+        eos = tail.find(self.tokenizer.eos_token)
+        if eos >= 0:
+            return tail[: eos + len(self.tokenizer.eos_token)]
+        ends = [found.end() for found in self._special.finditer(tail)]
+        return tail[: ends[-1]] if ends else tail.rstrip()
 
     def _text(self, messages: Sequence[dict], opened: bool = False) -> str:
         """Render messages, with the row's tools; `opened`: with the beginning of a reply after them."""
@@ -308,11 +316,16 @@ class Chat:
 
     def _completed(self, text: str) -> str:
         """Return a conversation up to the end of its last reply, with end-of-sequence if the template writes no end."""
+        eos = self.tokenizer.eos_token
         if self._tail is not None and text.endswith(self._tail):
             text = text[: len(text) - len(self._tail)] + self._end
-        elif text.rstrip().endswith(self._specials):
-            text = text.rstrip()
-        return text if self._writes_end or text.endswith(self.tokenizer.eos_token) else text + self.tokenizer.eos_token
+        else:  # a turn that ends in another way, such as with a tool call
+            at = text.rfind(eos) + len(eos)
+            if at >= len(eos) and self._only_special.fullmatch(text, at):
+                text = text[:at]
+            elif text.rstrip().endswith(self._specials):
+                text = text.rstrip()
+        return text if self._writes_end or text.endswith(eos) else text + eos
 
     def _shared(self, conversations: Sequence[Sequence[dict]], texts: Sequence[str]) -> int:
         """Return the number of messages that the conversations begin with; the last message of each always counts as response.
@@ -336,7 +349,7 @@ class Chat:
                 raise Defect("user turn within a response: conversations may differ only after their last user turn")
             if own[:1] != [shared] or own[-1] != len(messages) - 1:
                 raise Defect(f"the response of {name!r} does not begin and end with a turn of the assistant")
-        prompt = self._before(conversations[0], shared, texts)
+        prompt = self._before(conversations, shared, texts)
         parts = [own if len(own) < len(messages) - shared else [] for own, messages in zip(replies, conversations)]
         return self._result(conversations, shared, prompt, texts, parts)
 
@@ -361,16 +374,17 @@ class Chat:
     def _before_any(self, conversations: Sequence[Sequence[dict]], i: int, texts: Sequence[str]) -> str:
         """Return the text before message i, which only some of the conversations have as a reply."""
         if all(messages[i]["role"] not in ENVIRONMENT for messages in conversations):
-            return self._before(conversations[0], i, texts)
+            return self._before(conversations, i, texts)
         before = self._text(conversations[0][:i])
         return before[: _boundary(before, texts)]
 
-    def _before(self, messages: Sequence[dict], i: int, texts: Sequence[str]) -> str:
+    def _before(self, conversations: Sequence[Sequence[dict]], i: int, texts: Sequence[str]) -> str:
         """Return the text before reply i, with which all texts begin: up to the beginning of a reply, as far as they have it.
 
         A template may open a thought for the reply to come that it does not write for a reply without one; the reply then has no opened
         thought, and its header is part of the prompt.
         """
+        messages = conversations[0]
         opened = self._text(messages[:i], True)
         if all(text.startswith(opened) for text in texts):
             return opened
@@ -379,15 +393,15 @@ class Chat:
         if end >= _boundary(closed, [opened]):
             return opened[:end]
         # The template renders these messages differently where a reply follows: what the reply does not change comes before it.
-        other = self._text([*messages[:i], self.turn[1]])
-        before = other[: _boundary(other, texts)]
+        others = [self._text([*some[:i], self.turn[1], *some[i + 1 :]]) for some in conversations]
+        before = texts[0][: _boundary(texts[0], [*texts, *others])]
         if content_of(messages[i - 1]).strip() not in before:
             raise Defect("the chat template does not render the conversation as a continuation of its prompt")
         return before
 
     def _extent(self, messages: Sequence[dict], i: int, text: str) -> tuple[int, int]:
         """Return (start, stop) of reply i in the conversation's text, with its end token, without its header."""
-        start = len(self._before(messages, i, [text]))
+        start = len(self._before([messages], i, [text]))
         if i == len(messages) - 1:
             return start, len(text)
         until = self._completed(self._text(messages[: i + 1]))
@@ -397,8 +411,11 @@ class Chat:
         other = self._completed(self._text([*messages[:i], self.turn[1], *messages[i + 1 :]]))
         after = len(os.path.commonprefix([text[start:][::-1], other[start:][::-1]]))
         stop = len(text) - after
-        end = re.compile(rf"\s*(?:{self._special.pattern})").match(text, stop) if self._writes_end else None
-        return start, end.end() if end else stop
+        if not self._writes_end:
+            return start, stop
+        end = len(text[stop : stop + _boundary(text[stop:], [self._end])].rstrip())
+        one = re.compile(rf"\s*(?:{self._special.pattern})").match(text, stop)
+        return start, stop + end if end or one is None else one.end()
 
 
 def one_of(texts: Sequence[str]) -> re.Pattern:

@@ -9,7 +9,7 @@ import numpy as np
 from tdpo.utils import IGNORED
 
 ESCAPE = "\ufdd0"  # within the string of a special token in a chat row, which is then plain text; Unicode keeps it out of texts
-GUARDS = ("\n", ";", "a", "0")  # texts to put in front of one that continues another, of which some token stays whole
+GUARDS = ("\n", ";", "a", "0", "|", "\n\n", "~", "x")  # texts to put in front of one that continues another, see _encode_continuations
 
 
 def special_token_strings(tokenizer) -> list[str]:
@@ -55,25 +55,30 @@ def encode_rendered(texts: Sequence[str], tokenizer, continues: bool) -> list[li
 
 
 def _encode_continuations(texts: Sequence[str], tokenizer, escape: bool = False) -> list[list[int]]:
-    guard = _guard(tokenizer)
-    if guard is None:
-        return encode(texts, tokenizer, escape)
-    length = len(encode([guard], tokenizer)[0])
-    return [ids[length:] for ids in encode([guard + text for text in texts], tokenizer, escape)]
+    """Return the token ids of texts as they continue another one: without the space that some tokenizers put in front of every text.
+
+    Such a tokenizer puts it in front of a guard instead, if none of the guard's tokens is merged with those of the text.
+    """
+    found = encode(texts, tokenizer, escape)
+    if not _adds_space(tokenizer):
+        return found
+    waiting = list(range(len(texts)))
+    for guard in GUARDS:
+        (before,) = encode([guard], tokenizer)
+        merged = []
+        for i, ids in zip(waiting, encode([guard + texts[i] for i in waiting], tokenizer, escape) if waiting else []):
+            if ids[: len(before)] == before:
+                found[i] = ids[len(before) :]
+            else:
+                merged.append(i)
+        waiting = merged
+    return found
 
 
-def _guard(tokenizer) -> Optional[str]:
-    """Return a text in front of which a tokenizer's own space goes, so that none comes before the text that follows; None: it adds none."""
-
-    def adds_space(guard: str) -> bool:
-        before = encode([guard], tokenizer)[0] if guard else []
-        texts = ["word", " word", "<", "\n"]
-        return any(
-            ids[: len(before)] != before or tokenizer.decode([*encode(["x"], tokenizer)[0], *ids[len(before) :]]) != "x" + text
-            for text, ids in zip(texts, encode([guard + text for text in texts], tokenizer))
-        )
-
-    return None if not adds_space("") else next((guard for guard in GUARDS if not adds_space(guard)), None)
+def _adds_space(tokenizer) -> bool:
+    """Whether the tokens of a text that continue those of another one decode with a space in between."""
+    first, second = encode(["a", "a"], tokenizer)
+    return tokenizer.decode(first + second) == "a a"
 
 
 def with_escapes(value: Any, special: re.Pattern) -> Any:
