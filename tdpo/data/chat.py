@@ -4,19 +4,17 @@ Prompt and response together are the whole conversation as the template renders 
 is trained. Two messages are the same if the template renders them alike.
 """
 
-import os
-import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Optional
 
 import jinja2
 
+from tdpo.data.chat_template import CannotRender, ChatTemplate
 from tdpo.data.messages import (
     ENVIRONMENT,
     SEGMENT,
     Messages,
     are_messages,
-    content_of,
     misread,
     parsed,
     read_messages,
@@ -27,13 +25,11 @@ from tdpo.data.messages import (
     words_of,
 )
 from tdpo.data.rows import Row, RowReport
-from tdpo.data.tokenization import special_token_strings, with_escapes
+from tdpo.data.tokenization import with_escapes
 from tdpo.utils import UserError, time_limit
 
 TEMPLATE_SECONDS = 10.0  # in which a template must have rendered a row; it takes milliseconds, unless it loops
 MOST_TIMEOUTS = 3  # rows after which a template counts as one that loops for every row
-PROBE = "\ue000"  # stands for a reply's content; of Unicode's private use, so in no text
-PIECE = re.compile(r"<[^<>\s]{1,60}>|\[/?[A-Z_]{2,30}\]|\s|[^\s<\[]+|.", re.DOTALL)  # a text is cut between pieces, not within a tag
 
 
 def has_messages(row: Row, names: Iterable[str]) -> bool:
@@ -51,10 +47,6 @@ class Rendered(NamedTuple):
     complete: bool = True  # whether the texts hold all special tokens; false for plain text
 
 
-class Defect(Exception):
-    """Why a row cannot be rendered."""
-
-
 class Chat:
     """A tokenizer's chat template, for the rows of one dataset.
 
@@ -67,9 +59,14 @@ class Chat:
 
     def __init__(self, tokenizer, report: RowReport, escape: bool = False, tools: str = "tools", system: Optional[str] = None):
         self.tokenizer, self.report, self.escape, self.tools, self.system = tokenizer, report, escape, tools, system
-        self._tail: Optional[str] = None  # what the template writes after the last reply's content, see `_prepare`
-        self._structural: Optional[re.Pattern] = None
-        self._special: Optional[re.Pattern] = None
+        self._template: Optional[ChatTemplate] = None
+
+    @property
+    def template(self) -> ChatTemplate:
+        """The template; `_tried` has made sure that there is one."""
+        if self._template is None:
+            self._template = ChatTemplate(self.tokenizer)
+        return self._template
 
     def responses(self, row: Row, prompt_name: str, *names: str) -> Optional[Rendered]:
         """Render a row's prompt and responses.
@@ -110,10 +107,10 @@ class Chat:
             messages = self._conversation(row, prompt_name or name, name)
             replies = [i for i, message in enumerate(messages) if message["role"] not in ENVIRONMENT]
             if not replies or replies[-1] == 0 or (first := replies[0] if all_turns else replies[-1]) == 0:
-                raise Defect(f"{name!r} has no reply of the assistant after a prompt")
+                raise CannotRender(f"{name!r} has no reply of the assistant after a prompt")
             left_out = replies[-1] + 1 < len(messages)
             (messages,), (text,) = self._written(row, [messages[: replies[-1] + 1]])
-            prompt = self._before([messages], first, [text])
+            prompt = self.template.before([messages], first, [text])
             return self._result([messages], first, prompt, [text], [[i for i in replies if i >= first]], left_out)
 
         return self._tried(row, render)
@@ -140,18 +137,18 @@ class Chat:
             conversations = [self._conversation(row, "prompt", name) for name in names]
             turns = [[i for i, message in enumerate(messages) if message.get(SEGMENT)] for messages in conversations]
             if not all(turns) or any(messages[i]["role"] != "assistant" for messages, some in zip(conversations, turns) for i in some):
-                raise Defect('chosen and rejected need assistant turns marked {"segment": true}, and no other turns may be marked')
+                raise CannotRender('chosen and rejected need assistant turns marked {"segment": true}, and no other turns may be marked')
             n = min(map(len, turns))
             shortened = n < max(map(len, turns))
             if not cut and shortened:
                 key = f"datasets.{self.report.name}.segments=cut"
-                raise Defect(f"segments of {len(turns[0])} and {len(turns[1])} turns ({key} makes them equal)")
+                raise CannotRender(f"segments of {len(turns[0])} and {len(turns[1])} turns ({key} makes them equal)")
             conversations = [messages[: some[n - 1] + 1] for messages, some in zip(conversations, turns)]
             conversations, texts = self._written(row, conversations)
             shared = min(self._shared(conversations, texts), turns[0][0], turns[1][0])
             if shared == 0:
-                raise Defect("chosen and rejected have different prompts")
-            prompt = self._before_any(conversations, shared, texts)
+                raise CannotRender("chosen and rejected have different prompts")
+            prompt = self.template.before_any(conversations, shared, texts)
             found = self._result(conversations, shared, prompt, texts, [some[:n] for some in turns], shortened)
             words = (words_of([messages[i] for i in some[:n]]) for messages, some in zip(conversations, turns))
             return found._replace(contents=(found.contents[0], *words))
@@ -163,10 +160,10 @@ class Chat:
 
         def render() -> str:
             messages = read_messages(row.fields[name], "user")
-            if not are_messages(row, self.report, name, messages, self._structural):
-                raise Defect("")
+            if not are_messages(row, self.report, name, messages, self.template.structural):
+                raise CannotRender("")
             (messages,), _ = self._written(row, [self._with_system(row, messages)], opened=True)
-            return self._text(messages, True)
+            return self.template.text(messages, True)
 
         return self._tried(row, render)
 
@@ -177,11 +174,15 @@ class Chat:
             UserError: there is no template, or it does not end within TEMPLATE_SECONDS for MOST_TIMEOUTS rows.
         """
         report = self.report
+        if self.tokenizer is None or not getattr(self.tokenizer, "chat_template", None):
+            raise UserError(
+                f"{row.source} row {row.number} holds chat messages, but the tokenizer has no chat template: set model.chat_template to a "
+                "file, or model.tokenizer_name_or_path to an instruct model's tokenizer, or give plain text"
+            )
         try:
             with time_limit(TEMPLATE_SECONDS):
-                self._prepare(row)
                 found = render()
-        except Defect as defect:
+        except CannotRender as defect:
             if str(defect):  # otherwise it is noted already
                 report.refuse(row, str(defect))
             return None
@@ -201,55 +202,17 @@ class Chat:
         report.rendered += 1
         return found
 
-    def _prepare(self, row: Row) -> None:
-        """Find out how the template ends a reply and which special tokens it separates turns with, by a conversation of one turn each."""
-        if self._structural is not None:
-            return
-        if self.tokenizer is None or not getattr(self.tokenizer, "chat_template", None):
-            raise UserError(
-                f"{row.source} row {row.number} holds chat messages, but the tokenizer has no chat template: set model.chat_template to a "
-                "file, or model.tokenizer_name_or_path to an instruct model's tokenizer, or give plain text"
-            )
-        self._specials = tuple(special_token_strings(self.tokenizer))
-        self._special = one_of(self._specials)
-        self._only_special = re.compile(rf"(?:\s|{self._special.pattern})*")
-        named = {token for name, token in self.tokenizer.special_tokens_map.items() if isinstance(token, str) and name.endswith("_token")}
-        self.turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
-        self._tools: Optional[list] = None
-        try:
-            text = self._text(self.turn)
-        except (TimeoutError, UserError):
-            raise
-        except Exception:  # the rows tell what it refuses
-            text = ""
-        self._tail = text.partition(PROBE)[2] if text.count(PROBE) == 1 else None
-        self._end = self._end_of(self._tail or "")
-        self._writes_end = self._special.search(self._end) is not None
-        self._structural = one_of([token for token in self._specials if token in named or token in text])
-
-    def _end_of(self, tail: str) -> str:
-        """Return what ends a reply, of all that the template writes after it: up to end-of-sequence, else to the last special token."""
-        eos = tail.find(self.tokenizer.eos_token)
-        if eos >= 0:
-            return tail[: eos + len(self.tokenizer.eos_token)]
-        ends = [found.end() for found in self._special.finditer(tail)]
-        return tail[: ends[-1]] if ends else tail.rstrip()
-
-    def _text(self, messages: Sequence[dict], opened: bool = False) -> str:
-        """Render messages, with the row's tools; `opened`: with the beginning of a reply after them."""
-        return self.tokenizer.apply_chat_template(list(messages), tools=self._tools, tokenize=False, add_generation_prompt=opened)
-
     def _conversation(self, row: Row, prompt_name: str, name: str) -> Messages:
         """Return prompt and response as one list of messages."""
         if name not in row.fields:
-            raise Defect(f"no field {name!r}")
+            raise CannotRender(f"no field {name!r}")
         messages = read_messages(row.fields[name], "assistant")
         if messages and messages[0].get("role") not in ENVIRONMENT and prompt_name != name:
             if row.fields.get(prompt_name) is None:
-                raise Defect(f"no field {prompt_name!r}")
+                raise CannotRender(f"no field {prompt_name!r}")
             messages = (read_messages(row.fields[prompt_name], "user") or []) + messages
-        if not are_messages(row, self.report, name, messages, self._structural):
-            raise Defect("")
+        if not are_messages(row, self.report, name, messages, self.template.structural):
+            raise CannotRender("")
         return self._with_system(row, messages)
 
     def _with_system(self, row: Row, messages: Messages) -> Messages:
@@ -257,11 +220,11 @@ class Chat:
         system = row.fields.get(self.system) if self.system else None
         if system:
             if not self.report.is_text(row, self.system, system):
-                raise Defect("")
+                raise CannotRender("")
             if messages[0]["role"] == "system":
-                raise Defect(f"a system message and a field {self.system!r}")
+                raise CannotRender(f"a system message and a field {self.system!r}")
             messages = [{"role": "system", "content": system}, *messages]
-        return with_escapes(messages, self._special) if self.escape else messages
+        return with_escapes(messages, self.template.special) if self.escape else messages
 
     def _row_tools(self, row: Row) -> Optional[list]:
         """Return the row's tools: a list of schemas, or their JSON."""
@@ -271,22 +234,22 @@ class Chat:
         if not tools:
             return None
         if not isinstance(tools, list):
-            raise Defect(f"{self.tools!r} is {type(tools).__name__}, not a list of tools")
+            raise CannotRender(f"{self.tools!r} is {type(tools).__name__}, not a list of tools")
         tools = [parsed(tool, tool) if isinstance(tool, str) else tool for tool in tools]
         if not all(isinstance(tool, dict) for tool in tools):
-            raise Defect(f"{self.tools!r} holds something else than the schemas of tools")
+            raise CannotRender(f"{self.tools!r} holds something else than the schemas of tools")
         if not all(self.report.is_text(row, self.tools, text) for _, text in texts_of(tools)):
-            raise Defect("")
-        return with_escapes(tools, self._special) if self.escape else tools
+            raise CannotRender("")
+        return with_escapes(tools, self.template.special) if self.escape else tools
 
     def _written(self, row: Row, conversations: Sequence[Messages], opened: bool = False) -> tuple[list[list[dict]], list[str]]:
         """Return the conversations in the first spelling that the template understands, and their texts up to the end of the last reply."""
-        self._tools = self._row_tools(row)
+        self.template.tools = self._row_tools(row)
         best, failed = None, None
         for spelling in spellings(conversations):
             written = [spelled(messages, spelling) for messages in conversations]
             try:
-                texts = [self._text(messages, opened) for messages in written]
+                texts = [self.template.text(messages, opened) for messages in written]
             except (TimeoutError, UserError):
                 raise
             except Exception as error:
@@ -301,31 +264,18 @@ class Chat:
             raise failed
         _, written, texts = best
         self._note_left_out(written, texts, opened)
-        return written, texts if opened else [self._completed(text) for text in texts]
+        return written, texts if opened else [self.template.completed(text) for text in texts]
 
     def _note_left_out(self, conversations: Sequence[Sequence[dict]], texts: Sequence[str], opened: bool) -> None:
         """Count what the template does not write as it is: texts of messages, by key, and tools."""
         left_out = set()
         for messages, text in zip(conversations, texts):
             left_out |= {key for message in messages for key, value in texts_of(message) if value.strip() not in text}
-        if self._tools is not None:
-            tools, self._tools = self._tools, None
-            left_out |= {self.tools} if [self._text(messages, opened) for messages in conversations] == list(texts) else set()
-            self._tools = tools
+        if self.template.tools is not None:
+            tools, self.template.tools = self.template.tools, None
+            left_out |= {self.tools} if [self.template.text(messages, opened) for messages in conversations] == list(texts) else set()
+            self.template.tools = tools
         self.report.left_out.update(left_out)
-
-    def _completed(self, text: str) -> str:
-        """Return a conversation up to the end of its last reply, with end-of-sequence if the template writes no end."""
-        eos = self.tokenizer.eos_token
-        if self._tail is not None and text.endswith(self._tail):
-            text = text[: len(text) - len(self._tail)] + self._end
-        else:  # a turn that ends in another way, such as with a tool call
-            at = text.rfind(eos) + len(eos)
-            if at >= len(eos) and self._only_special.fullmatch(text, at):
-                text = text[:at]
-            elif text.rstrip().endswith(self._specials):
-                text = text.rstrip()
-        return text if self._writes_end or text.endswith(eos) else text + eos
 
     def _shared(self, conversations: Sequence[Sequence[dict]], texts: Sequence[str]) -> int:
         """Return the number of messages that the conversations begin with; the last message of each always counts as response.
@@ -334,7 +284,9 @@ class Chat:
         """
         first, last = conversations[0], conversations[-1]
         for i, (a, b) in enumerate(zip(first[:-1], last[:-1])):
-            if a != b and (a["role"] != b["role"] or self._completed(self._text([*first[:i], b, *first[i + 1 :]])) != texts[0]):
+            if a == b:
+                continue
+            if a["role"] != b["role"] or self.template.completed(self.template.text([*first[:i], b, *first[i + 1 :]])) != texts[0]:
                 return i
         return min(len(first), len(last)) - 1
 
@@ -342,14 +294,14 @@ class Chat:
         conversations, texts = self._written(row, conversations)
         shared = self._shared(conversations, texts)
         if shared == 0:
-            raise Defect("chosen and rejected have different prompts" if len(names) > 1 else f"no prompt before {names[0]!r}")
+            raise CannotRender("chosen and rejected have different prompts" if len(names) > 1 else f"no prompt before {names[0]!r}")
         replies = [[i for i in range(shared, len(m)) if m[i]["role"] not in ENVIRONMENT] for m in conversations]
         for messages, own, name in zip(conversations, replies, names):
             if any(message["role"] == "user" for message in messages[shared:]):
-                raise Defect("user turn within a response: conversations may differ only after their last user turn")
+                raise CannotRender("user turn within a response: conversations may differ only after their last user turn")
             if own[:1] != [shared] or own[-1] != len(messages) - 1:
-                raise Defect(f"the response of {name!r} does not begin and end with a turn of the assistant")
-        prompt = self._before(conversations, shared, texts)
+                raise CannotRender(f"the response of {name!r} does not begin and end with a turn of the assistant")
+        prompt = self.template.before(conversations, shared, texts)
         parts = [own if len(own) < len(messages) - shared else [] for own, messages in zip(replies, conversations)]
         return self._result(conversations, shared, prompt, texts, parts)
 
@@ -366,65 +318,7 @@ class Chat:
         spans = []
         for messages, text, own in zip(conversations, texts, turns):
             whole = len(messages) - 1 == shared and list(own) == [shared]
-            extents = [] if whole else [self._extent(messages, i, text) for i in own]
+            extents = [] if whole else [self.template.extent(messages, i, text) for i in own]
             spans.append([(max(0, start - len(prompt)), stop - len(prompt)) for start, stop in extents])
         contents = (words_of(conversations[0][:shared]), *(words_of(messages[shared:]) for messages in conversations))
         return Rendered((prompt, *(text[len(prompt) :] for text in texts)), contents, tuple(spans), cut)
-
-    def _before_any(self, conversations: Sequence[Sequence[dict]], i: int, texts: Sequence[str]) -> str:
-        """Return the text before message i, which only some of the conversations have as a reply."""
-        if all(messages[i]["role"] not in ENVIRONMENT for messages in conversations):
-            return self._before(conversations, i, texts)
-        before = self._text(conversations[0][:i])
-        return before[: _boundary(before, texts)]
-
-    def _before(self, conversations: Sequence[Sequence[dict]], i: int, texts: Sequence[str]) -> str:
-        """Return the text before reply i, with which all texts begin: up to the beginning of a reply, as far as they have it.
-
-        A template may open a thought for the reply to come that it does not write for a reply without one; the reply then has no opened
-        thought, and its header is part of the prompt.
-        """
-        messages = conversations[0]
-        opened = self._text(messages[:i], True)
-        if all(text.startswith(opened) for text in texts):
-            return opened
-        closed = os.path.commonprefix([self._text(messages[:i]), opened])
-        end = _boundary(opened, texts)
-        if end >= _boundary(closed, [opened]):
-            return opened[:end]
-        # The template renders these messages differently where a reply follows: what the reply does not change comes before it.
-        others = [self._text([*some[:i], self.turn[1], *some[i + 1 :]]) for some in conversations]
-        before = texts[0][: _boundary(texts[0], [*texts, *others])]
-        if content_of(messages[i - 1]).strip() not in before:
-            raise Defect("the chat template does not render the conversation as a continuation of its prompt")
-        return before
-
-    def _extent(self, messages: Sequence[dict], i: int, text: str) -> tuple[int, int]:
-        """Return (start, stop) of reply i in the conversation's text, with its end token, without its header."""
-        start = len(self._before([messages], i, [text]))
-        if i == len(messages) - 1:
-            return start, len(text)
-        until = self._completed(self._text(messages[: i + 1]))
-        if text.startswith(until):
-            return start, len(until)
-        # The template writes a turn differently once others follow, such as without its thought: what changes with the reply is its text.
-        other = self._completed(self._text([*messages[:i], self.turn[1], *messages[i + 1 :]]))
-        after = len(os.path.commonprefix([text[start:][::-1], other[start:][::-1]]))
-        stop = len(text) - after
-        if not self._writes_end:
-            return start, stop
-        end = len(text[stop : stop + _boundary(text[stop:], [self._end])].rstrip())
-        one = re.compile(rf"\s*(?:{self._special.pattern})").match(text, stop)
-        return start, stop + end if end or one is None else one.end()
-
-
-def one_of(texts: Sequence[str]) -> re.Pattern:
-    """Return a pattern that finds any of the texts; without texts, nothing."""
-    return re.compile("|".join(map(re.escape, texts)) or r"(?!)")
-
-
-def _boundary(text: str, others: Sequence[str]) -> int:
-    """Return the length of the longest beginning of a text that the others share and that ends between two pieces of all of them."""
-    common = len(os.path.commonprefix([text, *others]))
-    ends = [{0, *(piece.end() for piece in PIECE.finditer(some[: common + 61]))} for some in (text, *others)]
-    return max(end for end in set.intersection(*ends) if end <= common)

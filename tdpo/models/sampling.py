@@ -1,13 +1,16 @@
 """Sampling of continuations of prompts."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Optional
+from typing import Optional, Union
 
 import numpy as np
 import torch
 import transformers
 from torch import nn
+
+from tdpo.data.chat_template import end_tokens
 
 
 def own_distribution(tokenizer, max_length: int, **others) -> transformers.GenerationConfig:
@@ -16,23 +19,33 @@ def own_distribution(tokenizer, max_length: int, **others) -> transformers.Gener
     A model's own generation settings are not used, because they may contain penalties or a temperature.
 
     Args:
-        tokenizer: its end-of-sequence token ends a text.
+        tokenizer: its end-of-sequence token, and the token with which its chat template ends a reply, end a text.
         max_length: tokens of prompt and continuation.
         others: generation settings of Transformers that are added to, or replace, those above.
     """
     settings = {"max_length": max_length, "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    settings |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    settings |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": end_tokens(tokenizer)}
     return transformers.GenerationConfig(**settings | others)
 
 
 @contextmanager
-def _settings_of(model: nn.Module, settings: transformers.GenerationConfig) -> Iterator[None]:
-    """Within the block, replace the model's generation settings: Transformers would fill gaps in settings passed to it from the model's."""
-    own, model.generation_config = model.generation_config, settings
+def _settings_of(model: nn.Module, settings: transformers.GenerationConfig) -> Iterator[list[int]]:
+    """Within the block, replace the model's generation settings, apart from the tokens that end a text, which are yielded.
+
+    They are replaced because Transformers would fill gaps in settings passed to it from the model's.
+    """
+    own = model.generation_config
+    ends = sorted({*_listed(settings.eos_token_id), *_listed(own.eos_token_id)})
+    model.generation_config = copy.copy(settings)
+    model.generation_config.eos_token_id = ends
     try:
-        yield
+        yield ends
     finally:
         model.generation_config = own
+
+
+def _listed(ids: Union[int, Sequence[int], None]) -> list[int]:
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
 def continuations(
@@ -54,16 +67,17 @@ def continuations(
         synced: other ranks generate with the same sharded model, so a rank that is done keeps running forward passes until all are.
 
     Returns:
-        per prompt n lists of token ids, with the end-of-sequence token if the model generated it.
+        per prompt n lists of token ids, with the token that ends the text if the model generated one.
     """
     longest = max(map(len, prompts))
     ids = torch.tensor([[settings.pad_token_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
-    with _settings_of(model, settings):
+    with _settings_of(model, settings) as ends:
         length = min(settings.max_length, longest + (max_new_tokens or settings.max_length))
         options = {"num_return_sequences": n, "max_length": length, "synced_gpus": synced}
         output = model.generate(input_ids=ids, attention_mask=mask, **options)[:, longest:].tolist()
-    whole = [ids[: ids.index(settings.eos_token_id) + 1] if settings.eos_token_id in ids else ids for ids in output]
+    stops = [next((i + 1 for i, token in enumerate(ids) if token in ends), None) for ids in output]
+    whole = [ids[:stop] for ids, stop in zip(output, stops)]
     return [whole[i : i + n] for i in range(0, len(whole), n)]
 
 
