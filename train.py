@@ -23,14 +23,16 @@ from tdpo.checkpointing.resume import Resumed, RunFolder, archive_of, check_same
 from tdpo.cli.check_config import Checked, check_config
 from tdpo.cli.command_line import override, run_command
 from tdpo.data.contract import Form
+from tdpo.data.preview import preview
 from tdpo.data.split import TokenizedSplit
-from tdpo.distributed.launch import join_ranks, processes_to_start, start_ranks
+from tdpo.distributed.launch import join_ranks, own_rank, processes_to_start, start_ranks
 from tdpo.distributed.watchdog import Watch
 from tdpo.distributed.world import World
 from tdpo.losses import Objective
 from tdpo.models.archive import find_archive
 from tdpo.models.build import Models, check_local, check_model, empty_model, is_hugging_face, load_model_config, load_tokenizer, prepare_hub
 from tdpo.training.metrics import Sink, open_sinks
+from tdpo.training.optimizer import learning_rate
 from tdpo.utils import Stopped, UserError, get_local_dir, plural, rank0_print, silenced
 
 
@@ -51,6 +53,9 @@ def run(config: DictConfig, overrides: Sequence[str] = (), world: Optional[World
         Stopped: a signal ended the run.
     """
     checked = check_config(config, overrides)
+    if config.dry_run:
+        with silenced(own_rank() > 0):
+            return dry_run(checked)
     if world is None and (n := processes_to_start(config)) > 1:
         run_dir = choose_run_dir(config)
         named = config.resume or config.local_run_dir
@@ -58,6 +63,17 @@ def run(config: DictConfig, overrides: Sequence[str] = (), world: Optional[World
         return run_dir
     with join_ranks(config) if world is None else nullcontext(world) as world, Watch(world), silenced(not world.is_first):
         return train(checked, world)
+
+
+def dry_run(checked: Checked) -> str:
+    """Check and read all that a run would before its model is loaded, print the counts and an example, and return '': nothing is written
+    but the caches."""
+    config, objective, notes = checked
+    rank0_print("\n".join([OmegaConf.to_yaml(config), f"loss: {objective.name} {objective.hyperparameters}", *notes]))
+    plan = prepare(config, objective, World(), "", None)
+    rank0_print(preview(plan.data["train"], plan.tokenizer))
+    rank0_print("dry run: nothing was trained")
+    return ""
 
 
 def train(checked: Checked, world: World) -> str:
@@ -186,7 +202,13 @@ def build_trainer(
         weights={"policy": models.policy, "reference": models.reference},
     )
     rank0_print(f"{config.trainer}: {trainer.ranks()}")
-    rank0_print(f"{plural(len(trainer.batches), 'step')}; {plural(trainer.batches.dropped, 'example')} dropped at the end of each epoch")
+    steps = len(trainer.batches)
+    rank0_print(f"{plural(steps, 'step')}; {plural(trainer.batches.dropped, 'example')} dropped at the end of each epoch")
+    if steps <= config.warmup_steps:
+        rank0_print(
+            f"warning: warmup_steps={config.warmup_steps}, but the run has {plural(steps, 'step')}: the learning rate only reaches "
+            f"{learning_rate(config, steps - 1):.2g} of lr={config.lr:.2g}; set a smaller warmup_steps"
+        )
     return trainer
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -156,5 +157,17 @@ def explain_composition_error(error: Exception, config_dir: str, known_keys: lis
     if found := re.search(r"Missing mandatory value: (\S+)", text):
         return f"missing: {found.group(1)}=..."
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: not of the form key=value ({text})"
+        return f"{error.override}: not of the form key=value ({text}){_quoted(error.override)}"
+    if found := re.search(r"Ambiguous value for argument '(.+?)' 1\. ", text):
+        return f"{found.group(1)}: a comma separates the values of a sweep (--multirun){_quoted(found.group(1))}"
     return text
+
+
+def _quoted(argument: str) -> str:
+    """Return how to type an argument whose value Hydra does not take as it is, as a line to add; '' if quotes do not help."""
+    key, _, value = argument.partition("=")
+    if not value or key in GROUPS or value[0] in "[{":
+        return ""
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+        value = value[1:-1]
+    return f"\n  a value with special characters needs quotes within quotes: {shlex.quote(override(key, value))}"

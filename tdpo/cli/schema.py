@@ -1,12 +1,13 @@
 """Schemas of the configs: type, range and allowed values of every key. check_config.py checks which values go together."""
 
 import inspect
+import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Optional, Union
 
 import pydantic
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, StrictBool
 
 from tdpo import losses
@@ -155,6 +156,7 @@ class Config(Node):
     batch_size: PositiveInt
     eval_batch_size: PositiveInt
     debug: StrictBool
+    dry_run: StrictBool
     fsdp_port: Optional[Annotated[int, Field(ge=1, lt=2**16)]]
     nproc_per_node: Optional[PositiveInt]
     parallel: Parallel
@@ -271,7 +273,7 @@ def check_tool_config(config: DictConfig, schema: type[Node]) -> None:
 
 
 def resolved(config: DictConfig) -> dict:
-    """Resolve a config's references in place, and return it as a dict.
+    """Resolve a config's references, and ~ at the beginning of paths, in place, and return it as a dict.
 
     Raises:
         UserError: a value is missing.
@@ -280,7 +282,17 @@ def resolved(config: DictConfig) -> dict:
     if missing:
         raise UserError(f"missing: {', '.join(f'{key}=...' for key in missing)}")
     OmegaConf.resolve(config)
+    _expand_home(config)
     return OmegaConf.to_container(config)
+
+
+def _expand_home(node: Union[DictConfig, ListConfig]) -> None:
+    """Replace ~ at the beginning of paths by the home folder, in place, as a shell does only before a whole argument."""
+    for key in list(node) if isinstance(node, DictConfig) else range(len(node)):
+        if isinstance(node[key], (DictConfig, ListConfig)):
+            _expand_home(node[key])
+        elif isinstance(node[key], str) and node[key].startswith("~/"):
+            node[key] = os.path.expanduser(node[key])
 
 
 def schema_problems(values: Mapping, config: DictConfig, schema: type[Node]) -> list[str]:

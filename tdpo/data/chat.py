@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Optional
 
 import jinja2
 
-from tdpo.data.chat_template import CannotRender, ChatTemplate
+from tdpo.data.chat_template import TEMPLATE_SECONDS, CannotRender, ChatTemplate
 from tdpo.data.messages import (
     ENVIRONMENT,
     SEGMENT,
@@ -28,7 +28,6 @@ from tdpo.data.rows import Row, RowReport
 from tdpo.data.tokenization import with_escapes
 from tdpo.utils import UserError, time_limit
 
-TEMPLATE_SECONDS = 10.0  # in which a template must have rendered a row; it takes milliseconds, unless it loops
 MOST_TIMEOUTS = 3  # rows after which a template counts as one that loops for every row
 
 

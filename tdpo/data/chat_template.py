@@ -7,7 +7,9 @@ from typing import Optional
 
 from tdpo.data.messages import ENVIRONMENT, content_of
 from tdpo.data.tokenization import special_token_strings
+from tdpo.utils import time_limit
 
+TEMPLATE_SECONDS = 10.0  # in which a template must have rendered a row; it takes milliseconds, unless it loops
 PROBE = "\ue000"  # stands for a reply's content; of Unicode's private use, so in no text
 TURN = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
 PIECE = re.compile(r"<[^<>\s]{1,60}>|\[/?[A-Z_]{2,30}\]|\s|[^\s<\[]+|.", re.DOTALL)  # a text is cut between pieces, not within a tag
@@ -119,7 +121,11 @@ def end_tokens(tokenizer) -> list[int]:
     """Return the ids of the tokens that end a reply: end-of-sequence, and what the chat template writes, if there is one."""
     ends = [tokenizer.eos_token_id]
     if getattr(tokenizer, "chat_template", None):
-        written = ChatTemplate(tokenizer).end
+        try:
+            with time_limit(TEMPLATE_SECONDS):
+                written = ChatTemplate(tokenizer).end
+        except TimeoutError:
+            return ends
         ids = [i for i in tokenizer(written, add_special_tokens=False)["input_ids"] if i in tokenizer.all_special_ids]
         ends += [i for i in ids[:1] if i not in ends]
     return ends

@@ -9,7 +9,7 @@ from typing import NamedTuple, Optional, TypeVar
 import datasets
 import numpy as np
 
-from tdpo.data.contract import COMPLETIONS, Form
+from tdpo.data.contract import COMPLETIONS, PAIRS, Form
 from tdpo.data.token_cache import digest_of, flat
 from tdpo.data.tokenization import batch_element, truncate, truncated_lengths
 from tdpo.utils import UserError, plural, some_of
@@ -180,6 +180,19 @@ class TokenizedSplit:
         self._whole_lengths = np.concatenate([prompts[:, None], responses], axis=1)
         return truncated_lengths(self._whole_lengths, self.max_length, self.max_prompt_length)
 
+    def _equal_pairs(self) -> int:
+        """Return the number of pairs whose chosen and rejected responses have the same tokens after truncation."""
+        if self.form.roles[:2] != PAIRS.roles:
+            return 0
+        counts = flat(self.prompts, "response_ids", 0)
+        whole = flat(self.prompts, "response_ids", 1)
+        ids, starts = flat(self.prompts, "response_ids", 2), np.cumsum(whole) - whole  # of each response's first token
+        first = np.repeat(np.cumsum(counts) - counts, self.examples_per_prompt)
+        indices = flat(self.prompts, "examples", 2).reshape(-1, len(self.form.roles)) + first[:, None]
+        lengths = self._lengths[:, 1:]
+        alike = np.flatnonzero(lengths[:, 0] == lengths[:, 1])
+        return sum(np.array_equal(*(ids[starts[i] : starts[i] + n] for i in two)) for two, n in zip(indices[alike, :2], lengths[alike, 0]))
+
     def describe(self) -> str:
         """Return '1,536 pairs of 1,500 prompts, 345,678 tokens; 12 prompts and 3 responses truncated; 2 occur more than once'."""
         cut = self._lengths < self._whole_lengths
@@ -188,6 +201,8 @@ class TokenizedSplit:
         parts = [f"{plural(len(self), kind)} of {plural(len(self.prompts), 'prompt')}, {tokens:,} tokens"]
         if cut.any():
             parts.append(f"{plural(int(cut[:, 0].sum()), 'prompt')} and {plural(int(cut[:, 1:].sum()), 'response')} truncated")
+        if (equal := self._equal_pairs()) > 0:
+            parts.append(f"{plural(equal, 'pair')} with equal tokens in chosen and rejected, which train nothing")
         if (repeated := len(self) - len(np.unique(flat(self.prompts, "hashes", 1)))) > 0:
             parts.append(f"{repeated:,} occur more than once")
         if self.unknown_token_id is not None:
