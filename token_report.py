@@ -8,6 +8,7 @@ arXiv 2404.12358): the reward of a response is the sum of beta (log pi - log pi_
 
 import os
 from collections.abc import Mapping, Sequence
+from typing import Optional
 
 import numpy as np
 from omegaconf import DictConfig
@@ -25,6 +26,7 @@ from tdpo.utils import UserError, batched
 ROLES = ("chosen", "rejected")
 COLUMNS = {"logps": "logps", "reference": "reference_logps", "kl": "kl"}  # column of the page -> field of TokenStatistics
 FULL = 98  # percentile of the tokens at which the colour and the bar reach their maximum
+REPLACEMENT = "\ufffd"  # what a decoder writes for a part of a character
 BETA = 0.1  # if the run's own is not known or does not exist; the papers' default
 
 
@@ -90,20 +92,36 @@ def described(split: TokenizedSplit, example: Example, tokenizer) -> dict:
     return {"id": element["example_id"], "prompt": tokenizer.decode(prompt), "tokens": tokens}
 
 
-def pieces_of(tokenizer, before: int, ids: Sequence[int]) -> list[str]:
+def pieces_of(tokenizer, before: int, ids: Sequence[int]) -> list[Optional[str]]:
     """Return the text that each token adds. They are decoded in context, because some tokenizers write spaces only between tokens.
 
     Args:
         tokenizer: decodes the tokens.
         before: the token that precedes them.
         ids: the tokens.
+
+    Returns:
+        one text per token. A character of several tokens is the text of the first of them; the others have None.
     """
-    pieces, text = [], tokenizer.decode([before])
+    pieces: list[Optional[str]] = []
+    text = longer = tokenizer.decode([before])
+    waiting: list[int] = []  # tokens of which the last one may end within a character
     for i in range(len(ids)):
-        longer = tokenizer.decode([before, *ids[: i + 1]])
-        pieces.append(longer.removeprefix(text) if longer.startswith(text) else tokenizer.decode([ids[i]]))  # else part of a character
-        text = longer
+        last, longer = longer, tokenizer.decode([before, *ids[: i + 1]])
+        if waiting and longer.startswith(last) and not longer.endswith(REPLACEMENT):  # the text has the replacement character itself
+            pieces += _shared_piece(tokenizer, text, last, waiting)
+            text, waiting = last, []
+        waiting.append(ids[i])
+        if not longer.endswith(REPLACEMENT) or i == len(ids) - 1:
+            pieces += _shared_piece(tokenizer, text, longer, waiting)
+            text, waiting = longer, []
     return pieces
+
+
+def _shared_piece(tokenizer, text: str, longer: str, ids: Sequence[int]) -> list[Optional[str]]:
+    """Return what the tokens add to a text, for the first of them, and None for the others."""
+    piece = longer.removeprefix(text) if longer.startswith(text) else tokenizer.decode(list(ids))
+    return [piece, *[None] * (len(ids) - 1)]
 
 
 def by_pair(policy, reference, tokens: Sequence[TokenizedExample], fast: bool, batch_size: int) -> list[dict[str, dict[str, list[float]]]]:

@@ -54,15 +54,25 @@ def test_numbers(page, trained, mini_tokenizer):
 
 
 def test_pieces_join_to_the_text(mini_tokenizer):
-    """Also if the tokenizer writes spaces only between tokens; a character of several tokens still has one piece per token."""
+    """Also if the tokenizer writes spaces only between tokens."""
     from tdpo.models.build import embedded_tokenizer
 
     for tokenizer, text in ((mini_tokenizer, "Human: what is it?"), (embedded_tokenizer(), "was very good . i loved it")):
         before, *ids = tokenizer(f"the {text}", add_special_tokens=False)["input_ids"]
         pieces = token_report.pieces_of(tokenizer, before, ids)
         assert len(pieces) == len(ids) and tokenizer.decode([before]) + "".join(pieces) == tokenizer.decode([before, *ids])
-    ids = mini_tokenizer("naïve 日本 🙂", add_special_tokens=False)["input_ids"]
-    assert len(token_report.pieces_of(mini_tokenizer, ids[0], ids[1:])) == len(ids) - 1
+
+
+@pytest.mark.parametrize("text", ["naïve 日本 🙂", "🙂🙂", "a\ufffdb\ufffd", "नमस्ते", "שלום", "👩‍👩‍👧", "é" * 3])
+def test_a_character_of_several_tokens_is_the_text_of_the_first(text, mini_tokenizer):
+    before, *ids = mini_tokenizer("x" + text, add_special_tokens=False)["input_ids"]
+    pieces = token_report.pieces_of(mini_tokenizer, before, ids)
+    shown = [piece for piece in pieces if piece is not None]
+    assert len(pieces) == len(ids) and pieces[0] is not None and "".join(shown) == text
+    assert None in pieces  # characters of several bytes, of which the tokenizer merges few
+    assert all("\ufffd" not in piece for piece in shown) or "\ufffd" in text
+    cut = token_report.pieces_of(mini_tokenizer, before, ids[:-1])  # within the last character, as after truncation
+    assert len(cut) == len(ids) - 1
 
 
 def test_page_is_self_contained(page):
@@ -131,6 +141,25 @@ const page = hex("--page"), text = hex("--text");
 const over = (name) => numbers(style.getPropertyValue(name)).map((c, i) => 0.75 * c + 0.25 * page[i]);
 return { page: ratio(page, text), gain: ratio(over("--gain"), text), loss: ratio(over("--loss"), text) };
 """
+
+
+def test_a_character_of_several_tokens_is_shown_once_over_them(trained, browser, tmp_path):
+    row = {"prompt": "Say it.", "chosen": " 日本 🙂", "rejected": " नमस्ते"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    data = ["datasets=[jsonl]", f"datasets.jsonl.path={tmp_path}/pairs.jsonl", f"datasets.jsonl.eval_path={tmp_path}/pairs.jsonl"]
+    page = written(tmp_path / "report.html", trained[:1], *data, "max_length=128", "max_prompt_length=64")
+    browser.get(f"file://{page}")
+    tokens = data_of(page)["pairs"][0]["tokens"]
+    assert len(browser.find_elements("css selector", ".token")) == sum(map(len, tokens.values()))
+    texts = browser.execute_script("return [...document.querySelectorAll('.response')].map((line) => line.textContent)")
+    assert texts == ["".join(filter(None, tokens[role])) for role in ("chosen", "rejected")] and "日本 🙂" in texts[0]
+    boxes = browser.execute_script(
+        "return [...document.querySelectorAll('.character')].map((c) => [c.getBoundingClientRect().width, "
+        "[...c.querySelectorAll('.token')].reduce((sum, t) => sum + t.getBoundingClientRect().width, 0)])"
+    )
+    assert boxes and all(whole > 3 and parts == pytest.approx(whole, rel=0.05) for whole, parts in boxes)
+    assert browser.save_screenshot(str(tmp_path / "characters.png"))
+    assert browser.get_log("browser") == []
 
 
 def test_markup_in_texts_is_escaped(trained, browser, tmp_path):
