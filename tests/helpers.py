@@ -14,16 +14,18 @@ import time
 from collections.abc import Sequence
 from multiprocessing import forkserver
 from pathlib import Path
-from typing import Optional
+from typing import Optional, Union
 
 import hydra
 import pool
 import pytest
+import tokenizers
 import torch
+import transformers
 from hydra.core.global_hydra import GlobalHydra
 
 import train
-from preference_datasets import default_options, get_dataset
+from preference_datasets import default_options, get_dataset, load_split
 from tdpo.data.contract import PAIRS, SFT, examples_in_form
 from tdpo.data.split import TokenizedSplit
 from tdpo.data.token_cache import tokenize
@@ -62,6 +64,46 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
+
+CHATML = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}" + (
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@functools.cache
+def _bpe(kind: str) -> str:
+    special = ["<unk>", "<s>", "</s>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    if kind == "bytes":
+        inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+        inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        inner.decoder = tokenizers.decoders.ByteLevel()
+        alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    else:
+        inner = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", fuse_unk=True))
+        inner.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=kind, split=False)
+        decoders = tokenizers.decoders
+        inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+        alphabet = [chr(i) for i in range(33, 127)] + ["▁", "\n"]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=420, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    inner.train_from_iterator(['a question? The answer: yes it is, or no.\n{\n{"name": 1}'] * 3, trainer)
+    return inner.to_str()
+
+
+def bpe_tokenizer(kind: str = "bytes", template: str = CHATML, eos: str = "<|im_end|>", **others):
+    """Return a small BPE tokenizer with a chat template.
+
+    Args:
+        kind: bytes, as of GPT-2 and Qwen; or, as of Llama 2 and Mistral, with a space in front of the first text (first) or of every text
+            between special tokens (always).
+        template, eos, others: of the tokenizer.
+    """
+    special = {"bos_token": "<s>", "eos_token": eos, "pad_token": "<|endoftext|>", "unk_token": "<unk>"}
+    rest = [token for token in ("<|im_start|>", "<|im_end|>", "</s>") if token != eos]
+    inner = tokenizers.Tokenizer.from_str(_bpe(kind))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **special, extra_special_tokens=rest, **others)
+    tokenizer.chat_template = template
+    return tokenizer
+
 
 # --- data ---
 
@@ -108,6 +150,14 @@ def tokenized(data: dict, tokenizer, max_length: int = 64, max_prompt_length: in
         for name, (contract, options) in data.items()
     ]
     return TokenizedSplit(tables, tokenizer, max_length, max_prompt_length, form, add_bos)
+
+
+def elements_of(data: Union[str, list], folder: Path, tokenizer, form=PAIRS, lengths=(1000, 600), **options) -> list[dict]:
+    """Return what the jsonl dataset makes of rows, or of those at a path: published batch elements, one an example."""
+    path = data if isinstance(data, str) else write_lines(folder / "rows.jsonl", data)
+    node = {**default_options("jsonl"), "path": path, "eval_path": path, **options}
+    split = load_split({"jsonl": node}, "train", tokenizer, *lengths, form)
+    return [split.element(example) for example in next(split.epochs(0, shuffle=False))]
 
 
 # --- runs in this process ---

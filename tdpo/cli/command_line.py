@@ -166,7 +166,7 @@ def explain_composition_error(error: Exception, config_dir: str, known_keys: lis
 def _quoted(argument: str) -> str:
     """Return how to type an argument whose value Hydra does not take as it is, as a line to add; '' if quotes do not help."""
     key, _, value = argument.partition("=")
-    if not value or key in GROUPS or value[0] in "[{":
+    if not value or key in GROUPS or value[0] + value[-1] in ("[]", "{}"):
         return ""
     if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
         value = value[1:-1]

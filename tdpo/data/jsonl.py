@@ -187,6 +187,9 @@ def _jsonl_pairs(reader: _Reader, rows: Iterable[Row]) -> tuple[Contract, Words]
     for row in rows:
         if reader.source.form.roles == SFT.roles and single.add(row):
             continue
+        if not reader.has(row, "chosen") and (reader.has(row, "messages") or reader.has(row, "completion")):
+            report.refuse(row, f"no field {reader.name('chosen')!r} (rows of prompt and completion, or of messages, are for loss=sft)")
+            continue
         found = reader.texts(row, "prompt", "chosen", "rejected")
         given = [row.fields.get(reader.name(f"{role}_score", row)) for role in ("chosen", "rejected")]
         ratings = list(map(number_of, given))

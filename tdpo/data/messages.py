@@ -154,7 +154,8 @@ def misread(text: str, messages: Messages, spelling: Spelling) -> int:
         if isinstance(content, list):
             wrong += sum(str(part) in text or part_text(part).strip() not in text for part in content)
         for call in message.get("tool_calls") or []:
-            arguments = _function_of(call).get("arguments")
+            arguments, name = _function_of(call).get("arguments"), _function_of(call).get("name")
+            wrong += isinstance(name, str) and name not in text
             if isinstance(arguments, str):
                 wrong += json.dumps(arguments) in text or json.dumps(arguments, ensure_ascii=False) in text or arguments not in text
             elif arguments:

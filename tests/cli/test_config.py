@@ -5,13 +5,14 @@ import io
 import os
 import random
 import re
+import shlex
 import signal
 import sys
 
 import pytest
 import torch
 import tqdm
-from helpers import MINI, ROOT, compose, run
+from helpers import MINI, QUIET, ROOT, compose, logs_of, pair, run, write_lines
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
@@ -295,3 +296,69 @@ def test_no_command_uses_cudnns_attention(tmp_path):
     torch.backends.cuda.enable_cudnn_sdp(True)
     sample.run(compose(f"run={tmp_path}/run", f"out={tmp_path}/out", "n_prompts=1", name="sample"))
     assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+# --- lines that help ---
+
+PAIRS_DATA = [*QUIET, "model=tiny", "datasets=[jsonl]", "dry_run=true"]
+
+
+def write_pairs(path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_lines(path, [pair(f"p{i}", " the film was good", " bad") for i in range(40)])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pairs (1).jsonl",
+        "beta=0.1/p.jsonl",
+        "données/p.jsonl",
+        "数据/p.jsonl",
+        "ann's/p.jsonl",
+        "a&b.jsonl",
+        "a,b.jsonl",
+        "[x]/p.jsonl",
+        "~/home.jsonl",
+        "a b.jsonl",
+    ],
+)
+def test_a_path_with_special_characters_works_or_the_line_shows_how_to_quote_it(name, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_pairs(tmp_path / name.removeprefix("~/"))
+    code, _, err = command(*PAIRS_DATA, f"datasets.jsonl.path={name}")
+    if code:
+        assert code == 2 and "Traceback" not in err and len(err.splitlines()) == 2
+        (argument,) = shlex.split(err.splitlines()[1].split("quotes within quotes: ")[1])
+        code, out, err = command(*PAIRS_DATA, argument)
+        assert code == 0 and "40 rows read" in out, err
+
+
+def test_a_dry_run_reads_all_shows_an_example_and_writes_nothing(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_pairs(tmp_path / "p.jsonl")
+    arguments = [
+        *PAIRS_DATA,
+        "datasets.jsonl.path=p.jsonl",
+        "loss=dpo",
+        f"local_run_dir={tmp_path}/run",
+        "trainer=FSDPTrainer",
+        "nproc_per_node=2",
+    ]
+    code, out, err = command(*arguments)
+    assert code == 0, err
+    assert "example jsonl:0.0; ⟦...⟧ is in the loss" in out and out.count("⟦") == 3 and "⟦ bad <|endoftext|>⟧" in out
+    assert os.listdir(tmp_path) == ["p.jsonl"] and out.rstrip().endswith("dry run: nothing was trained")
+    code, _, err = command(*arguments, "model.archive=nothing.pt")
+    assert code == 2 and "nothing.pt" in err
+
+
+def test_a_warm_up_longer_than_the_run_is_said(command, tmp_path):
+    small = [*QUIET, "datasets.reviews.n_train=64", "datasets.reviews.n_test=8", "batch_size=16", "do_first_eval=false", "debug=true"]
+    code, out, _ = command(*small, f"local_run_dir={tmp_path}/a", "warmup_steps=9", "lr=1e-3")
+    assert code == 0
+    assert "warning: warmup_steps=9, but the run has 4 steps: the learning rate only reaches 0.0004 of lr=0.001" in out
+    assert logs_of(tmp_path / "a", "train")[-1]["lr"] == pytest.approx(4e-4)
+    _, out, _ = command(*small, f"local_run_dir={tmp_path}/b", "warmup_steps=3")
+    assert "warmup_steps=3, but" not in out
