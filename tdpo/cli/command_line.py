@@ -151,6 +151,8 @@ def explain_composition_error(error: Exception, config_dir: str, known_keys: lis
         options = sorted(file.removesuffix(".yaml") for file in os.listdir(folder)) if os.path.isdir(folder) else []
         return f"{group}={name}: there is no config/{group}/{name}.yaml{nearest(name, options)}; available: {', '.join(options)}"
     if found := re.search(r"Could not override '([^'@]+)", text):
+        if re.match(r"model\.(chat_template_kwargs|from_config)\.", found.group(1)):
+            return f"{found.group(1)}: a new entry needs a +, as in +{found.group(1)}=..."
         return f"unknown key {found.group(1)}{nearest(found.group(1), known_keys)}"
     if found := re.search(r"Could not append to config\. An item is already at '([^']+)'", text):
         return f"{found.group(1)} already exists: leave out the +"

@@ -61,7 +61,7 @@ class Model(Node):
     from_config: Optional[dict]
     tokenizer_name_or_path: Optional[str]
     chat_template: Optional[str]
-    chat_template_kwargs: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], Any]
+    chat_template_kwargs: Optional[dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], Any]]
     archive: Optional[str]
     block_name: Optional[str]
     attn_implementation: Optional[Literal["sdpa", "eager", "flex_attention"]]

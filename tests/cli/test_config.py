@@ -179,6 +179,9 @@ REFUSED = {
     "exp_name=x model=pythia160m": "tokenizer 'EleutherAI/pythia-160m' cannot be loaded",
     "exp_name=x loss=tdpo model.archive=/no/policy.pt": "model.archive=/no/policy.pt does not exist",
     "exp_name=x loss=tdpo model.archive={root}/README.md": "README.md is not a policy.pt",
+    "exp_name=x model.chat_template_kwargs.a=1": "a new entry needs a +, as in +model.chat_template_kwargs.a=...",
+    "exp_name=x +model.chat_template_kwargs.a=1": "model.chat_template_kwargs is given, but the tokenizer has no chat template",
+    "exp_name=x model.chat_template=/no/file.jinja": "model.chat_template=/no/file.jinja: neither a file nor",
     "exp_name=x loss=tdpo model.archive={mini}/sft_policy.pt": "other shape: gpt_neox.embed_in.weight (300, 32) (model: (138, 128))",
 }
 
