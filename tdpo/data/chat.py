@@ -15,6 +15,7 @@ from tdpo.data.messages import (
     SEGMENT,
     Messages,
     are_messages,
+    content_of,
     misread,
     parsed,
     read_messages,
@@ -210,6 +211,10 @@ class Chat:
             if row.fields.get(prompt_name) is None:
                 raise CannotRender(f"no field {prompt_name!r}")
             messages = (read_messages(row.fields[prompt_name], "user") or []) + messages
+        elif messages and prompt_name != name and isinstance(row.fields.get(prompt_name), (str, list)):
+            prompt = read_messages(row.fields[prompt_name], "user") or []
+            said = words_of(messages)
+            self.report.other_prompts += not all(content_of(message).strip() in said for message in prompt)
         if not are_messages(row, self.report, name, messages, self.template.structural):
             raise CannotRender("")
         return self._with_system(row, messages)
@@ -220,9 +225,10 @@ class Chat:
         if system:
             if not self.report.is_text(row, self.system, system):
                 raise CannotRender("")
-            if messages[0]["role"] == "system":
-                raise CannotRender(f"a system message and a field {self.system!r}")
-            messages = [{"role": "system", "content": system}, *messages]
+            own = messages[0] if messages[0]["role"] == "system" else None
+            if own is not None and content_of(own).strip() != system.strip():
+                raise CannotRender(f"a system message and another one in the field {self.system!r}")
+            messages = messages if own is not None else [{"role": "system", "content": system}, *messages]
         return with_escapes(messages, self.template.special) if self.escape else messages
 
     def _row_tools(self, row: Row) -> Optional[list]:

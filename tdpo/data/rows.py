@@ -37,6 +37,7 @@ class RowReport:
         self.name, self.source, self.invalid_rows = name, f"{name} {split}", invalid_rows
         self.read = self.kept = self.rendered = 0  # rows; rendered: by a chat template
         self.left_out: Counter[str] = Counter()  # rows of which the template leaves out or changes something, by key of a message
+        self.other_prompts = 0  # conversations that do not contain the prompt in the row's own field
         self.fields: set[str] = set()  # names of the fields of all rows
         self.notes: list[str] = []  # logged with the counts
         self._defects: dict[str, list[Row]] = defaultdict(list)
@@ -151,6 +152,8 @@ class RowReport:
         if self.left_out:
             what = ", ".join(f"{key} of {plural(count, 'row')}" for key, count in sorted(self.left_out.items()))
             lines.append(f"  the chat template leaves out or changes: {what}")
+        if self.other_prompts:
+            lines.append(f"  {plural(self.other_prompts, 'conversation')} without the text in the row's prompt, which is not read")
         for verb, defects in (("dropped", self._defects), ("kept, as in the published code, despite", self._kept_defects)):
             if defects:
                 lines.append(f"  {verb}{self._describe(defects)}")

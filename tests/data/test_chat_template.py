@@ -137,6 +137,14 @@ def test_what_the_template_leaves_out_is_said(tmp_path, capsys):
     assert "the chat template leaves out or changes: content of 3 rows, reasoning of 3 rows" in capsys.readouterr().out
 
 
+def test_a_prompt_beside_whole_conversations_is_compared_with_them(tmp_path, capsys):
+    whole = {"chosen": [turn("user", "q"), reply("a")], "rejected": [turn("user", "q"), reply("b")]}
+    elements_of([{**whole, "prompt": "q"}, {**whole, "prompt": [turn("user", "q")]}], tmp_path, bpe_tokenizer())
+    assert "not read" not in capsys.readouterr().out
+    elements_of([{**whole, "prompt": "Be terse. q"}], tmp_path, bpe_tokenizer())
+    assert "conversations without the text in the row's prompt, which is not read" in capsys.readouterr().out
+
+
 # --- tools and ways of writing the same ---
 
 TOOLS = [

@@ -34,7 +34,7 @@ def test_the_system_text_comes_first(tmp_path, capsys):
     first, second, _ = elements_of(chat, tmp_path, bpe_tokenizer(), columns=columns)
     assert first["prompt"].startswith("<|im_start|>user\nq0") and second["prompt"].startswith("<|im_start|>system\nBe terse.<|im_end|>\n")
     both = {**chat[1], "question": [turn("system", "x"), turn("user", "q")]}
-    with pytest.raises(UserError, match="a system message and a field 'system': .*row 1"):
+    with pytest.raises(UserError, match="a system message and another one in the field 'system': .*row 1"):
         elements_of([both], tmp_path, bpe_tokenizer(), columns=columns)
 
 
