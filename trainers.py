@@ -13,13 +13,14 @@ import tqdm
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from tdpo.checkpointing.resume import Resumed, archive_of
+from tdpo.checkpointing.resume import Resumed, archive_of, command_of
 from tdpo.checkpointing.training_state import Progress, restore_tensors, training_tensors
 from tdpo.data.batching import BatchStream, StagedBatchStream, get_collate_fn, prefetched
 from tdpo.data.split import EVAL_SEED, Example, TokenizedSplit
 from tdpo.distributed.signals import StopSignals
 from tdpo.distributed.world import World
 from tdpo.losses import Objective, preference_loss, tdpo_loss
+from tdpo.models.export import export_policy, model_card
 from tdpo.models.sampling import continuations, interleaved, mixed_seed, own_distribution
 from tdpo.scoring.chunked_loss import HeadOnly
 from tdpo.scoring.logps import _get_batch_logps, _tdpo_get_batch_logps, concatenated_inputs
@@ -32,7 +33,7 @@ from tdpo.training.optimizer import learning_rate, make_optimizer
 from tdpo.training.passes import Passes
 from tdpo.training.saver import Saver
 from tdpo.training.strategies import FullySharded, SingleDevice, TensorParallel, Weights, prepare_blocks
-from tdpo.utils import Stopped, UserError, get_logger, plural, seed_generators
+from tdpo.utils import Stopped, UserError, get_local_dir, get_logger, plural, seed_generators
 
 # Forks of the published code import preference_loss and the names after it from trainers.
 __all__ = ["BasicTrainer", "FSDPTrainer", "TensorParallelTrainer", "preference_loss", "tdpo_loss"]
@@ -320,8 +321,9 @@ class BasicTrainer(PublishedMethods):
         Args:
             state: the policy's whole state dict.
         """
-        self.policy.save_pretrained(folder, state_dict=dict(state), is_main_process=True)
-        self.tokenizer.save_pretrained(folder)
+        cache_dir = get_local_dir(self.config.local_dirs)
+        card = model_card(self.config, self.snapshot(), command_of(self.run_dir), cache_dir)
+        export_policy(self.policy, self.tokenizer, folder, state, self.config.model, cache_dir, card)
 
     def snapshot(self) -> dict[str, Any]:
         """Return Progress as a JSON-serializable dict: counters, the hooks' state, and what identifies the run."""

@@ -1,7 +1,9 @@
 """Resuming a run: choose its folder and checkpoint, check that it is the same run, and cut its logs back to the checkpoint."""
 
 import os
+import shlex
 import socket
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -15,14 +17,14 @@ from tdpo.checkpointing.training_state import Progress, read_progress
 from tdpo.distributed.world import World
 from tdpo.files import reason_of, remove, replaced_whole, set_aside
 from tdpo.losses import Objective
-from tdpo.utils import UserError, flat_keys, get_local_run_dir, get_logger, some_of, try_lock
+from tdpo.utils import CONFIG_DIR, UserError, flat_keys, get_local_run_dir, get_logger, some_of, try_lock
 
 log = get_logger(__name__)
 
 # Keys that may differ from those of the resumed run: where and how it computes, for how long, how often it saves. Paths (model.archive,
 # datasets.*.path) may differ too, because the files' contents are compared.
 MAY_CHANGE = (
-    "exp_name debug fsdp_port wandb local_dirs local_run_dir resume keep_checkpoints save_policy trainer nproc_per_node parallel "
+    "exp_name debug dry_run fsdp_port wandb local_dirs local_run_dir resume keep_checkpoints save_policy trainer nproc_per_node parallel "
     "gradient_accumulation_steps tokens_per_microbatch scoring compile reference_cache eval_batch_size activation_checkpointing "
     "deterministic n_epochs n_examples save_every max_skipped_steps minimum_log_interval_secs "
     "model.archive model.block_name model.attn_implementation"
@@ -33,6 +35,7 @@ MAY_CHANGE_WITH_WARNING = (
 ).split()
 
 
+CONFIG = "config.yaml"
 LOCK_PATIENCE = 30.0  # seconds to wait for another run to leave the folder
 
 
@@ -133,6 +136,7 @@ def _same_run(resumed: Resumed, config: DictConfig, objective: Objective) -> Res
 
 def differing_keys(saved: Mapping, current: Mapping, objective: Objective) -> dict[str, tuple[Any, Any]]:
     """Return the keys that make this another run or change its continuation: {key: (saved, current)}, with None for a missing value."""
+    known = set(flat_keys(saved))
     keys = dict.fromkeys([*flat_keys(saved), *flat_keys(current)])
     # With stages, n_epochs determines when each stage begins.
     free = set(MAY_CHANGE) - ({"n_epochs"} if objective.stages > 1 else set())
@@ -141,10 +145,21 @@ def differing_keys(saved: Mapping, current: Mapping, objective: Objective) -> di
         parts = key.split(".")
         if any(".".join(parts[: i + 1]) in free for i in range(len(parts))) or (parts[0] == "datasets" and parts[-1].endswith("path")):
             continue
-        was, now = _value(saved, parts), _value(current, parts)
+        was = _value(saved, parts) if key in known else _default(parts)
+        now = _value(current, parts)
         if was != now:
             different[key] = (was, now)
     return different
+
+
+def _default(parts: list[str]) -> Any:
+    """Return the default of a key that a saved config lacks, because it was saved before the key existed; None if it has no default."""
+    files = {"model": "model/blank_model.yaml", "datasets": f"datasets/{parts[1] if len(parts) > 1 else ''}.yaml"}
+    path = os.path.join(CONFIG_DIR, files.get(parts[0], "config.yaml"))
+    if parts[0] == "loss" or not os.path.isfile(path):
+        return None
+    depth = {"model": 1, "datasets": 2}.get(parts[0], 0)
+    return _value(OmegaConf.to_container(OmegaConf.load(path)), parts[depth:])
 
 
 def _value(values: Any, parts: list[str]) -> Any:
@@ -176,6 +191,21 @@ def check_same_data(resumed: Resumed, data: Mapping[str, str], reference: str) -
         )
 
 
+def own_command() -> str:
+    """Return the command line of this process if it is train.py; else ''."""
+    return shlex.join(["python", "-u", "train.py", *sys.argv[1:]]) if os.path.basename(sys.argv[0]) == "train.py" else ""
+
+
+def command_of(run_dir: str) -> str:
+    """Return the command with which a run was started, which is the comment at the top of its config.yaml; '' if there is none."""
+    try:
+        with open(os.path.join(run_dir, CONFIG), encoding="utf-8", errors="replace") as file:
+            line = file.readline(2**16)
+    except OSError:
+        return ""
+    return line[2:].strip() if line.startswith("# ") else ""
+
+
 def archive_of(resumed: Optional[Resumed], given: Optional[str]) -> Optional[str]:
     """Resolve model.archive.
 
@@ -195,7 +225,7 @@ def archive_of(resumed: Optional[Resumed], given: Optional[str]) -> Optional[str
 
 def check_seen_by_all(world: World, run_dir: str) -> None:
     """Raise UserError if a rank does not see what rank 0 has written into the run's folder. Called on all ranks; waits up to 30 s."""
-    path, end = os.path.join(run_dir, "config.yaml"), time.monotonic() + 30
+    path, end = os.path.join(run_dir, CONFIG), time.monotonic() + 30
     with world.agreed():
         while not os.path.exists(path):  # a network disk may take its time
             if time.monotonic() > end:
@@ -256,7 +286,9 @@ class RunFolder:
             try:
                 if self.world.is_first:
                     prepare_run_dir(self.path, self.resumed, self._damaged)
-                    with replaced_whole(os.path.join(self.path, "config.yaml")) as file:
+                    command = command_of(self.path) or own_command()
+                    with replaced_whole(os.path.join(self.path, CONFIG)) as file:
+                        file.write(f"# {command}\n" if command else "")
                         OmegaConf.save(self.config, file)
                     self._began = True
             except OSError as error:
@@ -270,7 +302,7 @@ class RunFolder:
         with suppress(OSError):  # the folder may be gone
             failed_early = kind is not None and issubclass(kind, UserError) and not {"metrics.jsonl", "LATEST"} & set(os.listdir(self.path))
             if self._began and failed_early:
-                os.remove(os.path.join(self.path, "config.yaml"))
+                os.remove(os.path.join(self.path, CONFIG))
         self._close()
 
     def _close(self) -> None:

@@ -199,6 +199,7 @@ def build_model(
         built = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)].from_pretrained(
             None, config=model_config, state_dict=state, dtype=dtype
         )
+        built._weight_conversions = None  # the archive has the names of the model in memory; an export has those of the model's own files
     elif folder is None and model.from_config is not None:
         built = transformers.AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=False)
     else:

@@ -1,0 +1,212 @@
+"""Export of a policy as a Hugging Face folder that other programs load, with names, settings and files as its base model has them."""
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Optional, Union
+
+import torch
+import transformers
+from omegaconf import DictConfig
+from torch import nn
+from transformers.utils import cached_file
+
+from tdpo.data.chat_template import end_tokens
+from tdpo.models.build import EMBEDDED_TOKENIZER
+from tdpo.utils import get_logger
+
+log = get_logger(__name__)
+
+# Files of a tokenizer that Transformers does not write again, but other programs read.
+TOKENIZER_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "merges.txt", "vocab.txt", "tekken.json")
+
+
+def export_policy(
+    policy: nn.Module, tokenizer, folder: str, state: Mapping[str, torch.Tensor], model: DictConfig, cache_dir: Optional[str], card: str
+) -> None:
+    """Write policy and tokenizer into a Hugging Face folder.
+
+    Args:
+        policy: a causal language model of Transformers; its tensors are not used.
+        tokenizer: with which it was trained.
+        folder: to be made.
+        state: the policy's whole state dict.
+        model: the config's `model`, which names the model that training began from.
+        cache_dir: of downloads.
+        card: text of the folder's README.md.
+    """
+    source = _source(model)
+    settings = own_settings(policy, source, cache_dir)
+    ends = [*_listed(settings.eos_token_id), *_listed(policy.config.eos_token_id)]
+    ends = list(dict.fromkeys([*ends, *end_tokens(tokenizer)]))
+    settings.eos_token_id = ends[0] if len(ends) == 1 else ends
+    _make_valid(settings)
+    if settings.pad_token_id is None:
+        settings.pad_token_id = tokenizer.pad_token_id
+    with _replaced(policy, settings, ends):
+        policy.save_pretrained(folder, state_dict=dict(state), is_main_process=True)
+    _add_older_keys(os.path.join(folder, "config.json"))
+    tokenizer.save_pretrained(folder)
+    _note_bos(os.path.join(folder, "tokenizer_config.json"), model.add_bos)
+    for file in TOKENIZER_FILES:
+        _copy(model.tokenizer_name_or_path or source, file, folder, cache_dir)
+    with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as handle:
+        handle.write(card)
+
+
+def _source(model: DictConfig) -> Optional[str]:
+    """Return the model whose settings and files an export keeps: a Hugging Face folder as archive, else the base model; None: neither."""
+    if model.archive is not None and os.path.isfile(os.path.join(model.archive, "config.json")):
+        return model.archive
+    return model.name_or_path if model.from_config is None else None
+
+
+def own_settings(policy: nn.Module, source: Optional[str], cache_dir: Optional[str]) -> transformers.GenerationConfig:
+    """Return the generation settings of the model that training began from; if it has none, those that follow from its config.
+
+    Args:
+        policy: the model.
+        source: name or folder of the model that training began from; None: random weights.
+        cache_dir: of downloads.
+    """
+    if source is not None:
+        try:
+            return transformers.GenerationConfig.from_pretrained(source, cache_dir=cache_dir)
+        except (OSError, ValueError):  # it has none
+            pass
+    return copy.deepcopy(getattr(policy, "generation_config", None) or transformers.GenerationConfig.from_model_config(policy.config))
+
+
+def _make_valid(settings: transformers.GenerationConfig) -> None:
+    """Let settings with a temperature sample, in place: those of Vicuna and Llama 2 do not, which Transformers refuses to write."""
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        settings.do_sample = True
+
+
+def model_card(config: DictConfig, progress: Mapping[str, Any], command: str, cache_dir: Optional[str]) -> str:
+    """Return the text of a model card.
+
+    Args:
+        config: the run's.
+        progress: what progress.json holds.
+        command: with which the run was started; '' if that is not known.
+        cache_dir: of downloads, among which the base model's own card is looked for.
+    """
+    licence = _licence_of(_source(config.model), cache_dir)
+    base = config.model.name_or_path or f"random weights ({config.model.from_config.get('model_type')})"
+    on_hub = config.model.name_or_path and not os.path.exists(config.model.name_or_path)
+    head = ["library_name: transformers", "tags:", "- tdpo"] + ([f"base_model: {base}"] if on_hub else [])
+    head += [f"license: {licence}"] if licence else []
+    loss = ", ".join(f"{key} {value}" for key, value in config.loss.items() if key != "name")
+    data = ", ".join(f"{name} ({node.get('path') or 'generated'})" for name, node in config.datasets.items())
+    lines = [
+        f"# {config.exp_name}",
+        "",
+        f"- base model: {base}" + ("" if licence else "; its licence is not known here"),
+        f"- weights that training began from: {config.model.archive or 'those of the base model'}",
+        f"- loss: {config.loss.name}" + (f" ({loss})" if loss else ""),
+        f"- data: {data}",
+        f"- {progress['examples']:,} train examples, {progress['updates']:,} updates, {config.optimizer} with lr {config.lr:g}",
+        f"- prompts begin with the beginning-of-sequence token: {'yes' if config.model.add_bos else 'only where the text has it'}",
+    ]
+    if command:
+        lines += ["", "```", command, "```"]
+    metrics = [f"| {name} | {value:.4g} |" for name, value in progress["eval_metrics"].items() if isinstance(value, (int, float))]
+    if metrics:
+        lines += ["", "| metric of the eval split | value |", "|---|---|", *metrics]
+    return "\n".join(["---", *head, "---", "", *lines, ""])
+
+
+def _licence_of(source: Optional[str], cache_dir: Optional[str]) -> Optional[str]:
+    """Return the licence that a model's own card names; None if there is none."""
+    path = _find(source, "README.md", cache_dir)
+    if path is None:
+        return None
+    with open(path, encoding="utf-8", errors="replace") as file:
+        head = file.read(2**16).split("---")
+    entries = dict(line.split(":", 1) for line in (head[1] if len(head) > 2 else "").splitlines() if ":" in line)
+    return entries.get("license", "").strip() or None
+
+
+@contextmanager
+def _replaced(policy: nn.Module, settings: transformers.GenerationConfig, ends: list[int]) -> Iterator[None]:
+    """Within the block, give the model these generation settings, and the end-of-sequence tokens in its config."""
+    config, own = policy.config, getattr(policy, "generation_config", None)
+    before = config.eos_token_id
+    policy.generation_config, config.eos_token_id = settings, ends[0] if len(ends) == 1 else ends
+    try:
+        yield
+    finally:
+        policy.generation_config, config.eos_token_id = own, before
+
+
+def _add_older_keys(path: str) -> None:
+    """Add to config.json the names that programs and versions of Transformers before 5 read."""
+    with open(path) as file:
+        values = json.load(file)
+    for part in (values, values.get("text_config") or {}):
+        _older_keys(part)
+    with open(path, "w") as file:
+        json.dump(values, file, indent=2)
+        file.write("\n")
+
+
+def _older_keys(values: dict) -> None:
+    if "dtype" in values:
+        values.setdefault("torch_dtype", values["dtype"])
+    rope = values.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return
+    if isinstance(rope.get("sliding_attention"), dict):  # one set a kind of layer, as Gemma 3
+        values.setdefault("rope_local_base_freq", rope["sliding_attention"].get("rope_theta"))
+        rope = rope.get("full_attention", {})
+    if "rope_theta" in rope:
+        values.setdefault("rope_theta", rope["rope_theta"])
+    if "partial_rotary_factor" in rope:
+        values.setdefault("partial_rotary_factor", rope["partial_rotary_factor"])
+    if values.get("model_type") in ("gpt_neox", "gpt_neox_japanese"):
+        values.setdefault("rotary_pct", rope.get("partial_rotary_factor"))
+        values.setdefault("rotary_emb_base", rope.get("rope_theta"))
+    scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
+    scaled = scaling.get("rope_type", "default") != "default"
+    values.setdefault("rope_scaling", {**scaling, "type": scaling["rope_type"]} if scaled else None)
+
+
+def _note_bos(path: str, add_bos: bool) -> None:
+    """Write into tokenizer_config.json whether prompts began with the beginning-of-sequence token."""
+    with open(path) as file:
+        values = json.load(file)
+    values["add_bos_token"] = add_bos
+    with open(path, "w") as file:
+        json.dump(values, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+
+
+def _find(source: Optional[str], file: str, cache_dir: Optional[str]) -> Optional[str]:
+    """Return the path of a file of a model or tokenizer, in its folder or the cache of downloads; None if it has no such file."""
+    if source is None or source == EMBEDDED_TOKENIZER:
+        return None
+    if os.path.isdir(source):
+        path = os.path.join(source, file)
+        return path if os.path.isfile(path) else None
+    try:
+        options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+        return cached_file(source, file, cache_dir=cache_dir, **options)
+    except Exception as error:  # the hub's client raises a dozen types
+        log.info(f"{file} of {source} cannot be had: {' '.join(str(error).split())[:120]}")
+        return None
+
+
+def _copy(source: Optional[str], file: str, folder: str, cache_dir: Optional[str]) -> None:
+    target = os.path.join(folder, file)
+    if not os.path.exists(target) and (path := _find(source, file, cache_dir)) is not None:
+        shutil.copyfile(path, target)
+
+
+def _listed(ids: Union[int, Sequence[int], None]) -> list[int]:
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
