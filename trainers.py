@@ -32,7 +32,7 @@ from tdpo.training.metrics import MetricSums, Sink, example_metrics
 from tdpo.training.optimizer import learning_rate, make_optimizer
 from tdpo.training.passes import Passes
 from tdpo.training.saver import Saver
-from tdpo.training.strategies import FullySharded, SingleDevice, TensorParallel, Weights, prepare_blocks
+from tdpo.training.strategies import FullySharded, SingleDevice, TensorParallel, Weights, prepare_blocks, without_randomness
 from tdpo.utils import Stopped, UserError, get_local_dir, get_logger, plural, seed_generators
 
 # Forks of the published code import preference_loss and the names after it from trainers.
@@ -189,7 +189,7 @@ class BasicTrainer(PublishedMethods):
             examples: the global batch, of all ranks.
             microbatches: this rank's shard of it.
         """
-        self.policy.train()
+        without_randomness(self.policy)
         started = time.perf_counter()
         sums, losses = MetricSums(), []
         lr = learning_rate(self.config, self.progress.updates)

@@ -1,6 +1,7 @@
 """Load a trained model for evaluation: from a run folder, one of its checkpoints, or a Hugging Face folder."""
 
 import os
+import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Optional, Union
 
@@ -16,7 +17,7 @@ from tdpo.losses import Objective, get_objective
 from tdpo.models.archive import find_archive
 from tdpo.models.build import build_model, check_model, compute_dtype, load_model_config, load_tokenizer, prepare_hub, reference_dtype
 from tdpo.scoring.scorer import Scorer, fast_scoring_problem
-from tdpo.utils import CONFIG_DIR, UserError, get_local_dir, get_logger
+from tdpo.utils import CONFIG_DIR, UserError, get_local_dir, get_logger, looks_local
 
 log = get_logger(__name__)
 
@@ -112,9 +113,33 @@ def find_trained(path: str) -> Trained:
     if os.path.exists(os.path.join(checkpoint, PROGRESS)):  # it records an absolute path; config.yaml may hold a relative one
         noted = _reference_of(checkpoint)
         archive, identity = noted["archive"], noted["fingerprint"]
+    if config.model.name_or_path is not None:
+        model.name_or_path = _base_beside(config.model.name_or_path, checkpoint)
+    archive = archive and _beside(archive, checkpoint)
     # For a loss without reference, the weights that training started from serve as the reference.
     known = objective_of_run(config).roles != SFT.roles and (archive is not None or config.model.from_config is None)
-    return Trained(folder, model, config, OmegaConf.merge(config.model, {"archive": archive}) if known else None, identity)
+    return Trained(folder, model, config, OmegaConf.merge(model, {"archive": archive}) if known else None, identity)
+
+
+def _beside(path: str, checkpoint: str) -> str:
+    """Return where a path that a run has recorded is now: if it is gone, under the same names beside the run, as after both were moved."""
+    if os.path.exists(path) or not looks_local(path):
+        return path
+    parts = pathlib.PurePath(path).parts
+    for place in pathlib.Path(checkpoint).parents[1:4]:
+        for n in range(len(parts) - 1, 0, -1):
+            found = place.joinpath(*parts[-n:])
+            if found.is_dir() or (n > 1 and found.exists()):
+                return str(found)
+    return path
+
+
+def _base_beside(name: str, checkpoint: str) -> str:
+    """Return the base model of a run, or, if its folder is gone, what the checkpoint has exported, which has the config and tokenizer."""
+    found, exported = _beside(name, checkpoint), os.path.join(checkpoint, "hf")
+    if os.path.exists(found) or not looks_local(found) or not os.path.isdir(exported):
+        return found
+    return exported
 
 
 def find_all(paths: Union[str, Sequence[str]]) -> list[Trained]:
@@ -203,6 +228,8 @@ def load_compared(trained: Trained, archive: Optional[str], device: torch.device
     if node is not None:
         if archive is None and trained.moved_its_reference():
             log.info(f"{trained.name}: its reference was updated during training; it is compared with the initial one")
+        if archive is None and node.archive is not None and not os.path.exists(node.archive):
+            raise UserError(f"run={trained.name}: '{node.archive}', from which it started, does not exist: give reference=<weights>")
         reference = _built(node, trained.cache_dir(), tokenizer, reference_dtype(trained.model), max_length)
         if archive is None and trained.reference_identity not in ("", fingerprint(reference)):
             raise UserError(

@@ -183,6 +183,15 @@ def prepare_blocks(config: DictConfig, policy: nn.Module, reference_model: Optio
             block.compile(dynamic=True)
 
 
+def without_randomness(policy: nn.Module) -> None:
+    """Put a model into the mode in which it is trained: as in evaluation, so that it draws nothing (dropout, noise of routers, dropped
+    layers) and agrees with the reference; only blocks whose activations are checkpointed are told that they train."""
+    policy.eval()
+    for module in policy.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True  # of this module alone, not of those inside
+
+
 @contextmanager
 def cast_parameters(module: nn.Module, dtype: Optional[torch.dtype]) -> Iterator[None]:
     """Let the module compute, within the block, with copies of its parameters in `dtype`; gradients flow to the originals.
