@@ -176,7 +176,7 @@ def cores() -> int:
 
 def looks_local(path: str) -> bool:
     """Return whether `path` names a local file or folder, existing or not, rather than a repository owner/name on the hub."""
-    local_endings = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet", ".pt", ".bin", ".safetensors")
+    local_endings = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet", ".pt", ".bin", ".safetensors", ".gguf")
     return path.startswith(("/", ".", "~")) or path.endswith(local_endings) or path.count("/") > 1 or os.path.exists(path)
 
 

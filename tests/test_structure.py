@@ -15,7 +15,7 @@ ORDER = [
     {"tdpo.models", "preference_datasets"},
     {"tdpo.training"},
     {"tdpo.analysis", "trainers"},
-    {"train", "sample", "eval", "token_report", "plot"},
+    {"train", "sample", "eval", "export", "token_report", "plot"},
 ]
 
 

@@ -30,6 +30,7 @@ class Trained(NamedTuple):
     config: Optional[DictConfig]  # of the run; None for a Hugging Face folder
     reference: Optional[DictConfig]  # `model` with the weights that training started from; None: unknown or random
     reference_identity: str = ""  # fingerprint of those weights; "" if the run has recorded none
+    checkpoint: str = ""  # its folder; "" for a Hugging Face folder
 
     def length(self, key: str, given: Optional[int]) -> int:
         """Return `given`, else the run's value, else the default of config/config.yaml.
@@ -118,7 +119,8 @@ def find_trained(path: str) -> Trained:
     archive = archive and _beside(archive, checkpoint)
     # For a loss without reference, the weights that training started from serve as the reference.
     known = objective_of_run(config).roles != SFT.roles and (archive is not None or config.model.from_config is None)
-    return Trained(folder, model, config, OmegaConf.merge(model, {"archive": archive}) if known else None, identity)
+    reference = OmegaConf.merge(model, {"archive": archive}) if known else None
+    return Trained(folder, model, config, reference, identity, checkpoint)
 
 
 def _beside(path: str, checkpoint: str) -> str:

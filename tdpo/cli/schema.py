@@ -255,6 +255,15 @@ class Evaluation(Node):
     seed: Seed
 
 
+class Export(Node):
+    """Keys of config/export.yaml."""
+
+    run: str
+    out: str
+    dtype: Optional[Dtype]
+    push: Optional[Annotated[str, Field(pattern=r"^[^/]+/[^/]+$")]]
+
+
 def check_tool_config(config: DictConfig, schema: type[Node]) -> None:
     """Check a tool's config against its schema. In place, references are resolved and values get their types.
 

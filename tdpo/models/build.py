@@ -1,5 +1,6 @@
 """Construction of tokenizer, policy and reference from the config's `model`."""
 
+import importlib.util
 import os
 from collections.abc import Iterable, Mapping
 from typing import Optional
@@ -74,7 +75,10 @@ def _load_tokenizer(name: str, add_bos: bool, cache_dir: Optional[str]):
     if looks_local(name) and not os.path.exists(name):
         raise UserError(f"model or tokenizer '{name}' does not exist; give a local path, or owner/name for one on the hub")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=False)
+        place, gguf = _place(name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, cache_dir=cache_dir, trust_remote_code=False, **gguf)
+    except UserError:
+        raise
     except Exception as error:  # the Rust library raises plain Exception for a damaged file
         raise UserError(f"tokenizer '{name}' cannot be loaded: {_reason(error)}") from None
     if tokenizer.eos_token_id is None:
@@ -105,14 +109,24 @@ def load_model_config(model: DictConfig, tokenizer, cache_dir: Optional[str]):
     """
     try:
         if model.from_config is None:
-            config = transformers.AutoConfig.from_pretrained(model.name_or_path, cache_dir=cache_dir, trust_remote_code=False)
+            place, gguf = _place(model.name_or_path)
+            config = transformers.AutoConfig.from_pretrained(place, cache_dir=cache_dir, trust_remote_code=False, **gguf)
         else:
             fields = OmegaConf.to_container(model.from_config)
             ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
             config = transformers.AutoConfig.for_model(fields.pop("model_type"), vocab_size=len(tokenizer), **ids, **fields)
         if model.attn_implementation is not None:
             config._attn_implementation = model.attn_implementation
+        quantised = getattr(config, "quantization_config", None)
+        if quantised is not None:
+            method = quantised.get("quant_method") if isinstance(quantised, Mapping) else getattr(quantised, "quant_method", None)
+            raise UserError(
+                f"model '{model.name_or_path}' is quantised ({method or 'in some way'}): such weights cannot be trained; "
+                "give the model that it was made from"
+            )
         return config
+    except UserError:
+        raise
     except Exception as error:  # configs of Transformers raise errors of many types
         raise UserError(f"model {model.name_or_path or 'from_config'} cannot be loaded: {_reason(error)}") from None
 
@@ -270,18 +284,49 @@ class Models:
         return policy, reference if self.needs_reference else None
 
 
+def _place(name: str) -> tuple[str, dict[str, str]]:
+    """Return what Transformers loads a model from: (folder, {"gguf_file": file}) for a GGUF file, else (name, {}).
+
+    Raises:
+        UserError: it is a GGUF file, and the packages that read one are not installed.
+    """
+    if not name.endswith(".gguf"):
+        return name, {}
+    missing = [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UserError(f"'{name}' is a GGUF file, which needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+    folder, file = os.path.split(name)
+    return folder or ".", {"gguf_file": file}
+
+
+def _plain(model: torch.nn.Module) -> torch.nn.Module:
+    """Remove the traces of a quantised file from a model whose weights were dequantised, so that it is exported as a plain one."""
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    for name in ("is_quantized", "quantization_method"):
+        vars(model).pop(name, None)
+    return model
+
+
 def _from_pretrained(name: str, model_config, dtype: torch.dtype, cache_dir: Optional[str], strict: bool) -> torch.nn.Module:
     """Load a pretrained model. `strict`: weights that the model lacks are an error too; models on the hub may have additional heads."""
     try:
+        place, gguf = _place(name)
+        if gguf:
+            log.info(f"'{name}' is a GGUF file: its weights are dequantised to {str(dtype).removeprefix('torch.')}")
         built, info = transformers.AutoModelForCausalLM.from_pretrained(
-            name,
+            place,
             config=model_config,
             dtype=dtype,
             cache_dir=cache_dir,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, with their names
             trust_remote_code=False,
+            **gguf,
         )
+    except UserError:
+        raise
     except Exception as error:  # OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError
         raise UserError(f"the weights of '{name}' cannot be loaded: {_reason(error)}") from None
     unexpected = [key for key in info["unexpected_keys"] if strict and not str(key).endswith(LEGACY_BUFFERS)]
@@ -289,7 +334,7 @@ def _from_pretrained(name: str, model_config, dtype: torch.dtype, cache_dir: Opt
     found = "; ".join(f"{what}: {some_of(sorted(map(str, keys)), 4)}" for what, keys in problems if keys)
     if found:
         raise UserError(f"the weights of '{name}' do not fit the model: {found}")
-    return built
+    return _plain(built) if gguf else built
 
 
 def _reason(error: Exception) -> str:

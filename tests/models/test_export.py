@@ -1,0 +1,132 @@
+"""What a run exports: names, settings and files that other programs load, and export.py."""
+
+import json
+import stat
+
+import pytest
+import torch
+from helpers import FAMILIES, SIZES, bpe_tokenizer, compose, run, turn, write_lines
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+import export
+from tdpo.models.export import _older_keys, _source
+from tdpo.utils import UserError
+
+MOE = {"num_key_value_heads": 1, "num_experts_per_tok": 2}
+MODELS = {
+    "llama": {**FAMILIES["llama"], "rope_theta": 5e5},
+    "mixtral": {**SIZES, **MOE, "num_local_experts": 4},
+    "qwen3_moe": {**SIZES, **MOE, "head_dim": 8, "num_experts": 4, "moe_intermediate_size": 16, "decoder_sparse_step": 1},
+    "gpt_neox": FAMILIES["gpt_neox"],
+}
+
+
+def base_model(folder, family: str, eos: str = "<|endoftext|>"):
+    """Save a model with random weights and a chat tokenizer, whose own settings end a text at two tokens."""
+    tokenizer = bpe_tokenizer(eos=eos)
+    torch.manual_seed(0)
+    sizes = {**MODELS[family], "vocab_size": len(tokenizer), "max_position_embeddings": 128}
+    config = AutoConfig.for_model(family, bos_token_id=1, eos_token_id=tokenizer.eos_token_id, pad_token_id=3, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    settings = {"eos_token_id": [tokenizer.eos_token_id, 2], "do_sample": True, "temperature": 0.6}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    (folder / "tokenizer.model").write_text("as SentencePiece has it")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    return tokenizer
+
+
+def arguments(base, folder) -> list[str]:
+    rows = [{"prompt": [turn("user", f"2+{i}")], "chosen": "right", "rejected": "wrong"} for i in range(40)]
+    data = ["datasets=[jsonl]", f"datasets.jsonl.path={write_lines(folder / 'rows.jsonl', rows)}", "max_length=64", "max_prompt_length=32"]
+    return ["model=blank_model", f"model.name_or_path={base}", *data, "n_examples=8", "n_eval_examples=4", "lr=1e-3", "warmup_steps=0"]
+
+
+def names_of(folder) -> set[str]:
+    return {name for file in folder.glob("*.safetensors") for name in load_file(file)}
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_a_run_from_sft_weights_exports_what_the_base_model_has(family, tmp_path):
+    """Names of tensors, generation settings with all ends, files of the tokenizer; also where the run began at policy.pt."""
+    tokenizer = base_model(tmp_path / "base", family)
+    common = arguments(tmp_path / "base", tmp_path)
+    sft = run(*common, "loss=sft", f"local_run_dir={tmp_path}/sft")
+    tdpo = run(*common, "loss=tdpo2", f"model.archive={sft}/LATEST/policy.pt", f"local_run_dir={tmp_path}/tdpo")
+    for folder in (sft / "LATEST" / "hf", tdpo / "LATEST" / "hf"):
+        assert names_of(folder) == names_of(tmp_path / "base")
+        settings = GenerationConfig.from_pretrained(folder)
+        turn_end = tokenizer.convert_tokens_to_ids("<|im_end|>")  # with which responses were trained to end
+        assert set(settings.eos_token_id) == {tokenizer.eos_token_id, 2, turn_end} and settings.temperature == 0.6
+        assert set(json.loads((folder / "config.json").read_text())["eos_token_id"]) == set(settings.eos_token_id)
+        assert (folder / "tokenizer.model").read_text() == "as SentencePiece has it"
+        assert AutoTokenizer.from_pretrained(folder).chat_template == tokenizer.chat_template
+        assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {stat.S_IMODE((tmp_path / "rows.jsonl").stat().st_mode)}
+        card = (folder / "README.md").read_text()
+        assert "license: mit" in card and f"base model: {tmp_path}/base" in card and "| loss/eval |" in card
+    state = torch.load(tdpo / "LATEST" / "policy.pt", weights_only=True)["state"]
+    loaded = AutoModelForCausalLM.from_pretrained(tdpo / "LATEST" / "hf").state_dict()
+    assert all(torch.equal(state[name], loaded[name]) for name in state)
+
+
+@pytest.mark.parametrize(
+    "rope,older",
+    [
+        ({"rope_theta": 5e5, "rope_type": "default"}, {"rope_theta": 5e5, "rope_scaling": None}),
+        (
+            {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0},
+            {"rope_theta": 1e4, "rope_scaling": {"rope_type": "linear", "type": "linear", "factor": 2.0}},
+        ),
+        (
+            {
+                "full_attention": {"rope_theta": 1e6, "rope_type": "default"},
+                "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
+            },
+            {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": None},
+        ),
+    ],
+)
+def test_older_keys_of_a_config(rope, older):
+    values = {"dtype": "bfloat16", "rope_parameters": rope}
+    _older_keys(values)
+    assert values == {"dtype": "bfloat16", "rope_parameters": rope, "torch_dtype": "bfloat16", **older}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_a_config_with_older_keys_loads_as_before(family, tmp_path):
+    base_model(tmp_path / "base", family)
+    done = run(*arguments(tmp_path / "base", tmp_path), "loss=sft", f"local_run_dir={tmp_path}/sft")
+    before, after = (AutoConfig.from_pretrained(folder) for folder in (tmp_path / "base", done / "LATEST" / "hf"))
+    assert after.rope_parameters == before.rope_parameters
+    written = json.loads((done / "LATEST" / "hf" / "config.json").read_text())
+    assert written["rope_theta"] == before.rope_parameters["rope_theta"] and written["torch_dtype"] == "float32"
+
+
+def test_export_makes_a_folder_of_any_checkpoint(tmp_path, capsys):
+    base_model(tmp_path / "base", "llama")
+    command = [*arguments(tmp_path / "base", tmp_path), "loss=sft", f"local_run_dir={tmp_path}/sft", "batch_size=4", "save_every=4"]
+    sft = run(*command)
+
+    def call(**options) -> str:
+        return export.run(compose(*(f"{key}={value}" for key, value in options.items()), name="export"))
+
+    out = tmp_path / "out"
+    call(run=sft / "step-4", out=out, dtype="bfloat16")
+    state = torch.load(sft / "step-4" / "policy.pt", weights_only=True)["state"]
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    assert loaded.dtype == torch.bfloat16
+    assert all(torch.equal(state[name].bfloat16(), tensor) for name, tensor in loaded.state_dict().items())
+    assert "4 train examples, 1 updates" in (out / "README.md").read_text()
+    with pytest.raises(UserError, match="out=.*/out exists: give the path of a new folder"):
+        call(run=sft, out=out)
+    with pytest.raises(UserError, match="is a Hugging Face folder already"):
+        call(run=out, out=tmp_path / "again")
+    assert not (tmp_path / "out.tmp").exists()
+
+
+def test_the_source_of_settings():
+    model = {"name_or_path": "owner/name", "from_config": None, "archive": "policy.pt"}
+    assert _source(OmegaConf.create(model)) == "owner/name"
+    assert _source(OmegaConf.create({**model, "name_or_path": None, "from_config": {"model_type": "llama"}})) is None
