@@ -369,6 +369,8 @@ def load_prompts(
         found = (_prompt_of(row, report, template) for row in report.rows(read_rows(Place(path, cache_dir=cache_dir), split)))
         texts = [text for text in found if text is not None]
         report.kept = len(texts)
+        if unread := sorted(report.fields - {"prompt", "tools"}):
+            report.notes.append(f"fields not read: {some_of(unread)}")
         lines = report.finish(remedy="fix or remove them")
         log.info("\n".join(lines))
         ids = encode(texts, tokenizer)

@@ -152,7 +152,7 @@ def tokenized(data: dict, tokenizer, max_length: int = 64, max_prompt_length: in
     return TokenizedSplit(tables, tokenizer, max_length, max_prompt_length, form, add_bos)
 
 
-def elements_of(data: Union[str, list], folder: Path, tokenizer, form=PAIRS, lengths=(1000, 600), **options) -> list[dict]:
+def elements_of(data: Union[str, list], folder: Path, tokenizer, form=PAIRS, lengths=(2000, 1200), **options) -> list[dict]:
     """Return what the jsonl dataset makes of rows, or of those at a path: published batch elements, one an example."""
     path = data if isinstance(data, str) else write_lines(folder / "rows.jsonl", data)
     node = {**default_options("jsonl"), "path": path, "eval_path": path, **options}

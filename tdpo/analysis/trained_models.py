@@ -116,6 +116,9 @@ def find_trained(path: str) -> Trained:
         archive, identity = noted["archive"], noted["fingerprint"]
     if config.model.name_or_path is not None:
         model.name_or_path = _base_beside(config.model.name_or_path, checkpoint)
+    exported = os.path.join(checkpoint, "hf")
+    if model.chat_template is not None and not os.path.exists(model.chat_template) and os.path.isdir(exported):
+        model.tokenizer_name_or_path, model.chat_template, model.chat_template_kwargs = exported, None, None  # it has the template
     archive = archive and _beside(archive, checkpoint)
     # For a loss without reference, the weights that training started from serve as the reference.
     known = objective_of_run(config).roles != SFT.roles and (archive is not None or config.model.from_config is None)

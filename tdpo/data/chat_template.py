@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import Optional
 
-from tdpo.data.messages import ENVIRONMENT, content_of
+from tdpo.data.messages import REPLIES, content_of, texts_of
 from tdpo.data.tokenization import special_token_strings
 from tdpo.utils import time_limit
 
@@ -23,12 +23,13 @@ class ChatTemplate:
     """The chat template of a tokenizer.
 
     Args:
-        tokenizer: of Transformers, with a template.
+        tokenizer: of Transformers, with a template, or with several, of which Transformers takes one for rows with tools.
+        tools: schemas of the tools that it is given, or None.
     """
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer, tools: Optional[list] = None):
         self.tokenizer, self.eos = tokenizer, tokenizer.eos_token
-        self.tools: Optional[list] = None  # schemas of the tools that it is given
+        self.tools = tools
         specials = special_token_strings(tokenizer)
         self._specials = tuple(specials)
         self.special = one_of(specials)  # finds special tokens
@@ -46,8 +47,18 @@ class ChatTemplate:
         self.structural = one_of([token for token in specials if token in named or token in text])  # finds those that separate turns
 
     def text(self, messages: Sequence[dict], opened: bool = False) -> str:
-        """Render messages, with the row's tools; `opened`: with the beginning of a reply after them."""
-        return self.tokenizer.apply_chat_template(list(messages), tools=self.tools, tokenize=False, add_generation_prompt=opened)
+        """Render messages, with the row's tools; `opened`: with the beginning of a reply after them.
+
+        Raises:
+            TimeoutError: the template has not ended after TEMPLATE_SECONDS.
+        """
+        with time_limit(TEMPLATE_SECONDS):
+            return self.tokenizer.apply_chat_template(list(messages), tools=self.tools, tokenize=False, add_generation_prompt=opened)
+
+    def text_with_probe(self, messages: Sequence[dict], i: int) -> str:
+        """Render messages with another reply in place of message i; it keeps its tool calls, without which their results may be refused."""
+        calls = {"tool_calls": messages[i]["tool_calls"]} if messages[i].get("tool_calls") else {}
+        return self.text([*messages[:i], {**TURN[1], "role": messages[i]["role"], **calls}, *messages[i + 1 :]])
 
     def completed(self, text: str) -> str:
         """Return a conversation up to the end of its last reply, with end-of-sequence if the template writes no end."""
@@ -77,7 +88,7 @@ class ChatTemplate:
         if end >= _boundary(closed, [opened]):
             return opened[:end]
         # The template renders these messages differently where a reply follows: what the reply does not change comes before it.
-        others = [self.text([*some[:i], TURN[1], *some[i + 1 :]]) for some in conversations]
+        others = [self.text_with_probe(some, i) for some in conversations]
         before = texts[0][: _boundary(texts[0], [*texts, *others])]
         if content_of(messages[i - 1]).strip() not in before:
             raise CannotRender("the chat template does not render the conversation as a continuation of its prompt")
@@ -85,7 +96,7 @@ class ChatTemplate:
 
     def before_any(self, conversations: Sequence[Sequence[dict]], i: int, texts: Sequence[str]) -> str:
         """Return the text before message i, which only some of the conversations have as a reply."""
-        if all(messages[i]["role"] not in ENVIRONMENT for messages in conversations):
+        if all(messages[i]["role"] in REPLIES for messages in conversations):
             return self.before(conversations, i, texts)
         before = self.text(conversations[0][:i])
         return before[: _boundary(before, texts)]
@@ -95,13 +106,18 @@ class ChatTemplate:
         start = len(self.before([messages], i, [text]))
         if i == len(messages) - 1:
             return start, len(text)
-        until = self.completed(self.text(messages[: i + 1]))
+        alone = self.text(messages[: i + 1])
+        until = self.completed(alone)
         if text.startswith(until):
             return start, len(until)
+        common = _boundary(alone, [text])
+        if messages[i].get("tool_calls") and all(value.strip() in text[start:common] for _, value in texts_of(messages[i])):
+            return start, common  # the results of its calls follow in the same turn
         # The template writes a turn differently once others follow, such as without its thought: what changes with the reply is its text.
-        other = self.completed(self.text([*messages[:i], TURN[1], *messages[i + 1 :]]))
-        after = len(os.path.commonprefix([text[start:][::-1], other[start:][::-1]]))
-        stop = len(text) - after
+        other = self.completed(self.text_with_probe(messages, i))
+        stop = len(text) - len(os.path.commonprefix([text[start:][::-1], other[start:][::-1]]))
+        if self.end and text.startswith(self.end, stop):
+            return start, stop + len(self.end)
         if not self.writes_end:
             return start, stop
         end = len(text[stop : stop + _boundary(text[stop:], [self.end])].rstrip())
@@ -122,8 +138,7 @@ def end_tokens(tokenizer) -> list[int]:
     ends = [tokenizer.eos_token_id]
     if getattr(tokenizer, "chat_template", None):
         try:
-            with time_limit(TEMPLATE_SECONDS):
-                written = ChatTemplate(tokenizer).end
+            written = ChatTemplate(tokenizer).end
         except TimeoutError:
             return ends
         ids = [i for i in tokenizer(written, add_special_tokens=False)["input_ids"] if i in tokenizer.all_special_ids]

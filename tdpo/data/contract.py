@@ -110,7 +110,8 @@ def _targets(name: str, data: Contract) -> tuple[dict[str, Examples], list[str]]
     found = {}
     for prompt, entry in data.items():
         texts, spans = _texts_of(entry)
-        targets = [texts[i] for i in entry.get("targets", ())] or [entry[key] for key in ("sft_target",) if key in entry]
+        targets = [texts[i] for i in entry.get("targets", ())]
+        targets += [entry[key] for key in ("sft_target",) if key in entry and entry[key] not in targets]
         if targets:
             own = [spans[texts.index(target)] if target in texts else [] for target in targets]
             found[prompt] = Examples(targets, own, [(i,) for i in range(len(targets))], [[]] * len(targets), _is_rendered(entry))

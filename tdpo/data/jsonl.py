@@ -22,7 +22,8 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "system": (),
 }
 OPTIONAL = ("chosen_score", "rejected_score", "system", "tools")  # of these a row may have none, but not all rows, if `columns` names one
-ESCAPES = {"\\n": "\n", "\\t": "\t"}  # in the option `separator`; a command line passes a backslash and a letter on as they are
+# In the option `separator`, because a command line passes a backslash and a letter on as they are.
+ESCAPES = {"\\n": "\n", "\\t": "\t", "\\r": "\r"}
 
 
 def load_jsonl(source: Source) -> Contract:
@@ -55,7 +56,7 @@ def _read(source: Source, split: str, path: Optional[str] = None) -> tuple[Contr
     if split != (source.options["train_split"] if source.split == "train" else source.options["eval_split"] or "test"):
         notes.append(f"split {split}")
     if files := unread_files(source.place(path), split):
-        notes.append(f"files of another format not read: {some_of(files, 4)}")
+        notes.append(f"other files of the split not read: {some_of(files, 4)}")
     reader.check_columns()
     if unread := sorted(source.report.fields - reader.read):
         notes.append(f"fields not read: {some_of(unread)}")
@@ -89,22 +90,25 @@ class _Reader:
         for written, meant in ESCAPES.items():
             separator = separator.replace(written, meant)
         self.separator = separator
-        tools = self.name("tools")
-        self.chat = Chat(source.tokenizer, self.report, self.options.get("escape_special_tokens", False), tools, self.named.get("system"))
+        escape = self.options.get("escape_special_tokens", False)
+        system = self.named.get("system")
+        self.read |= {system} if system else set()
+        self.chat = Chat(source.tokenizer, self.report, escape, self.named.get("tools", "tools"), system)
 
     def name(self, key: str, row: Optional[Row] = None) -> str:
         """Return the name of a field; where it may have several, the one that the row has."""
         names = (self.named[key],) if key in self.named else FIELDS[key]
-        self.read.update(names[:1] if len(names) == 1 else [name for name in names if row is not None and name in row.fields])
-        return next((name for name in names if row is not None and name in row.fields), names[0])
+        given = [name for name in names if row is not None and row.fields.get(name) is not None]
+        self.read.update(names if len(names) == 1 else given)
+        return (given or names)[0]
 
     def has(self, row: Row, *keys: str) -> bool:
-        """Whether the row has these fields."""
-        return all(self.name(key, row) in row.fields for key in keys)
+        """Whether the row has these fields; one with null counts as absent, as Parquet has it for rows of other forms."""
+        return all(row.fields.get(self.name(key, row)) is not None for key in keys)
 
     def require(self, row: Row, *keys: str) -> bool:
         """Whether the row has these fields; if not, the missing ones and those it has are noted."""
-        missing = [f"columns.{key}={self.name(key, row)}" for key in keys if not self.has(row, key)]
+        missing = [f"columns.{key}={self.name(key, row)}" for key in keys if self.name(key, row) not in row.fields]
         if missing:
             fields = ", ".join(row.fields)
             self.report.refuse(row, f"no such field: {', '.join(missing)} (of datasets.{self.report.name}); it has {fields}")
@@ -128,7 +132,7 @@ class _Reader:
         """
         names = [self.name(key, row) for key in (prompt, *keys)]
         if has_messages(row, names):
-            self._check_not_rendered(row)
+            self._check_chat(row)
             return self.chat.responses(row, *names)
         texts = self.report.texts(row, *names)
         if texts is None or (texts := self._after_system(row, texts)) is None:
@@ -148,11 +152,18 @@ class _Reader:
 
     def conversation(self, row: Row, key: str, prompt: Optional[str] = None) -> Optional[Rendered]:
         """Return a conversation with the replies on which SFT trains, see Chat.conversation."""
-        self._check_not_rendered(row)
+        self._check_chat(row)
         all_turns = self.options.get("assistant_turns") == "all"
         return self.chat.conversation(row, self.name(key, row), all_turns, prompt and self.name(prompt, row))
 
-    def _check_not_rendered(self, row: Row) -> None:
+    def segments(self, row: Row) -> Optional[Rendered]:
+        """Return the conversations of a row whose marked turns are in the loss, see Chat.segments."""
+        self._check_chat(row)
+        names = (self.name("chosen", row), self.name("rejected", row))
+        return self.chat.segments(row, self.name("prompt", row), names, self.options["segments"] == "cut")
+
+    def _check_chat(self, row: Row) -> None:
+        self.name("tools", row)
         if self.options.get("rendered"):
             raise UserError(
                 f"datasets.{self.report.name}.rendered=true is for text that is rendered already, but {row.source} row {row.number} holds "
@@ -346,9 +357,7 @@ def _jsonl_segments(reader: _Reader, rows: Iterable[Row]) -> tuple[Contract, Wor
     words: Words = {}
     cut = 0
     for row in rows:
-        names = (reader.name("chosen", row), reader.name("rejected", row))
-        reader.name("prompt", row)
-        found = reader.chat.segments(row, names, reader.options["segments"] == "cut")
+        found = reader.segments(row)
         if found is not None and reader.report.usable_pair(row, *found.contents, equal=found.texts[1] == found.texts[2]):
             entry = _entry(data, found)
             add_pair(entry, *found.texts[1:])

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Optional
 from tdpo.data.rows import Row, RowReport
 
 Messages = list[Mapping[str, Any]]
-ENVIRONMENT = ("user", "system", "developer", "tool", "function", "ipython")  # roles of messages that no policy writes
+REPLIES = ("assistant", "model", "bot", "chatbot", "gpt", "ai")  # roles of messages that a policy writes; no others are replies
 SEGMENT = "segment"  # key that marks the turns in the loss (chat.render_segments); templates do not see it
 
 
@@ -21,7 +21,7 @@ class Spelling(NamedTuple):
     """How a conversation is written for a template."""
 
     empty: Optional[str] = None  # content of a message that has none, as beside tool calls: null or an empty text
-    joined: bool = False  # text parts [{"type": "text", "text": ...}] as one text
+    content: str = "given"  # "text": parts [{"type": "text", "text": ...}] as one text, an object as JSON; "parts": a text as one part
     arguments: str = "given"  # of tool calls: as given, "objects", or "strings" of JSON
 
 
@@ -66,6 +66,8 @@ def are_messages(row: Row, report: RowReport, name: str, messages: Optional[Mess
             if len(message) == 1:
                 report.refuse(row, f"content of {name!r} is null, and the message has nothing else")
                 return False
+        elif isinstance(content, Mapping) and message["role"] not in REPLIES:
+            pass  # the result of a tool
         elif isinstance(content, list):
             if unknown := [part for part in content if part_text(part) is None]:
                 kind = unknown[0].get("type") if isinstance(unknown[0], Mapping) else type(unknown[0]).__name__
@@ -74,8 +76,8 @@ def are_messages(row: Row, report: RowReport, name: str, messages: Optional[Mess
         elif not isinstance(content, str):
             report.refuse(row, f"content of {name!r} is {type(content).__name__}, not text")
             return False
-        special = None if message["role"] in ENVIRONMENT else structural
-        if not all(report.is_text(row, f"{key} of {name!r}", text, special) for key, text in texts_of(message)):
+        special = structural if message["role"] in REPLIES else None
+        if not all(report.is_text(row, f"{key} of {name!r}", text, special) for key, text in strings_of(message)):
             return False
     return True
 
@@ -100,9 +102,25 @@ def texts_of(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
             yield from texts_of(entry, key)
 
 
+def strings_of(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (key, text) of everything in a message or a schema that a template can write: all texts, roles and names of entries too."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, Mapping):
+        for name, entry in value.items():
+            if key:
+                yield key, name
+            yield from strings_of(entry, key or name)
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            yield from strings_of(entry, key)
+
+
 def content_of(message: Mapping) -> str:
     """Return a message's content as one text; '' if it has none."""
     content = message.get("content") or ""
+    if isinstance(content, Mapping):
+        return json.dumps(content, ensure_ascii=False)
     return content if isinstance(content, str) else "".join(filter(None, map(part_text, content)))
 
 
@@ -121,7 +139,7 @@ def spellings(conversations: Sequence[Messages]) -> list[Spelling]:
         Spelling(*choice)
         for choice in itertools.product(
             (None, "") if any("content" not in message for message in messages) else (None,),
-            (False, True) if any(isinstance(message.get("content"), list) for message in messages) else (False,),
+            ("given", "text") if any(isinstance(message.get("content"), (list, Mapping)) for message in messages) else ("given", "parts"),
             ("given", *(["objects"] if str in given else []), *(["strings"] if dict in given else [])),
         )
     ]
@@ -132,8 +150,10 @@ def spelled(messages: Messages, spelling: Spelling) -> list[dict]:
     written = []
     for message in messages:
         content = message.get("content", spelling.empty)
-        if spelling.joined and isinstance(content, list):
+        if spelling.content == "text" and isinstance(content, (list, Mapping)):
             content = content_of(message)
+        elif spelling.content == "parts" and isinstance(content, str):
+            content = [{"type": "text", "text": content}]
         new = {"role": message["role"], "content": content, **{k: v for k, v in message.items() if k not in ("role", "content", SEGMENT)}}
         if "tool_calls" in new and spelling.arguments != "given":
             new["tool_calls"] = [_with_arguments(call, spelling.arguments) for call in new["tool_calls"]]
@@ -151,7 +171,11 @@ def misread(text: str, messages: Messages, spelling: Spelling) -> int:
     written = spelled(messages, spelling)
     for message in written:
         content = message["content"]
-        if isinstance(content, list):
+        if isinstance(content, str):
+            wrong += content.strip() not in text
+        elif isinstance(content, Mapping):
+            wrong += bool(content) and str(content) in text
+        elif isinstance(content, list):
             wrong += sum(str(part) in text or part_text(part).strip() not in text for part in content)
         for call in message.get("tool_calls") or []:
             arguments, name = _function_of(call).get("arguments"), _function_of(call).get("name")

@@ -127,7 +127,8 @@ class RowReport:
         special = [row for defect, rows in self._defects.items() if defect.startswith("special token") for row in rows]
         if special:
             remedies.append(f"{key}.escape_special_tokens=true makes special tokens plain text")
-            if self.takes_rendered and not self.rendered:
+            chat = any(isinstance(value, (list, Mapping)) for row in special for value in (row.fields or {}).values())
+            if self.takes_rendered and not chat:
                 remedies.append(f"{key}.rendered=true takes them as the special tokens that they name")
         return "; ".join(remedies)
 

@@ -108,11 +108,12 @@ def known_split(place: Place, split: str) -> str:
 
 
 def unread_files(place: Place, split: str) -> list[str]:
-    """Return the files of a split in a folder that are not read, because it has them in another format too."""
+    """Return the files in a folder that have a split's name but are not read, because it is in others, or in another format, too."""
     if place.on_hub or not os.path.isdir(place.path) or _is_saved(place.path):
         return []
     read = _files_of_split(place.path, split)
-    return sorted(file for suffix in LOCAL_SUFFIXES for file in _files_with(place.path, split, suffix) if file not in read)
+    found = [file for suffix in LOCAL_SUFFIXES for group in _groups_of_files(place.path, split, suffix) for file in group]
+    return sorted(set(found) - set(read))
 
 
 def data_fingerprint(place: Place) -> list:
@@ -145,16 +146,31 @@ def _files_of_split(folder: str, split: str) -> list[str]:
 
 
 def _files_with(folder: str, split: str, suffix: str) -> list[str]:
-    """Return the files of a split with a suffix: a single one, else its shards in the folder or in data/, else those in <split>/."""
-    name = re.compile(rf"{re.escape(split)}(?:[-_.]\d[^/]*)?{re.escape(suffix)}")
+    """Return the files of a split with a suffix, see `_groups_of_files`.
+
+    Raises:
+        UserError: shards are missing, or are of two versions.
+    """
+    files = next(filter(None, _groups_of_files(folder, split, suffix)), [])
+    shards = [re.search(r"-(\d+)-of-(\d+)\.", os.path.basename(file)) for file in files]
+    counted = [(int(shard[1]), int(shard[2])) for shard in shards if shard]
+    if counted and sorted(counted) != [(i, len(files)) for i in range(len(files))]:
+        raise UserError(f"the shards of {split!r} in '{folder}' are not complete, or of two versions: {some_of(sorted(files))}")
+    return files
+
+
+def _groups_of_files(folder: str, split: str, suffix: str) -> list[list[str]]:
+    """Return the files that a split with a suffix may be in, the group that is read first: a single file, its shards, in the folder and in
+    data/, then those in <split>/."""
+    name = re.compile(rf"{re.escape(split)}[-_.]\d[^/]*{re.escape(suffix)}")
+    groups = []
     for place in (folder, os.path.join(folder, "data")):
         found = sorted(glob.glob(os.path.join(glob.escape(place), "*" + suffix)))
-        if single := [file for file in found if os.path.basename(file) == split + suffix]:
-            return single
-        if shards := [file for file in found if name.fullmatch(os.path.basename(file))]:
-            return shards
-    inside = (os.path.join(folder, split), os.path.join(folder, "data", split))
-    return next((found for place in inside if (found := sorted(glob.glob(os.path.join(glob.escape(place), "*" + suffix))))), [])
+        groups.append([file for file in found if os.path.basename(file) == split + suffix])
+        groups.append([file for file in found if name.fullmatch(os.path.basename(file))])
+    for place in (os.path.join(folder, split), os.path.join(folder, "data", split)):
+        groups.append(sorted(glob.glob(os.path.join(glob.escape(place), "*" + suffix))))
+    return groups
 
 
 def _rows_of_file(file: str) -> Iterator[Row]:

@@ -91,7 +91,7 @@ def with_escapes(value: Any, special: re.Pattern) -> Any:
     if isinstance(value, str):
         return special.sub(lambda found: _escaped(found[0]), value)
     if isinstance(value, Mapping):
-        return {key: with_escapes(entry, special) for key, entry in value.items()}
+        return {with_escapes(key, special): with_escapes(entry, special) for key, entry in value.items()}
     return [with_escapes(entry, special) for entry in value] if isinstance(value, (list, tuple)) else value
 
 

@@ -40,13 +40,17 @@ def set_chat_template(tokenizer, chosen: Optional[str], values: Mapping[str, Any
         return
     if not tokenizer.chat_template:
         raise UserError("model.chat_template_kwargs is given, but the tokenizer has no chat template: set model.chat_template to a file")
+    given = {"messages", "tools", "documents", "add_generation_prompt"} & set(values)
+    if given:
+        raise UserError(f"model.chat_template_kwargs: {', '.join(sorted(given))} come with each conversation; give other names")
     unused = [name for name in values if not any(name in text for text in _templates_of(tokenizer).values())]
     if unused:
         log.warning(f"the chat template does not read {', '.join(unused)} (model.chat_template_kwargs)")
     head = "".join(
         f"{{%- if {name} is not defined %}}{{%- set {name} = {_literal(value)} %}}{{%- endif %}}" for name, value in values.items()
     )
-    written = {name: head + text for name, text in _templates_of(tokenizer).items()}
+    # The line break, which is not written, lets the template's first line begin with a block.
+    written = {name: head + "\n" + text for name, text in _templates_of(tokenizer).items()}
     tokenizer.chat_template = written if isinstance(tokenizer.chat_template, Mapping) else written["default"]
 
 

@@ -240,6 +240,17 @@ def test_a_segments_score_is_the_sum_over_its_turns(tmp_path, chat_tokenizer):
         assert plain[role].num_tokens.item() == fast[role].num_tokens.item() == 5
 
 
+@pytest.mark.parametrize("after", [[], [turn("user", "x")]])
+def test_segments_of_one_turn(after, tmp_path, chat_tokenizer):
+    row = {role: [turn("user", "q"), turn("assistant", text, True), *after] for role, text in (("chosen", "y"), ("rejected", "n"))}
+    split = split_of(tmp_path, [row], PAIRS._replace(segments=True), chat_tokenizer, 200, rows="segments")
+    assert split.example(Example(0, 0)).counts() == [2, 2] and split.element(Example(0, 0))["chosen_response_only"] == "y<|end|>"
+    renamed = {"question": [turn("user", "q")], **{role: messages[1:] for role, messages in row.items()}}
+    columns = {"prompt": "question"}
+    split = split_of(tmp_path, [renamed], PAIRS._replace(segments=True), chat_tokenizer, 200, rows="segments", columns=columns)
+    assert "q<|end|>" in split.element(Example(0, 0))["prompt"]
+
+
 def test_segments_of_unequal_length(tmp_path, chat_tokenizer, capsys):
     short = {**SEGMENTS, "rejected": SEGMENTS["rejected"][:4]}
     with pytest.raises(UserError, match=r"segments of 2 and 1 turns \(datasets.jsonl.segments=cut makes them equal\): .*row 1"):

@@ -29,7 +29,9 @@ def test_the_system_text_comes_first(tmp_path, capsys):
     columns = {"prompt": "question", "system": "system"}
     found = elements_of(ORCA, tmp_path, bpe_tokenizer(), columns=columns)
     assert [element["prompt"] for element in found] == ["q0", "Be terse.\n\nq1", "Be terse.\n\nq2"]
-    assert "fields not read: id" in capsys.readouterr().out
+    assert "fields not read: id\n" in capsys.readouterr().out
+    elements_of([{**row, "tools": []} for row in ORCA], tmp_path, bpe_tokenizer(), columns=columns)
+    assert "fields not read: id, tools\n" in capsys.readouterr().out  # text does not pass through the template
     chat = [{**row, "question": [turn("user", row["question"])]} for row in ORCA]
     first, second, _ = elements_of(chat, tmp_path, bpe_tokenizer(), columns=columns)
     assert first["prompt"].startswith("<|im_start|>user\nq0") and second["prompt"].startswith("<|im_start|>system\nBe terse.<|im_end|>\n")

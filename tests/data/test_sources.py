@@ -75,7 +75,23 @@ def test_a_second_format_of_a_split_is_not_read_and_said(tmp_path, capsys):
     write(tmp_path / "test.jsonl", ROWS)
     elements = elements_of(str(tmp_path), tmp_path, bpe_tokenizer(template=None))
     assert len(elements) == len(ROWS)
-    assert "files of another format not read: " in (printed := capsys.readouterr().out) and "00001.parquet" in printed
+    assert "other files of the split not read: " in (printed := capsys.readouterr().out) and "00001.parquet" in printed
+
+
+@pytest.mark.parametrize("other", ["train-00000-of-00001.jsonl", "data/train.jsonl", "train/x.jsonl", "data/train-0.jsonl"])
+def test_other_files_of_a_split_are_said(other, tmp_path, capsys):
+    write(tmp_path / "train.jsonl", ROWS)
+    write(tmp_path / other, [pair("other")])
+    assert len(elements_of(str(tmp_path), tmp_path, bpe_tokenizer(template=None), eval_path=None)) < len(ROWS) + 1
+    assert f"other files of the split not read: {tmp_path}/{other}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("names", [["00000-of-00003", "00002-of-00003"], ["00000-of-00001", "00000-of-00002", "00001-of-00002"]])
+def test_shards_that_are_missing_or_of_two_versions_are_an_error(names, tmp_path):
+    for name in names:
+        write(tmp_path / f"train-{name}.jsonl", ROWS)
+    with pytest.raises(UserError, match="shards of 'train' in .* are not complete, or of two versions: .*00000-of"):
+        read_rows(Place(str(tmp_path)), "train")
 
 
 def test_ultrafeedback_and_its_like_need_no_options(tmp_path, capsys):

@@ -53,6 +53,19 @@ def test_values_become_part_of_the_template(value, capsys):
     set_chat_template(tokenizer, None, {"y": value})
 
 
+@pytest.mark.parametrize("name", ["tools", "documents", "messages", "add_generation_prompt"])
+def test_values_that_come_with_each_conversation_are_refused(name):
+    with pytest.raises(UserError, match=f"chat_template_kwargs: {name} come with each conversation"):
+        set_chat_template(bpe_tokenizer(), None, {name: []})
+
+
+def test_values_do_not_add_the_white_space_before_a_first_block():
+    tokenizer = bpe_tokenizer(template="   {% if true %}\n{{ x }}{% endif %}")
+    expected = rendered(tokenizer, x=1)
+    set_chat_template(tokenizer, None, {"x": 1})
+    assert rendered(tokenizer) == expected
+
+
 def test_values_that_are_not_read_are_said(capsys):
     set_chat_template(bpe_tokenizer(), None, {"enable_thinking": False})
     printed = capsys.readouterr()
