@@ -22,6 +22,8 @@ from preference_datasets import load_split
 from tdpo.checkpointing.resume import Resumed, RunFolder, archive_of, check_same_data, choose_run_dir
 from tdpo.cli.check_config import Checked, check_config
 from tdpo.cli.command_line import override, run_command
+from tdpo.cli.run_config import load_run_config
+from tdpo.data.batching import BatchStream, batches_of
 from tdpo.data.contract import Form
 from tdpo.data.preview import preview
 from tdpo.data.split import TokenizedSplit
@@ -71,6 +73,7 @@ def dry_run(checked: Checked) -> str:
     config, objective, notes = checked
     rank0_print("\n".join([OmegaConf.to_yaml(config), f"loss: {objective.name} {objective.hyperparameters}", *notes]))
     plan = prepare(config, objective, World(), "", None)
+    rank0_print(schedule_of(config, batches_of(config, objective.stages, plan.data["train"])))
     rank0_print(preview(plan.data["train"], plan.tokenizer))
     rank0_print("dry run: nothing was trained")
     return ""
@@ -147,10 +150,22 @@ def prepare(config: DictConfig, objective: Objective, world: World, run_dir: str
     tokenizer = load_tokenizer(model, cache_dir)
     model_config = load_model_config(model, tokenizer, cache_dir)
     weights = check_model(model, model_config, tokenizer, config.max_length)
+    rank0_print(*other_settings(model))
     trainer_of(config).strategy_class.check_model(empty_model(model_config), config, world)
     data = {name: load_data(config, split, tokenizer, objective, cache_dir) for name, split in (("train", "train"), ("eval", "test"))}
     files = [file for split in data.values() for file in split.files]
     return Plan(run_dir, cache_dir, model, tokenizer, model_config, files, data, weights)
+
+
+def other_settings(model: DictConfig) -> list[str]:
+    """Return a warning if the archive's run was given another chat template, tokenizer or beginning of sequence; else an empty list."""
+    folder = os.path.dirname(os.path.dirname(os.path.abspath(model.archive or "")))
+    if model.archive is None or not os.path.isfile(os.path.join(folder, "config.yaml")):
+        return []
+    before = load_run_config(os.path.join(folder, "config.yaml")).model
+    keys = ("tokenizer_name_or_path", "chat_template", "chat_template_kwargs", "add_bos")
+    different = [f"model.{key}={before[key]}" for key in keys if before[key] != model.get(key)]
+    return [f"warning: the run of model.archive had {', '.join(different)}; here it is otherwise"] if different else []
 
 
 def shared_data(world: World, plan: Plan) -> Mapping[str, TokenizedSplit]:
@@ -202,14 +217,20 @@ def build_trainer(
         weights={"policy": models.policy, "reference": models.reference},
     )
     rank0_print(f"{config.trainer}: {trainer.ranks()}")
-    steps = len(trainer.batches)
-    rank0_print(f"{plural(steps, 'step')}; {plural(trainer.batches.dropped, 'example')} dropped at the end of each epoch")
+    rank0_print(schedule_of(config, trainer.batches))
+    return trainer
+
+
+def schedule_of(config: DictConfig, batches: BatchStream) -> str:
+    """Return a line about the steps of a run, and a warning if its warm-up does not end."""
+    steps = len(batches)
+    lines = [f"{plural(steps, 'step')}; {plural(batches.dropped, 'example')} dropped at the end of each epoch"]
     if steps <= config.warmup_steps:
-        rank0_print(
+        lines.append(
             f"warning: warmup_steps={config.warmup_steps}, but the run has {plural(steps, 'step')}: the learning rate only reaches "
             f"{learning_rate(config, steps - 1):.2g} of lr={config.lr:.2g}; set a smaller warmup_steps"
         )
-    return trainer
+    return "\n".join(lines)
 
 
 def load_data(config: DictConfig, split: str, tokenizer, objective: Objective, cache_dir: str) -> TokenizedSplit:

@@ -15,7 +15,7 @@ from torch import nn
 
 from tdpo.checkpointing.resume import Resumed, archive_of, command_of
 from tdpo.checkpointing.training_state import Progress, restore_tensors, training_tensors
-from tdpo.data.batching import BatchStream, StagedBatchStream, get_collate_fn, prefetched
+from tdpo.data.batching import batches_of, get_collate_fn, prefetched
 from tdpo.data.split import EVAL_SEED, Example, TokenizedSplit
 from tdpo.distributed.signals import StopSignals
 from tdpo.distributed.world import World
@@ -86,9 +86,7 @@ class BasicTrainer(PublishedMethods):
         self.scorer = Scorer(policy, reference_model, objective, config.compile)
         self.reference_fingerprint = self.strategy.place(self.scorer, weights or {})
         self.policy = self.scorer.policy
-        schedule = config.batch_size, seed, config.n_epochs, config.n_examples, config.drop_last
-        staged = objective.stages > 1
-        self.batches = StagedBatchStream(objective.stages, train_data, *schedule) if staged else BatchStream(train_data, *schedule)
+        self.batches = batches_of(config, objective.stages, train_data)
         self.eval_examples = next(eval_data.epochs(EVAL_SEED))[: config.n_eval_examples]
         self.feeder = Feeder(
             self.data,

@@ -161,14 +161,16 @@ def explain_composition_error(error: Exception, config_dir: str, known_keys: lis
     if isinstance(error, OverrideParseException):
         return f"{error.override}: not of the form key=value ({text}){_quoted(error.override)}"
     if found := re.search(r"Ambiguous value for argument '(.+?)' 1\. ", text):
-        return f"{found.group(1)}: a comma separates the values of a sweep (--multirun){_quoted(found.group(1))}"
+        key, _, value = found.group(1).partition("=")
+        what = f"{found.group(1)}: a comma separates the values of a sweep (--multirun); a list is written {key}=[{value}]"
+        return what + _quoted(found.group(1))
     return text
 
 
 def _quoted(argument: str) -> str:
     """Return how to type an argument whose value Hydra does not take as it is, as a line to add; '' if quotes do not help."""
     key, _, value = argument.partition("=")
-    if not value or key in GROUPS or value[0] + value[-1] in ("[]", "{}"):
+    if not value or key in GROUPS or value[0] == "{" or value[0] + value[-1] == "[]":
         return ""
     if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
         value = value[1:-1]

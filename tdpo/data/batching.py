@@ -9,6 +9,7 @@ from typing import Optional, TypeVar, Union
 
 import numpy as np
 import torch
+from omegaconf import DictConfig
 from torch.nn.utils.rnn import pad_sequence
 
 from tdpo.data.split import Example, TokenizedSplit, reshuffled
@@ -225,3 +226,15 @@ def get_collate_fn(tokenizer) -> Callable[[list[dict]], dict[str, Union[list, to
         return batch
 
     return collate_fn
+
+
+def batches_of(config: DictConfig, stages: int, split: TokenizedSplit) -> BatchStream:
+    """Return the batches of a run.
+
+    Args:
+        config: a checked config.
+        stages: of the objective.
+        split: the train data.
+    """
+    schedule = config.batch_size, config.seed, config.n_epochs, config.n_examples, config.drop_last
+    return StagedBatchStream(stages, split, *schedule) if stages > 1 else BatchStream(split, *schedule)

@@ -214,13 +214,13 @@ class Chat:
     def _conversation(self, row: Row, prompt_name: str, name: str) -> tuple[Messages, Optional[int]]:
         """Return prompt and response as one list of messages, and the number of the prompt's; None if they are one conversation."""
         if name not in row.fields:
-            raise CannotRender(f"no field {name!r}")
+            raise CannotRender(self.report.no_field(row, name))
         messages = read_messages(row.fields[name], "assistant")
         given = row.fields.get(prompt_name) if prompt_name != name else None
         prompt = read_messages(given, "user") or []
         first = messages[0].get("role") if messages else None
         if messages and prompt_name != name and given is None and first in REPLIES:
-            raise CannotRender(f"no field {prompt_name!r}")
+            raise CannotRender(self.report.no_field(row, prompt_name))
         said = [(message.get("role"), content_of(message)) for message in messages or []]
         if isinstance(given, str):
             apart = first not in ("user", "system", "developer")
@@ -229,11 +229,12 @@ class Chat:
         if messages and prompt and not apart:
             words = words_of(messages)
             self.report.other_prompts += not all(content_of(message).strip() in words for message in prompt)
-        together = [*prompt, *messages] if messages and apart else messages
-        if not are_messages(row, self.report, name, together, self.template.structural):
-            raise CannotRender("")
-        whole = self._with_system(row, together)
-        return whole, len(whole) - len(messages) if prompt and apart else None
+        parts = [(prompt_name, prompt)] if messages and prompt and apart else []
+        for field, some in [*parts, (name, messages)]:
+            if not are_messages(row, self.report, field, some, self.template.structural):
+                raise CannotRender("")
+        whole = self._with_system(row, [*prompt, *messages] if parts else messages)
+        return whole, len(whole) - len(messages) if parts else None
 
     def _with_system(self, row: Row, messages: Messages) -> Messages:
         """Return messages after the row's system message, if it has one; special tokens that they may not hold are escaped if asked for."""

@@ -10,7 +10,7 @@ from typing import Any, Optional, Union
 from tdpo.data.chat import Chat, Rendered, has_messages
 from tdpo.data.contract import SFT, Contract, Source, add_pair
 from tdpo.data.rows import Row
-from tdpo.data.sources import has_split, known_split, unread_files
+from tdpo.data.sources import has_split, has_splits, known_split, unread_files
 from tdpo.data.tokenization import completed
 from tdpo.utils import UserError, plural, some_of
 
@@ -39,6 +39,9 @@ def load_jsonl(source: Source) -> Contract:
         split = known_split(other, options["eval_split"] or "test")
         return _read(source, split, options["eval_path"])[0]
     eval_split = options["eval_split"] or known_split(place, "test")
+    if options["eval_split"] and not has_splits(place):
+        key = f"datasets.{source.report.name}"
+        raise UserError(f"'{place.path}' has no splits: leave {key}.eval_split out (eval_fraction is held out), or give {key}.eval_path")
     apart = options["eval_path"] or options["eval_split"]  # a requested split must exist
     if apart or has_split(place, eval_split):
         return _read(source, train_split if source.split == "train" else eval_split)[0]

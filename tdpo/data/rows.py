@@ -68,10 +68,15 @@ class RowReport:
         values = []
         for name in names:
             if name not in row.fields:
-                self.refuse(row, f"no field {name!r}")
+                self.refuse(row, self.no_field(row, name))
             elif self.is_text(row, name, row.fields[name]):
                 values.append(row.fields[name])
         return values if len(values) == len(names) else None
+
+    def no_field(self, row: Row, name: str) -> str:
+        """Return the defect of a row that lacks a field, with what it has."""
+        key = f"; datasets.{self.name}.columns gives other names" if self.takes_rendered else ""
+        return f"no field {name!r} (it has {', '.join(row.fields)}{key})"
 
     def is_text(self, row: Row, name: str, value: Any, special: Optional[re.Pattern] = None) -> bool:
         """Whether a value is a string that the tokenizer reads as plain text; if not, the defect is noted.

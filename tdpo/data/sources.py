@@ -99,6 +99,11 @@ def has_split(place: Place, split: str) -> bool:
     return os.path.isdir(place.path) and bool(_files_of_split(place.path, split))
 
 
+def has_splits(place: Place) -> bool:
+    """Whether a place has splits; a file and a single saved dataset have none."""
+    return place.on_hub or not (os.path.isfile(place.path) or os.path.isfile(os.path.join(place.path, "state.json")))
+
+
 def known_split(place: Place, split: str) -> str:
     """Return the split's name, or, if there is none of that name, another one that it has in published datasets (OTHER_NAMES)."""
     others = OTHER_NAMES.get(split, ())

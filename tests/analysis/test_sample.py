@@ -96,7 +96,7 @@ def test_prompts_that_cannot_be_continued(trained, tmp_path):
     with pytest.raises(UserError, match="no tokens in prompt 2 "):
         sampled(trained, tmp_path / "out.jsonl", f"prompts={prompts}")
     prompts.write_text('{"text": "Human: hello"}\n')
-    with pytest.raises(UserError, match=r"no field 'prompt': .*\n  fix or remove them"):
+    with pytest.raises(UserError, match=r"no field 'prompt' .it has .*\n  fix or remove them"):
         sampled(trained, tmp_path / "out.jsonl", f"prompts={prompts}")
     with pytest.raises(UserError, match="max_prompt_length=32 leaves no room for a response: it must be below max_length=8"):
         sampled(trained, tmp_path / "out.jsonl", "max_length=8")

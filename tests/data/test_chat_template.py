@@ -236,7 +236,7 @@ def test_text_parts_are_a_text(template, tmp_path):
     (element,) = elements_of([row], tmp_path, bpe_tokenizer(template=template))
     assert element["chosen"] == "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>"
     row["prompt"][0]["content"] = [{"type": "image_url", "image_url": "x"}]
-    with pytest.raises(UserError, match="content of 'chosen' has a part of type 'image_url', not text: .*row 1"):
+    with pytest.raises(UserError, match="content of 'prompt' has a part of type 'image_url', not text: .*row 1"):
         elements_of([row], tmp_path, bpe_tokenizer(template=template))
 
 

@@ -18,7 +18,7 @@ BAD_ROWS = [
     (pair(chosen=""), "empty chosen"),
     (pair(rejected=" \n"), "empty rejected"),
     (pair(chosen=" x", rejected=" x"), "chosen and rejected are equal"),
-    ({"prompt": "p", "chosen": "c"}, "no field 'rejected'"),
+    ({"prompt": "p", "chosen": "c"}, "no field 'rejected' (it has prompt, chosen; datasets.jsonl.columns gives other names)"),
     (pair(chosen=3), "'chosen' is int, not text"),
     (pair(chosen=None), "'chosen' is null, not text"),
     (pair(prompt="a<|endoftext|>b"), "special token '<|endoftext|>' inside 'prompt'"),
