@@ -16,7 +16,7 @@ from transformers.utils import cached_file
 
 from tdpo.data.chat_template import end_tokens
 from tdpo.models.build import EMBEDDED_TOKENIZER
-from tdpo.utils import get_logger
+from tdpo.utils import get_logger, looks_local
 
 log = get_logger(__name__)
 
@@ -194,6 +194,8 @@ def _find(source: Optional[str], file: str, cache_dir: Optional[str]) -> Optiona
     if os.path.isdir(source):
         path = os.path.join(source, file)
         return path if os.path.isfile(path) else None
+    if looks_local(source):  # a GGUF file
+        return None
     try:
         options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
         return cached_file(source, file, cache_dir=cache_dir, **options)
