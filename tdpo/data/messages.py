@@ -14,6 +14,7 @@ from tdpo.data.rows import Row, RowReport
 
 Messages = list[Mapping[str, Any]]
 REPLIES = ("assistant", "model", "bot", "chatbot", "gpt", "ai")  # roles of messages that a policy writes; no others are replies
+FROM = {"human": "user", "gpt": "assistant", "observation": "tool", "function_response": "tool"}  # ShareGPT's names of roles
 SEGMENT = "segment"  # key that marks the turns in the loss (chat.render_segments); templates do not see it
 
 
@@ -26,13 +27,24 @@ class Spelling(NamedTuple):
 
 
 def read_messages(value: Any, role: str) -> Optional[Messages]:
-    """Return a text as one message of that role, a message or a list of messages without entries of null; None for anything else."""
+    """Return a text as one message of that role, a message or a list of messages without entries of null; None for anything else.
+
+    Messages {from, value}, as ShareGPT has them, become {role, content}.
+    """
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     value = [value] if isinstance(value, Mapping) else value
     if not isinstance(value, (list, tuple)) or not all(isinstance(message, Mapping) for message in value):
         return None
-    return [_without_empty_calls(without_nulls(message)) for message in value]
+    return [_without_empty_calls(_from_sharegpt(without_nulls(message))) for message in value]
+
+
+def _from_sharegpt(message: Mapping) -> Mapping:
+    """Return a message {from, value} as {role, content}; another one as it is."""
+    if "role" in message or not isinstance(message.get("from"), str) or "value" not in message:
+        return message
+    others = {key: value for key, value in message.items() if key not in ("from", "value")}
+    return {"role": FROM.get(message["from"], message["from"]), "content": message["value"], **others}
 
 
 def without_nulls(value: Any) -> Any:

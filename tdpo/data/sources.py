@@ -80,8 +80,10 @@ def read_rows(place: Place, split: str) -> Sequence[Row]:
         return _DatasetRows(_from_disk(os.path.join(path, split)), f"{path}/{split}")
     files = [path] if os.path.isfile(path) else _files_of_split(path, split)
     if not files:
-        suffixes = ", ".join(LOCAL_SUFFIXES)
-        raise UserError(f"'{path}' has no split {split!r}: looked there and in data/ for {split} or {split}-00000-of-00001 with {suffixes}")
+        suffixes, names = ", ".join(LOCAL_SUFFIXES), _splits_in(path)
+        looked = f"looked there and in data/ for {split} or {split}-00000-of-00001 with {suffixes}"
+        found = f"it has {some_of(names)}{nearest(split, names)}; " if names else ""
+        raise UserError(f"'{path}' has no split {split!r}: {found}{looked}")
     rows = [row for file in files for row in _rows_of_file(file)]
     if not rows:
         raise UserError(f"{some_of(files)}: no rows")
@@ -176,6 +178,13 @@ def _groups_of_files(folder: str, split: str, suffix: str) -> list[list[str]]:
     for place in (os.path.join(folder, split), os.path.join(folder, "data", split)):
         groups.append(sorted(glob.glob(os.path.join(glob.escape(place), "*" + suffix))))
     return groups
+
+
+def _splits_in(folder: str) -> list[str]:
+    """Return the names of the splits in a folder, judged by its files and those in data/."""
+    files = [file for place in (folder, os.path.join(folder, "data")) if os.path.isdir(place) for file in os.listdir(place)]
+    stems = [file.removesuffix(suffix) for file in files for suffix in LOCAL_SUFFIXES if file.endswith(suffix)]
+    return sorted({re.sub(r"[-_.]\d.*$", "", stem) for stem in stems})
 
 
 def _rows_of_file(file: str) -> Iterator[Row]:

@@ -57,6 +57,15 @@ def test_a_split_in_a_folder(names, suffix, tmp_path):
     assert data_fingerprint(place) != before
 
 
+def test_the_splits_that_there_are_are_named(tmp_path):
+    for name in ("train_prefs-00000-of-00001", "data/test_prefs"):
+        write(tmp_path / f"{name}.jsonl", ROWS)
+    with pytest.raises(
+        UserError, match="has no split 'trian_prefs': it has test_prefs, train_prefs; did you mean train_prefs|it has test_prefs"
+    ):
+        read_rows(Place(str(tmp_path)), "trian_prefs")
+
+
 def test_a_json_file_may_hold_a_list_or_a_row_a_line(tmp_path):
     for name, text in {"list": json.dumps(ROWS), "lines": "\n".join(map(json.dumps, ROWS)), "bom": "\ufeff" + json.dumps(ROWS)}.items():
         (tmp_path / f"{name}.json").write_text(text, encoding="utf-8")
