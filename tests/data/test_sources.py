@@ -60,9 +60,7 @@ def test_a_split_in_a_folder(names, suffix, tmp_path):
 def test_the_splits_that_there_are_are_named(tmp_path):
     for name in ("train_prefs-00000-of-00001", "data/test_prefs"):
         write(tmp_path / f"{name}.jsonl", ROWS)
-    with pytest.raises(
-        UserError, match="has no split 'trian_prefs': it has test_prefs, train_prefs; did you mean train_prefs|it has test_prefs"
-    ):
+    with pytest.raises(UserError, match="has no split 'trian_prefs': it has test_prefs, train_prefs.*train_prefs"):
         read_rows(Place(str(tmp_path)), "trian_prefs")
 
 
