@@ -150,7 +150,8 @@ def prepare(config: DictConfig, objective: Objective, world: World, run_dir: str
     tokenizer = load_tokenizer(model, cache_dir)
     model_config = load_model_config(model, tokenizer, cache_dir)
     weights = check_model(model, model_config, tokenizer, config.max_length)
-    rank0_print(*other_settings(model))
+    for line in other_settings(model):
+        rank0_print(line)
     trainer_of(config).strategy_class.check_model(empty_model(model_config), config, world)
     data = {name: load_data(config, split, tokenizer, objective, cache_dir) for name, split in (("train", "train"), ("eval", "test"))}
     files = [file for split in data.values() for file in split.files]

@@ -145,20 +145,23 @@ def differing_keys(saved: Mapping, current: Mapping, objective: Objective) -> di
         parts = key.split(".")
         if any(".".join(parts[: i + 1]) in free for i in range(len(parts))) or (parts[0] == "datasets" and parts[-1].endswith("path")):
             continue
-        was = _value(saved, parts) if key in known else _default(parts)
+        was = _value(saved, parts) if key in known else _default(parts, saved)
         now = _value(current, parts)
         if was != now:
             different[key] = (was, now)
     return different
 
 
-def _default(parts: list[str]) -> Any:
-    """Return the default of a key that a saved config lacks, because it was saved before the key existed; None if it has no default."""
+def _default(parts: list[str], saved: Mapping[str, Any]) -> Any:
+    """Return the default of a key that a saved config lacks, because it was saved before the key existed; None if it has no default, or
+    belongs to a dataset that the saved run did not have."""
     files = {"model": "model/blank_model.yaml", "datasets": f"datasets/{parts[1] if len(parts) > 1 else ''}.yaml"}
     path = os.path.join(CONFIG_DIR, files.get(parts[0], "config.yaml"))
     if parts[0] == "loss" or not os.path.isfile(path):
         return None
     depth = {"model": 1, "datasets": 2}.get(parts[0], 0)
+    if _value(saved, parts[:depth]) is None:
+        return None
     return _value(OmegaConf.to_container(OmegaConf.load(path)), parts[depth:])
 
 

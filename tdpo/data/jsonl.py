@@ -56,7 +56,7 @@ def _read(source: Source, split: str, path: Optional[str] = None) -> tuple[Contr
     reader = _Reader(source)
     data, words = JSONL_ROWS[source.options["rows"]](reader, source.rows(split, path))
     notes = source.report.notes
-    if split != (source.options["train_split"] if source.split == "train" else source.options["eval_split"] or "test"):
+    if split not in (source.options["train_split"], source.options["eval_split"], "test"):  # see known_split
         notes.append(f"split {split}")
     if files := unread_files(source.place(path), split):
         notes.append(f"other files of the split not read: {some_of(files, 4)}")
@@ -258,11 +258,8 @@ class _Single:
         else:
             return False
         if found is not None and reader.report.usable_answers(row, found.contents[0], found.contents[1:]):
-            entry = _entry(self.data, found)
-            entry.setdefault("targets", []).append(len(entry["responses"]))
-            entry["responses"].append(found.texts[1])
-            _add_spans(entry, found)
-            self.words[found.texts[0]] = found.contents[0]
+            entry = _add_completion(self.data, self.words, found)
+            entry.setdefault("targets", []).append(len(entry["responses"]) - 1)
             self.cut += found.cut
         return True
 
@@ -296,15 +293,10 @@ def _jsonl_labelled(reader: _Reader, rows: Iterable[Row]) -> tuple[Contract, Wor
     """Read {prompt, completion, label}: single responses; the SFT target is the last desirable one."""
     data: Contract = {}
     words: Words = {}
-    for row, found in _completions(reader, rows, "label"):
-        name = reader.name("label", row)
-        label = _label_of(row.fields[name])
-        if label is None:
-            reader.report.refuse(row, f"{name!r} must be true or false")
-        elif found is not None and reader.report.usable_answers(row, found.contents[0], found.contents[1:]):
-            entry = _add_completion(data, words, found)
-            entry.setdefault("labels", []).append(label)
-            entry |= {"sft_target": found.texts[1]} if label else {}
+    for found, label in _completions(reader, rows, "label", _label_of, "true or false"):
+        entry = _add_completion(data, words, found)
+        entry.setdefault("labels", []).append(label)
+        entry |= {"sft_target": found.texts[1]} if label else {}
     return data, words
 
 
@@ -313,13 +305,8 @@ def _jsonl_scored(reader: _Reader, rows: Iterable[Row]) -> tuple[Contract, Words
     options = reader.options
     data: Contract = {}
     words: Words = {}
-    for row, found in _completions(reader, rows, "score"):
-        name = reader.name("score", row)
-        score = number_of(row.fields[name])
-        if score is None:
-            reader.report.refuse(row, f"{name!r} must be a number")
-        elif found is not None and reader.report.usable_answers(row, found.contents[0], found.contents[1:]):
-            _add_completion(data, words, found).setdefault("scores", []).append(score)
+    for found, score in _completions(reader, rows, "score", number_of, "a number"):
+        _add_completion(data, words, found).setdefault("scores", []).append(score)
     for entry in data.values():
         entry["pairs"] = _pairs_by_score(entry["responses"], entry["scores"], options["pairs_by"], options["min_margin"])
         entry["sft_target"] = entry["responses"][entry["scores"].index(max(entry["scores"]))]
@@ -331,11 +318,24 @@ def _jsonl_scored(reader: _Reader, rows: Iterable[Row]) -> tuple[Contract, Words
     return data, words
 
 
-def _completions(reader: _Reader, rows: Iterable[Row], key: str) -> Iterator[tuple[Row, Optional[Rendered]]]:
-    """Yield the rows that have prompt, completion and the field of `key`, with their texts, or None if these have a defect."""
+def _completions(reader: _Reader, rows: Iterable[Row], key: str, read: Callable[[Any], Any], what: str) -> Iterator[tuple[Rendered, Any]]:
+    """Yield the texts of the rows that have prompt, completion and a usable value in the field of `key`, with that value.
+
+    Args:
+        reader, rows: the rows, and what reads them.
+        key: of a field, see FIELDS.
+        read: returns the field's value, or None if it is not usable.
+        what: what a usable value is, for the report.
+    """
     for row in rows:
-        if reader.require(row, "prompt", "completion", key):
-            yield row, reader.texts(row, "prompt", "completion", separator=reader.separator)
+        if not reader.require(row, "prompt", "completion", key):
+            continue
+        found = reader.texts(row, "prompt", "completion", separator=reader.separator)
+        name = reader.name(key, row)
+        if (value := read(row.fields[name])) is None:
+            reader.report.refuse(row, f"{name!r} must be {what}")
+        elif found is not None and reader.report.usable_answers(row, found.contents[0], found.contents[1:]):
+            yield found, value
 
 
 def _add_completion(data: Contract, words: Words, found: Rendered) -> dict:

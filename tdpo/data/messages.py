@@ -15,7 +15,7 @@ from tdpo.data.rows import Row, RowReport
 Messages = list[Mapping[str, Any]]
 REPLIES = ("assistant", "model", "bot", "chatbot", "gpt", "ai")  # roles of messages that a policy writes; no others are replies
 FROM = {"human": "user", "gpt": "assistant", "observation": "tool", "function_response": "tool"}  # ShareGPT's names of roles
-SEGMENT = "segment"  # key that marks the turns in the loss (chat.render_segments); templates do not see it
+SEGMENT = "segment"  # key that marks the turns in the loss (Chat.segments); templates do not see it
 
 
 class Spelling(NamedTuple):

@@ -1,5 +1,6 @@
 """Runs that are stopped, damaged or extended, and then resumed: they give the same results as uninterrupted runs, or are refused."""
 
+import copy
 import json
 import os
 import random
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import wandb
-from helpers import DATA, MINI, PREFERENCE, SHARDED, TIMES, assert_same_run, copied, logs_of, losses_of, run, weights_of
+from helpers import DATA, MINI, PREFERENCE, SHARDED, TIMES, assert_same_run, compose, copied, logs_of, losses_of, run, weights_of
+from omegaconf import OmegaConf
 
 from tdpo.checkpointing import resume
 from tdpo.data.batching import BatchStream
@@ -394,3 +396,17 @@ def test_keys_that_make_another_run():
     now = {"seed": 1, "lr": 2.0, "model": {"archive": "b", "name_or_path": "y"}, "datasets": {"hh": {"path": "q", "invalid_rows": "skip"}}}
     assert set(resume.differing_keys(saved, now, objective)) == {"seed", "lr", "model.name_or_path", "datasets.hh.invalid_rows"}
     assert resume.differing_keys(saved, saved, objective) == {}
+
+
+def test_a_config_saved_before_a_key_existed_has_its_default():
+    """But a dataset that the saved run did not have is another run, even if all its keys have their defaults."""
+    current = OmegaConf.to_container(compose("exp_name=x", "datasets=[hh,shp]"))
+    objective = get_objective("sft")
+    older = copy.deepcopy(current)
+    del older["dry_run"], older["model"]["chat_template"], older["datasets"]["hh"]["escape_special_tokens"]
+    assert resume.differing_keys(older, current, objective) == {}
+    assert resume.differing_keys(older, {**current, "lr": 1.0}, objective) == {"lr": (older["lr"], 1.0)}
+    given = {**current, "model": {**current["model"], "chat_template": "t"}}
+    assert resume.differing_keys(older, given, objective) == {"model.chat_template": (None, "t")}
+    del older["datasets"]["shp"]
+    assert "datasets.shp.loader" in resume.differing_keys(older, current, objective)
