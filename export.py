@@ -19,8 +19,10 @@ from tdpo.checkpointing.training_state import Progress, read_progress
 from tdpo.cli.command_line import run_command
 from tdpo.cli.schema import Export, check_tool_config
 from tdpo.files import usual_modes
-from tdpo.models.build import build_model, check_model, load_model_config, load_tokenizer, prepare_hub
+from tdpo.models.build import build_model, check_model, load_model_config
 from tdpo.models.export import export_policy, model_card
+from tdpo.models.places import prepare_hub
+from tdpo.models.tokenizer import load_tokenizer
 from tdpo.utils import DTYPES, RunError, UserError
 
 

@@ -25,7 +25,7 @@ from tdpo.cli.schema import Sample, check_tool_config
 from tdpo.distributed.launch import is_rank, process_group
 from tdpo.distributed.sharding import fingerprint
 from tdpo.distributed.world import World
-from tdpo.models.build import prepare_hub
+from tdpo.models.places import prepare_hub
 from tdpo.models.sampling import own_distribution, sample_batch
 from tdpo.utils import batched, plural, rank0_print, silenced
 

@@ -32,7 +32,10 @@ from tdpo.distributed.watchdog import Watch
 from tdpo.distributed.world import World
 from tdpo.losses import Objective
 from tdpo.models.archive import find_archive
-from tdpo.models.build import Models, check_local, check_model, empty_model, is_hugging_face, load_model_config, load_tokenizer, prepare_hub
+from tdpo.models.build import Models, check_model, empty_model, is_hugging_face, load_model_config
+from tdpo.models.places import check_local, prepare_hub
+from tdpo.models.positions import scaling_by_length
+from tdpo.models.tokenizer import load_tokenizer
 from tdpo.training.metrics import Sink, open_sinks
 from tdpo.training.optimizer import learning_rate
 from tdpo.utils import Stopped, UserError, get_local_dir, plural, rank0_print, silenced
@@ -89,7 +92,7 @@ def train(checked: Checked, world: World) -> str:
         seed_everything(config)
         plan = world.from_first(lambda: prepare(config, objective, world, folder.path, resumed))
         data = shared_data(world, plan)
-        models = Models(plan.model, plan.model_config, plan.cache_dir, plan.weights, objective.needs_reference)
+        models = Models(plan.model, plan.model_config, plan.cache_dir, plan.weights, objective.needs_reference, config.max_length)
         if resumed is None:
             folder.begin()
         at_end.callback(lambda: [sink.close() for sink in sinks])
@@ -150,7 +153,7 @@ def prepare(config: DictConfig, objective: Objective, world: World, run_dir: str
     tokenizer = load_tokenizer(model, cache_dir)
     model_config = load_model_config(model, tokenizer, cache_dir)
     weights = check_model(model, model_config, tokenizer, config.max_length)
-    for line in other_settings(model):
+    for line in [*other_settings(model), *held_scaling(model_config, config.max_length)]:
         rank0_print(line)
     trainer_of(config).strategy_class.check_model(empty_model(model_config), config, world)
     data = {name: load_data(config, split, tokenizer, objective, cache_dir) for name, split in (("train", "train"), ("eval", "test"))}
@@ -167,6 +170,12 @@ def other_settings(model: DictConfig) -> list[str]:
     keys = ("tokenizer_name_or_path", "chat_template", "chat_template_kwargs", "add_bos")
     different = [f"model.{key}={before[key]}" for key in keys if before[key] != model.get(key)]
     return [f"warning: the run of model.archive had {', '.join(different)}; here it is otherwise"] if different else []
+
+
+def held_scaling(model_config, max_length: int) -> list[str]:
+    """Return a line if the model's rotary positions are scaled by the length of the text; else an empty list."""
+    kind = scaling_by_length(model_config, max_length)
+    return [f"positions: {kind} scaling as for max_length={max_length} tokens, whatever the length of a text"] if kind else []
 
 
 def shared_data(world: World, plan: Plan) -> Mapping[str, TokenizedSplit]:

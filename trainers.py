@@ -24,7 +24,8 @@ from tdpo.models.export import export_policy, model_card
 from tdpo.models.sampling import continuations, interleaved, mixed_seed, own_distribution
 from tdpo.scoring.chunked_loss import HeadOnly
 from tdpo.scoring.logps import _get_batch_logps, _tdpo_get_batch_logps, concatenated_inputs
-from tdpo.scoring.scorer import Scored, Scorer, fast_scoring_problem
+from tdpo.scoring.probes import check_predictions, fast_scoring_problem
+from tdpo.scoring.scorer import Scored, Scorer
 from tdpo.training.feeder import Feeder, Microbatch
 from tdpo.training.guards import Guards, PublishedMethods
 from tdpo.training.hooks import make_hooks
@@ -113,19 +114,25 @@ class BasicTrainer(PublishedMethods):
         seed_generators(seed)
 
     def choose_scoring(self) -> bool:
-        """Return whether to use fast scoring, the same on all ranks. `auto` and `fast` test it on the model first.
+        """Test the policy's predictions, and return whether to use fast scoring, the same on all ranks. `auto` and `fast` test it too.
 
         Raises:
-            UserError, RunError: scoring=fast, but the model does not support it; the test runs out of memory.
+            UserError, RunError: the model's predictions depend on later tokens; scoring=fast, but the model does not support it; the test
+                runs out of memory.
         """
-        if self.config.scoring == "plain":
-            return False
+        plain = self.config.scoring == "plain"
+        without_randomness(self.policy)
         try:
             with torch.no_grad(), self.strategy.forward_context():
-                problem = fast_scoring_problem(self.scorer, self.config.max_length)
+                warning = check_predictions(self.scorer, self.config.max_length)
+                problem = None if plain else fast_scoring_problem(self.scorer, self.config.max_length)
         except torch.OutOfMemoryError as error:
             what = f"two sequences of max_length={self.config.max_length} tokens (the trial of fast scoring)"
             raise self.guards.out_of_memory(what, "more devices") from error
+        if warning:
+            log.warning(f"warning: {warning}")
+        if plain:
+            return False
         problems = [x for x in self.world.gather(problem) if x]
         if problems and self.config.scoring == "fast":
             raise UserError(f"scoring=fast: {type(self.policy).__name__} does not support it: {problems[0]}; use scoring=plain")

@@ -31,7 +31,7 @@ import train  # noqa: E402
 import trainers  # noqa: E402
 from preference_datasets import default_options, load_split  # noqa: E402
 from tdpo.data import batching, reviews  # noqa: E402
-from tdpo.models.build import embedded_tokenizer  # noqa: E402
+from tdpo.models.tokenizer import embedded_tokenizer  # noqa: E402
 
 
 def write_pairs(folder: Path, pairs: int, rows: str | None) -> None:

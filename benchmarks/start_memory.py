@@ -20,14 +20,14 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-from tdpo.models import build as models  # noqa: E402
+from tdpo.models.tokenizer import embedded_tokenizer  # noqa: E402
 
 IMPORTS = "import sys, time; sys.path.insert(0, {root!r}); import train; print('ready', flush=True); time.sleep(600)"
 
 
 def make_model(folder: Path, layers: int, hidden: int) -> int:
     """Write a Hugging Face folder `model` and a policy.pt. Returns the bytes of the model, which is in float32."""
-    tokenizer = models.embedded_tokenizer()
+    tokenizer = embedded_tokenizer()
     sizes = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": layers, "num_attention_heads": 16}
     config = transformers.GPTNeoXConfig(vocab_size=len(tokenizer), max_position_embeddings=128, **sizes)
     model = transformers.GPTNeoXForCausalLM(config)

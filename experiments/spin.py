@@ -29,7 +29,8 @@ from tdpo.data.sources import Place, read_rows  # noqa: E402
 from tdpo.data.tokenization import special_token_strings  # noqa: E402
 from tdpo.distributed.signals import forwarded  # noqa: E402
 from tdpo.files import replaced_whole  # noqa: E402
-from tdpo.models.build import load_tokenizer, prepare_hub  # noqa: E402
+from tdpo.models.places import prepare_hub  # noqa: E402
+from tdpo.models.tokenizer import load_tokenizer  # noqa: E402
 from tdpo.utils import UserError, flat_keys, lenient_console, plural  # noqa: E402
 
 OWN = {"run": None, "out": None, "iterations": None, "n_prompts": "null", "sample_batch_size": "64", "temperature": "1.0"}

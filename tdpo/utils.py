@@ -82,6 +82,11 @@ def silenced(other_rank: bool) -> Iterator[None]:
         CONSOLE.silenced = before
 
 
+def reason_of(error: Exception, most: int = 200) -> str:
+    """Return an error's text in one line, of at most `most` characters."""
+    return " ".join(str(error).split())[:most]
+
+
 def get_logger(name: str) -> logging.Logger:
     """Return the logger of a module of this project. Records from INFO up are shown, also without the commands.
 

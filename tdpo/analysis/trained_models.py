@@ -15,8 +15,12 @@ from tdpo.data.contract import PAIRS, SFT
 from tdpo.distributed.sharding import fingerprint
 from tdpo.losses import Objective, get_objective
 from tdpo.models.archive import find_archive
-from tdpo.models.build import build_model, check_model, compute_dtype, load_model_config, load_tokenizer, prepare_hub, reference_dtype
-from tdpo.scoring.scorer import Scorer, fast_scoring_problem
+from tdpo.models.build import build_model, check_model, compute_dtype, load_model_config, reference_dtype
+from tdpo.models.places import prepare_hub
+from tdpo.models.positions import hold_scaling
+from tdpo.models.tokenizer import load_tokenizer
+from tdpo.scoring.probes import fast_scoring_problem
+from tdpo.scoring.scorer import Scorer
 from tdpo.utils import CONFIG_DIR, UserError, get_local_dir, get_logger, looks_local
 
 log = get_logger(__name__)
@@ -263,4 +267,6 @@ def load_trained(trained: Trained, device: torch.device, max_length: int = 1) ->
 def _built(node: DictConfig, cache_dir: str, tokenizer, dtype: torch.dtype, max_length: int) -> torch.nn.Module:
     model_config = load_model_config(node, tokenizer, cache_dir)
     weights = check_model(node, model_config, tokenizer, max_length)
-    return build_model(node, model_config, dtype, cache_dir, weights).eval().requires_grad_(False)
+    built = build_model(node, model_config, dtype, cache_dir, weights)
+    hold_scaling(built, max_length)
+    return built.eval().requires_grad_(False)

@@ -56,7 +56,7 @@ def shard_scorer(
         fully_shard(module, mesh=mesh, mp_policy=replace(mixed, cast_forward_inputs=module is not scorer))
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # otherwise FSDP asks gloo for a scaled sum, which gloo lacks
-    for method in ("reference_states", "both_ways"):
+    for method in ("reference_states", "logits_of_all", "both_ways"):
         register_fsdp_forward_method(scorer, method)
 
 

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Optional, Union
@@ -12,16 +13,13 @@ import torch
 import transformers
 from omegaconf import DictConfig
 from torch import nn
-from transformers.utils import cached_file
 
 from tdpo.data.chat_template import end_tokens
-from tdpo.models.build import EMBEDDED_TOKENIZER
-from tdpo.utils import get_logger, looks_local
+from tdpo.models.places import find_file
+from tdpo.models.tokenizer import TOKENIZER_FILES
+from tdpo.utils import get_logger
 
 log = get_logger(__name__)
-
-# Files of a tokenizer that Transformers does not write again, but other programs read.
-TOKENIZER_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "merges.txt", "vocab.txt", "tekken.json")
 
 
 def export_policy(
@@ -48,7 +46,7 @@ def export_policy(
         settings.pad_token_id = tokenizer.pad_token_id
     with _replaced(policy, settings, ends):
         policy.save_pretrained(folder, state_dict=dict(state), is_main_process=True)
-    _add_older_keys(os.path.join(folder, "config.json"))
+    _add_older_keys(os.path.join(folder, "config.json"), type(policy.config))
     tokenizer.save_pretrained(folder)
     _note_bos(os.path.join(folder, "tokenizer_config.json"), model.add_bos)
     for file in TOKENIZER_FILES:
@@ -124,7 +122,7 @@ def model_card(config: DictConfig, progress: Mapping[str, Any], command: str, ca
 
 def _licence_of(source: Optional[str], cache_dir: Optional[str]) -> Optional[str]:
     """Return the licence that a model's own card names; None if there is none."""
-    path = _find(source, "README.md", cache_dir)
+    path = find_file(source, "README.md", cache_dir)
     if path is None:
         return None
     with open(path, encoding="utf-8", errors="replace") as file:
@@ -145,36 +143,47 @@ def _replaced(policy: nn.Module, settings: transformers.GenerationConfig, ends: 
         policy.generation_config, config.eos_token_id = own, before
 
 
-def _add_older_keys(path: str) -> None:
-    """Add to config.json the names that programs and versions of Transformers before 5 read."""
+def _add_older_keys(path: str, config_class: type[transformers.PreTrainedConfig]) -> None:
+    """Add to config.json the names that programs and versions of Transformers before 5 read, but none by which this version would read
+    another config: some classes prefer the older names, or reject them."""
     with open(path) as file:
         values = json.load(file)
+    expected = _read_config(values, config_class)
     for part in (values, values.get("text_config") or {}):
-        _older_keys(part)
+        for key, value in _older_keys(part).items():
+            part[key] = value
+            found = _read_config(values, config_class)
+            if found is None or any(found.get(name) != entry for name, entry in (expected or {}).items()):
+                del part[key]
     with open(path, "w") as file:
         json.dump(values, file, indent=2)
         file.write("\n")
 
 
-def _older_keys(values: dict) -> None:
-    if "dtype" in values:
-        values.setdefault("torch_dtype", values["dtype"])
+def _read_config(values: Mapping[str, Any], config_class: type[transformers.PreTrainedConfig]) -> Optional[dict[str, Any]]:
+    """Return what Transformers makes of the content of a config.json; None if it rejects it."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of the older names
+            return config_class.from_dict(copy.deepcopy(dict(values))).to_dict()
+    except Exception:  # configs of Transformers raise errors of many types
+        return None
+
+
+def _older_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the older names, with their values, that the content of a config.json lacks."""
+    older = {"torch_dtype": values["dtype"]} if "dtype" in values else {}
     rope = values.get("rope_parameters")
-    if not isinstance(rope, dict):
-        return
-    if isinstance(rope.get("sliding_attention"), dict):  # one set a kind of layer, as Gemma 3
-        values.setdefault("rope_local_base_freq", rope["sliding_attention"].get("rope_theta"))
-        rope = rope.get("full_attention", {})
-    if "rope_theta" in rope:
-        values.setdefault("rope_theta", rope["rope_theta"])
-    if "partial_rotary_factor" in rope:
-        values.setdefault("partial_rotary_factor", rope["partial_rotary_factor"])
-    if values.get("model_type") in ("gpt_neox", "gpt_neox_japanese"):
-        values.setdefault("rotary_pct", rope.get("partial_rotary_factor"))
-        values.setdefault("rotary_emb_base", rope.get("rope_theta"))
-    scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
-    scaled = scaling.get("rope_type", "default") != "default"
-    values.setdefault("rope_scaling", {**scaling, "type": scaling["rope_type"]} if scaled else None)
+    if isinstance(rope, Mapping):
+        if isinstance(rope.get("sliding_attention"), Mapping):  # one set a kind of layer, as Gemma 3
+            older["rope_local_base_freq"] = rope["sliding_attention"].get("rope_theta")
+            rope = rope.get("full_attention") or {}
+        older |= {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+        if values.get("model_type") in ("gpt_neox", "gpt_neox_japanese"):
+            older |= {"rotary_pct": rope.get("partial_rotary_factor"), "rotary_emb_base": rope.get("rope_theta")}
+        scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
+        scaled = scaling.get("rope_type", "default") != "default"
+        older["rope_scaling"] = {**scaling, "type": scaling["rope_type"]} if scaled else None
+    return {key: value for key, value in older.items() if key not in values}
 
 
 def _note_bos(path: str, add_bos: bool) -> None:
@@ -187,26 +196,9 @@ def _note_bos(path: str, add_bos: bool) -> None:
         file.write("\n")
 
 
-def _find(source: Optional[str], file: str, cache_dir: Optional[str]) -> Optional[str]:
-    """Return the path of a file of a model or tokenizer, in its folder or the cache of downloads; None if it has no such file."""
-    if source is None or source == EMBEDDED_TOKENIZER:
-        return None
-    if os.path.isdir(source):
-        path = os.path.join(source, file)
-        return path if os.path.isfile(path) else None
-    if looks_local(source):  # a GGUF file
-        return None
-    try:
-        options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-        return cached_file(source, file, cache_dir=cache_dir, **options)
-    except Exception as error:  # the hub's client raises a dozen types
-        log.info(f"{file} of {source} cannot be had: {' '.join(str(error).split())[:120]}")
-        return None
-
-
 def _copy(source: Optional[str], file: str, folder: str, cache_dir: Optional[str]) -> None:
     target = os.path.join(folder, file)
-    if not os.path.exists(target) and (path := _find(source, file, cache_dir)) is not None:
+    if not os.path.exists(target) and (path := find_file(source, file, cache_dir)) is not None:
         shutil.copyfile(path, target)
 
 

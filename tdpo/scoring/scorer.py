@@ -19,12 +19,10 @@ import torch
 from torch import nn
 
 from tdpo.losses import LossOutput, Objective, ResponseScores
-from tdpo.scoring.chunked_loss import Head, ReferenceStates, loss_of_rows, score_rows, unsupported_head
+from tdpo.scoring.chunked_loss import Head, ReferenceStates, loss_of_rows, score_rows
 from tdpo.scoring.logps import _get_batch_logps, _tdpo_get_batch_logps, full_logits, label_logps, stack_roles
-from tdpo.scoring.prefix_sharing import SharedPrefixBatch, attention_masks, shared_prefix_batch, unsupported_attention
+from tdpo.scoring.prefix_sharing import SharedPrefixBatch, attention_masks, shared_prefix_batch
 from tdpo.utils import IGNORED
-
-PROBED = 24  # tokens compared per response when fast scoring is tested
 
 
 class Scored(NamedTuple):
@@ -99,61 +97,38 @@ class Scorer(nn.Module):
         with _gathered(self.reference):
             return self._reference(rows, attention_masks(rows, self.policy.config)).states
 
-    def both_ways(self, prompt: torch.Tensor, responses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.dtype]:
+    def logits_of_all(self, ids: torch.Tensor) -> torch.Tensor:
+        """Compute the policy's own logits.
+
+        Args:
+            ids: (B, T), token ids, nothing padded.
+
+        Returns:
+            (B, T, V), in the dtype in which the policy computes.
+        """
+        return self.policy(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+
+    def both_ways(self, prompt: torch.Tensor, responses: torch.Tensor, last: int) -> tuple[torch.Tensor, torch.Tensor, torch.dtype]:
         """Score the last tokens of each response by fast scoring, and by the model's own forward pass.
 
         Args:
             prompt: (P,), token ids.
             responses: (R, n), token ids; equal lengths, so that nothing is padded.
+            last: tokens of each response to compare.
 
         Returns:
-            (fast, plain, dtype): the policy's log-probabilities of the last min(n, PROBED) tokens of each response, (R, min(n, PROBED)),
+            (fast, plain, dtype): the policy's log-probabilities of the last min(n, last) tokens of each response, (R, min(n, last)),
             nats; and the dtype in which the policy computes.
         """
         rows = shared_prefix_batch([(prompt.tolist(), responses.tolist())]).to(responses.device)
         states = hidden_states(self.policy, rows, attention_masks(rows, self.policy.config))
         ids = torch.cat([prompt.expand(len(responses), -1), responses], dim=1)
-        n = min(PROBED, responses.shape[1])
+        n = min(last, responses.shape[1])
         fast = Head.of(self.policy).logits(states.view(*responses.shape, -1)[:, -n:])
         responses = responses[:, -n:]
-        last = {"logits_to_keep": n + 1} if "logits_to_keep" in inspect.signature(self.policy.forward).parameters else {}
-        logits = self.policy(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **last).logits[:, -n - 1 : -1]
+        keep = {"logits_to_keep": n + 1} if "logits_to_keep" in inspect.signature(self.policy.forward).parameters else {}
+        logits = self.policy(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **keep).logits[:, -n - 1 : -1]
         return label_logps(fast.log_softmax(-1), responses), label_logps(logits.to(fast.dtype).log_softmax(-1), responses), states.dtype
-
-
-def fast_scoring_problem(scorer: nn.Module, max_length: int) -> Optional[str]:
-    """Test whether fast scoring gives the policy's own log-probabilities. Must be called on all ranks, without gradient.
-
-    A model may compute more than its config says: scale its logits, ignore the mask, or have its own attention window. Therefore both ways
-    are compared on a prompt with two responses of random tokens, each filling max_length: shorter texts would not reveal a window that the
-    mask lacks, or one that counts places in the row instead of positions.
-
-    Args:
-        scorer: a Scorer on its device.
-        max_length: tokens of prompt and response.
-
-    Returns:
-        the reason why the policy must be scored plain, as a clause; None if fast scoring can be used.
-    """
-    config = scorer.policy.config
-    if problem := unsupported_attention(config) or unsupported_head(scorer.policy):
-        return problem
-    prompt = max(1, max_length // 8)
-    response = max_length - prompt
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = config.get_text_config().vocab_size
-    tokens = torch.randint(vocabulary, (prompt + 2 * response,), generator=generator).to(scorer.policy.device)
-    try:
-        fast, plain, dtype = scorer.both_ways(tokens[:prompt], tokens[prompt:].view(2, response))
-    except (torch.OutOfMemoryError, torch.distributed.DistError):
-        raise
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:  # models reject unknown masks in their own ways
-        return f"it cannot compute several responses in one row: {' '.join(str(error).split())[:120]}"
-    # The tolerance is relative to the spread of log-probabilities over random tokens, which is far larger than rounding errors.
-    difference, spread = (fast - plain).square().mean().sqrt().item(), plain.std().item()
-    rounding = 2**-10 if dtype == torch.float32 and torch.cuda.is_available() else torch.finfo(dtype).eps  # TF32 on a GPU
-    tolerance = max(1e-3, 16 * rounding) * spread + 1e-6
-    return None if difference <= tolerance else f"its log-probabilities would differ by {difference:.2g} nats per token"
 
 
 def plain_scores(

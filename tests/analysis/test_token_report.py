@@ -55,7 +55,7 @@ def test_numbers(page, trained, mini_tokenizer):
 
 def test_pieces_join_to_the_text(mini_tokenizer):
     """Also if the tokenizer writes spaces only between tokens."""
-    from tdpo.models.build import embedded_tokenizer
+    from tdpo.models.tokenizer import embedded_tokenizer
 
     for tokenizer, text in ((mini_tokenizer, "Human: what is it?"), (embedded_tokenizer(), "was very good . i loved it")):
         before, *ids = tokenizer(f"the {text}", add_special_tokens=False)["input_ids"]

@@ -17,7 +17,8 @@ from tdpo.checkpointing.checkpoints import damaged_files, holds_a_run, list_chec
 from tdpo.checkpointing.state_reader import load_tensors
 from tdpo.distributed.world import World
 from tdpo.models.archive import check_archive, read_archive
-from tdpo.models.build import Models, build_model, check_model, load_model_config, load_tokenizer
+from tdpo.models.build import Models, build_model, check_model, load_model_config
+from tdpo.models.tokenizer import load_tokenizer
 from tdpo.utils import RunError, UserError
 
 STATE = {"weight": torch.arange(6.0).reshape(2, 3)}
@@ -202,7 +203,7 @@ def test_models_of_one_archive_share_no_memory():
     tokenizer = load_tokenizer(config, None)
     model_config = load_model_config(config, tokenizer, None)
     archive = check_model(config, model_config, tokenizer, 64)
-    models = Models(config, model_config, None, archive, needs_reference=True)
+    models = Models(config, model_config, None, archive, needs_reference=True, max_length=64)
     policy, reference = models.policy(), models.reference()
     saved = torch.load(MINI / "sft_policy.pt", weights_only=True)["state"]
     for parameter in policy.parameters():
@@ -211,7 +212,7 @@ def test_models_of_one_archive_share_no_memory():
     assert all(torch.equal(archive[name], tensor) for name, tensor in saved.items())
     tiny = compose("exp_name=x").model  # random weights: drawn once, for both models
     tokenizer = load_tokenizer(tiny, None)
-    models = Models(tiny, load_model_config(tiny, tokenizer, None), None, None, needs_reference=True)
+    models = Models(tiny, load_model_config(tiny, tokenizer, None), None, None, needs_reference=True, max_length=64)
     policy, reference = models.policy(), models.reference()
     for (name, a), b in zip(policy.state_dict().items(), reference.state_dict().values()):
         assert torch.equal(a, b) and a.data_ptr() != b.data_ptr(), name

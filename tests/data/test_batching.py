@@ -14,7 +14,7 @@ from tdpo.data.batching import BatchStream, cut_into_microbatches, get_collate_f
 from tdpo.data.split import TokenizedSplit
 from tdpo.data.tokenization import truncate
 from tdpo.losses import get_objective
-from tdpo.models.build import embedded_tokenizer
+from tdpo.models.tokenizer import embedded_tokenizer
 from tdpo.utils import UserError
 
 

@@ -8,7 +8,7 @@ from helpers import CHAT_TEMPLATE, load, tokenized, turn, write_lines
 
 from preference_datasets import default_options
 from tdpo.data import chat
-from tdpo.models.build import embedded_tokenizer
+from tdpo.models.tokenizer import embedded_tokenizer
 from tdpo.utils import UserError
 
 

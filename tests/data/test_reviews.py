@@ -5,7 +5,7 @@ import math
 import pytest
 
 from tdpo.data import reviews
-from tdpo.models.build import embedded_tokenizer
+from tdpo.models.tokenizer import embedded_tokenizer
 
 
 def logistic(x):

@@ -4,8 +4,8 @@ import pytest
 from helpers import CHATML, MINI, bpe_tokenizer, elements_of, turn
 from omegaconf import OmegaConf
 
-from tdpo.models.build import load_tokenizer
 from tdpo.models.chat_template import set_chat_template
+from tdpo.models.tokenizer import load_tokenizer
 from tdpo.utils import UserError
 
 TURN = [turn("user", "q")]

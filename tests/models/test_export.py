@@ -5,13 +5,14 @@ import stat
 
 import pytest
 import torch
-from helpers import FAMILIES, SIZES, bpe_tokenizer, compose, run, turn, write_lines
+from helpers import FAMILIES, SIZES, bpe_tokenizer, compose, run, turn, weights_of, write_lines
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import export
-from tdpo.models.export import _older_keys, _source
+from tdpo.models.build import build_model, check_model, load_model_config
+from tdpo.models.export import _add_older_keys, _older_keys, _source
 from tdpo.utils import UserError
 
 MOE = {"num_key_value_heads": 1, "num_experts_per_tok": 2}
@@ -21,13 +22,15 @@ MODELS = {
     "qwen3_moe": {**SIZES, **MOE, "head_dim": 8, "num_experts": 4, "moe_intermediate_size": 16, "decoder_sparse_step": 1},
     "gpt_neox": FAMILIES["gpt_neox"],
 }
+YOUTU = {**SIZES, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 8}
+YOUTU |= {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "tie_word_embeddings": True}
 
 
 def base_model(folder, family: str, eos: str = "<|endoftext|>"):
     """Save a model with random weights and a chat tokenizer, whose own settings end a text at two tokens."""
     tokenizer = bpe_tokenizer(eos=eos)
     torch.manual_seed(0)
-    sizes = {**MODELS[family], "vocab_size": len(tokenizer), "max_position_embeddings": 128}
+    sizes = {**{**MODELS, "youtu": YOUTU}[family], "vocab_size": len(tokenizer), "max_position_embeddings": 128}
     config = AutoConfig.for_model(family, bos_token_id=1, eos_token_id=tokenizer.eos_token_id, pad_token_id=3, **sizes)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -90,8 +93,8 @@ def test_a_run_from_sft_weights_exports_what_the_base_model_has(family, tmp_path
 )
 def test_older_keys_of_a_config(rope, older):
     values = {"dtype": "bfloat16", "rope_parameters": rope}
-    _older_keys(values)
-    assert values == {"dtype": "bfloat16", "rope_parameters": rope, "torch_dtype": "bfloat16", **older}
+    assert _older_keys(values) == {"torch_dtype": "bfloat16", **older}
+    assert _older_keys({**values, "torch_dtype": "float32", "rope_theta": 1.0}) == {k: v for k, v in older.items() if k != "rope_theta"}
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
@@ -130,3 +133,29 @@ def test_the_source_of_settings():
     model = {"name_or_path": "owner/name", "from_config": None, "archive": "policy.pt"}
     assert _source(OmegaConf.create(model)) == "owner/name"
     assert _source(OmegaConf.create({**model, "name_or_path": None, "from_config": {"model_type": "llama"}})) is None
+
+
+def test_older_keys_change_nothing_that_transformers_reads(tmp_path):
+    """Gemma 4 has a kind of scaling that needs a field which the older names lack, and would reject its own config with them."""
+    rope = {
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    config = AutoConfig.for_model("gemma4_text", rope_parameters=rope)
+    config.save_pretrained(tmp_path)
+    _add_older_keys(str(tmp_path / "config.json"), type(config))
+    assert AutoConfig.from_pretrained(tmp_path).rope_parameters == config.rope_parameters
+
+
+def test_weights_of_an_archive_are_those_of_the_run(tmp_path):
+    """Youtu's class sets the embedding of the padding token anew when it is loaded, and then unties it from the head."""
+    base = base_model(tmp_path / "base", "youtu")
+    assert base.pad_token_id == 3
+    common = arguments(tmp_path / "base", tmp_path)
+    sft = run(*common, "loss=sft", f"local_run_dir={tmp_path}/sft")
+    config = compose(*common, "exp_name=x", f"model.archive={sft}/LATEST/policy.pt").model
+    model_config = load_model_config(config, base, None)
+    built = build_model(config, model_config, torch.float32, None, check_model(config, model_config, base, 64))
+    before, after = weights_of(sft), built.state_dict()
+    assert before["lm_head.weight"][3].abs().max() > 0 and built.lm_head.weight is built.model.embed_tokens.weight
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())

@@ -12,8 +12,8 @@ from preference_datasets import load_split
 from tdpo.data.contract import PAIRS, SFT
 from tdpo.losses import OBJECTIVES
 from tdpo.models import memory_estimate
-from tdpo.models.build import embedded_tokenizer
 from tdpo.models.memory_estimate import ModelShape, device_memory
+from tdpo.models.tokenizer import embedded_tokenizer
 
 STATES = {"hidden_size": 768, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 3072}  # weights dominate
 # Logits dominate. Scored plain, because fast scoring's logits are too small to be measured this way (see scoring/test_scorer.py).

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHea
 from tdpo.data.batching import get_collate_fn
 from tdpo.data.tokenization import tokenize_batch_element
 from tdpo.losses import get_objective
-from tdpo.models.build import Models, load_model_config, load_tokenizer
+from tdpo.models.build import Models, load_model_config
+from tdpo.models.tokenizer import load_tokenizer
 from tdpo.scoring.logps import _get_batch_logps, _tdpo_get_batch_logps, concatenated_inputs, forward_kl
 from tdpo.scoring.scorer import Scorer
 from tdpo.training.strategies import cast_parameters
@@ -189,7 +190,7 @@ def test_policy_and_reference_of_every_family_agree_exactly_in_bfloat16(family):
     OmegaConf.set_struct(config, False)
     config.from_config = {"model_type": family, **{key: value for key, value in FAMILIES[family].items() if key != "vocab_size"}}
     tokenizer = load_tokenizer(config, None)
-    models = Models(config, load_model_config(config, tokenizer, None), None, None, needs_reference=True)
+    models = Models(config, load_model_config(config, tokenizer, None), None, None, needs_reference=True, max_length=64)
     policy, reference = models.policy(), models.reference()
     assert {p.dtype for p in reference.parameters()} == {torch.bfloat16}
     pairs = [("this drama", " was good .", " was very dull ."), ("the western", " felt weak", " was not bad at the end .")]

@@ -17,7 +17,8 @@ from tdpo.models.memory_estimate import head_memory
 from tdpo.scoring import chunked_loss as chunked_head
 from tdpo.scoring.chunked_loss import Head, HeadOnly, ReferenceStates, loss_of_rows, score_rows
 from tdpo.scoring.prefix_sharing import attention_masks, shared_prefix_batch
-from tdpo.scoring.scorer import Scorer, fast_scoring_problem
+from tdpo.scoring.probes import fast_scoring_problem
+from tdpo.scoring.scorer import Scorer
 from tdpo.training.metrics import example_metrics
 from tdpo.utils import IGNORED, UserError, disable_dropout
 
