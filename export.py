@@ -41,7 +41,7 @@ def run(config: DictConfig, overrides: Sequence[str] = ()) -> str:
         raise UserError(f"out={config.out} exists: give the path of a new folder")
     trained = find_trained(config.run)
     if trained.config is None:
-        raise UserError(f"run={config.run} is a Hugging Face folder already")
+        raise UserError(f"run={config.run} is a pretrained model, not a run")
     prepare_hub(trained.on_hub())
     cache_dir = trained.cache_dir()
     tokenizer = load_tokenizer(trained.model, cache_dir)

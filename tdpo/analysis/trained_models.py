@@ -1,4 +1,4 @@
-"""Load a trained model for evaluation: from a run folder, one of its checkpoints, or a Hugging Face folder."""
+"""Load a trained model for evaluation: from a run folder, one of its checkpoints, a Hugging Face folder, a GGUF file, or the hub."""
 
 import os
 import pathlib
@@ -15,10 +15,10 @@ from tdpo.data.contract import PAIRS, SFT
 from tdpo.distributed.sharding import fingerprint
 from tdpo.losses import Objective, get_objective
 from tdpo.models.archive import find_archive
-from tdpo.models.build import build_model, check_model, compute_dtype, load_model_config, reference_dtype
-from tdpo.models.places import prepare_hub
+from tdpo.models.build import build_model, check_model, compute_dtype, is_hugging_face, load_model_config, reference_dtype
+from tdpo.models.places import find_file, prepare_hub
 from tdpo.models.positions import hold_scaling
-from tdpo.models.tokenizer import load_tokenizer
+from tdpo.models.tokenizer import adds_bos, load_tokenizer
 from tdpo.scoring.probes import fast_scoring_problem
 from tdpo.scoring.scorer import Scorer
 from tdpo.utils import CONFIG_DIR, UserError, get_local_dir, get_logger, looks_local
@@ -31,10 +31,10 @@ class Trained(NamedTuple):
 
     name: str  # for tables: the path as it was given
     model: DictConfig  # the config's `model`, in which `archive` is the trained weights
-    config: Optional[DictConfig]  # of the run; None for a Hugging Face folder
+    config: Optional[DictConfig]  # of the run; None for a pretrained model
     reference: Optional[DictConfig]  # `model` with the weights that training started from; None: unknown or random
     reference_identity: str = ""  # fingerprint of those weights; "" if the run has recorded none
-    checkpoint: str = ""  # its folder; "" for a Hugging Face folder
+    checkpoint: str = ""  # its folder; "" for a pretrained model
 
     def length(self, key: str, given: Optional[int]) -> int:
         """Return `given`, else the run's value, else the default of config/config.yaml.
@@ -82,7 +82,7 @@ class Trained(NamedTuple):
 
     def cache_dir(self) -> str:
         """Return the folder for downloads and tokenized data."""
-        return get_local_dir(self.config.local_dirs if self.config is not None else [".cache"])
+        return _cache_dir(self.config)
 
     def on_hub(self) -> list[Optional[str]]:
         """Return the names that may have to be downloaded from the Hugging Face hub."""
@@ -90,21 +90,21 @@ class Trained(NamedTuple):
 
 
 def find_trained(path: str) -> Trained:
-    """Find the model of a run folder (its newest checkpoint), of one checkpoint (step-N), or of a Hugging Face folder.
+    """Find the model of a run folder (its newest checkpoint), of one checkpoint (step-N), of a Hugging Face folder or GGUF file, or on the
+    Hugging Face hub.
 
     Args:
-        path: the folder.
+        path: the folder or file, or a name on the hub.
 
     Raises:
         UserError: the path is none of these.
     """
     folder = path.rstrip("/")
-    if not os.path.isdir(folder):
-        raise UserError(f"run={path}: no such folder")
-    if os.path.exists(os.path.join(folder, "config.json")):
-        model = OmegaConf.load(os.path.join(CONFIG_DIR, "model", "blank_model.yaml"))
-        model.name_or_path = folder
-        return Trained(folder, model, None, None)
+    if not os.path.isdir(folder) and not (folder.endswith(".gguf") and os.path.isfile(folder)):
+        _check_on_hub(folder)
+        return _pretrained(folder)
+    if os.path.isfile(folder) or is_hugging_face(folder):
+        return _pretrained(folder)
     checkpoint = folder if os.path.isfile(os.path.join(folder, POLICY)) else checkpoint_of(folder)
     if checkpoint is None:
         raise UserError(f"run={path} is not a run folder, a checkpoint or a Hugging Face folder: '{folder}/LATEST' does not exist")
@@ -128,6 +128,27 @@ def find_trained(path: str) -> Trained:
     known = objective_of_run(config).roles != SFT.roles and (archive is not None or config.model.from_config is None)
     reference = OmegaConf.merge(model, {"archive": archive}) if known else None
     return Trained(folder, model, config, reference, identity, checkpoint)
+
+
+def _check_on_hub(name: str) -> None:
+    """Raise UserError if the hub, or the cache of its downloads, has no model of a name."""
+    if looks_local(name):
+        raise UserError(f"run={name}: no such folder")
+    prepare_hub([name])
+    if find_file(name, "config.json", _cache_dir(None)) is None:
+        raise UserError(f"run={name}: no such folder, and no such model on the Hugging Face hub or in its cache")
+
+
+def _pretrained(name: str) -> Trained:
+    """Return a model without a run. Its prompts begin as its tokenizer begins a text, and that of an export does so as its run did."""
+    model = OmegaConf.load(os.path.join(CONFIG_DIR, "model", "blank_model.yaml"))
+    model.name_or_path = name
+    model.add_bos = adds_bos(load_tokenizer(model, _cache_dir(None)))
+    return Trained(name, model, None, None)
+
+
+def _cache_dir(config: Optional[DictConfig]) -> str:
+    return get_local_dir(config.local_dirs if config is not None else [".cache"])
 
 
 def _beside(path: str, checkpoint: str) -> str:

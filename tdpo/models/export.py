@@ -16,7 +16,7 @@ from torch import nn
 
 from tdpo.data.chat_template import end_tokens
 from tdpo.models.places import find_file
-from tdpo.models.tokenizer import TOKENIZER_FILES
+from tdpo.models.tokenizer import TOKENIZER_FILES, with_bos
 from tdpo.utils import get_logger
 
 log = get_logger(__name__)
@@ -47,7 +47,7 @@ def export_policy(
     with _replaced(policy, settings, ends):
         policy.save_pretrained(folder, state_dict=dict(state), is_main_process=True)
     _add_older_keys(os.path.join(folder, "config.json"), type(policy.config))
-    tokenizer.save_pretrained(folder)
+    with_bos(tokenizer, model.add_bos).save_pretrained(folder)
     _note_bos(os.path.join(folder, "tokenizer_config.json"), model.add_bos)
     for file in TOKENIZER_FILES:
         _copy(model.tokenizer_name_or_path or source, file, folder, cache_dir)

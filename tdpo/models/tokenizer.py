@@ -1,5 +1,6 @@
 """The tokenizer of a config's `model`."""
 
+import copy
 import importlib.util
 import os
 from typing import Optional
@@ -11,7 +12,9 @@ from omegaconf import DictConfig
 from tdpo.data import reviews
 from tdpo.models.chat_template import set_chat_template
 from tdpo.models.places import EMBEDDED_TOKENIZER, find_file, place_of
-from tdpo.utils import UserError, looks_local, reason_of
+from tdpo.utils import UserError, get_logger, looks_local, reason_of
+
+log = get_logger(__name__)
 
 # Files of tokenizers that other programs read; Transformers writes tokenizer.json only.
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
@@ -69,6 +72,22 @@ def _missing(name: str, cache_dir: Optional[str]) -> Optional[str]:
     if not needed and not any(find_file(name, file, cache_dir) for file in ("tokenizer.json", "tokenizer_config.json", *TOKENIZER_FILES)):
         return "there are no files of a tokenizer: give model.tokenizer_name_or_path"
     return None
+
+
+def adds_bos(tokenizer) -> bool:
+    """Return whether a tokenizer lets a text begin with the beginning-of-sequence token of its own accord."""
+    return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+
+
+def with_bos(tokenizer, add_bos: bool):
+    """Return a tokenizer, a copy if it has to be changed, that adds the beginning-of-sequence token to a text or does not."""
+    if adds_bos(tokenizer) == add_bos:
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_bos_token = add_bos
+    if adds_bos(tokenizer) != add_bos:
+        log.info(f"the exported tokenizer adds a beginning-of-sequence token of its own accord: {not add_bos}; in training: {add_bos}")
+    return tokenizer
 
 
 def embedded_tokenizer():

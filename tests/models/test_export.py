@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import export
+from tdpo.analysis.trained_models import find_trained
 from tdpo.models.build import build_model, check_model, load_model_config
 from tdpo.models.export import _add_older_keys, _older_keys, _source
+from tdpo.models.tokenizer import adds_bos
 from tdpo.utils import UserError
 
 MOE = {"num_key_value_heads": 1, "num_experts_per_tok": 2}
@@ -124,7 +126,7 @@ def test_export_makes_a_folder_of_any_checkpoint(tmp_path, capsys):
     assert "4 train examples, 1 updates" in (out / "README.md").read_text()
     with pytest.raises(UserError, match="out=.*/out exists: give the path of a new folder"):
         call(run=sft, out=out)
-    with pytest.raises(UserError, match="is a Hugging Face folder already"):
+    with pytest.raises(UserError, match="is a pretrained model, not a run"):
         call(run=out, out=tmp_path / "again")
     assert not (tmp_path / "out.tmp").exists()
 
@@ -159,3 +161,36 @@ def test_weights_of_an_archive_are_those_of_the_run(tmp_path):
     before, after = weights_of(sft), built.state_dict()
     assert before["lm_head.weight"][3].abs().max() > 0 and built.lm_head.weight is built.model.embed_tokens.weight
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("add_bos", [True, False])
+def test_an_exported_tokenizer_begins_texts_as_its_run_did(own, add_bos, tmp_path):
+    """Whether the base model's tokenizer adds the beginning of sequence of its own accord, as Llama 3's does, or not."""
+    tokenizer = base_model(tmp_path / "base", "llama")
+    if own:
+        tokenizer.add_bos_token = True
+        tokenizer.save_pretrained(tmp_path / "base")
+    assert adds_bos(AutoTokenizer.from_pretrained(tmp_path / "base")) == own
+    rows = [{"prompt": f"2+{i}", "chosen": " ok", "rejected": " no"} for i in range(40)]
+    options = [*arguments(tmp_path / "base", tmp_path), f"datasets.jsonl.path={write_lines(tmp_path / 'texts.jsonl', rows)}"]
+    done = run(*options, "loss=sft", f"model.add_bos={str(add_bos).lower()}", f"local_run_dir={tmp_path}/run")
+    exported = done / "LATEST" / "hf"
+    assert (
+        AutoTokenizer.from_pretrained(exported)("ab").input_ids
+        == [tokenizer.bos_token_id] * add_bos + tokenizer("ab", add_special_tokens=False).input_ids
+    )
+    assert find_trained(str(exported)).model.add_bos == find_trained(str(done)).model.add_bos == add_bos
+
+
+def test_a_model_on_the_hub_can_be_evaluated(tmp_path, monkeypatch):
+    """Without a hub only its cache counts, which has no such model."""
+    with pytest.raises(UserError, match="run=owner/name: no such folder, and no such model on the Hugging Face hub or in its cache"):
+        find_trained("owner/name")
+    with pytest.raises(UserError, match="no such folder$"):
+        find_trained(str(tmp_path / "none"))
+    base_model(tmp_path / "base", "llama")
+    monkeypatch.setattr("tdpo.analysis.trained_models.find_file", lambda name, file, cache_dir: str(tmp_path / "base" / file))
+    monkeypatch.setattr("tdpo.models.tokenizer.place_of", lambda name: (str(tmp_path / "base"), {}))
+    found = find_trained("owner/name")
+    assert found.model.name_or_path == "owner/name" and found.config is None
