@@ -2,6 +2,7 @@
 
 import json
 import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from tdpo.analysis.trained_models import find_trained
 from tdpo.models.build import build_model, check_model, load_model_config
 from tdpo.models.export import _add_older_keys, _older_keys, _source
 from tdpo.models.tokenizer import adds_bos
-from tdpo.utils import UserError
+from tdpo.utils import RunError, UserError
 
 MOE = {"num_key_value_heads": 1, "num_experts_per_tok": 2}
 MODELS = {
@@ -194,3 +195,29 @@ def test_a_model_on_the_hub_can_be_evaluated(tmp_path, monkeypatch):
     monkeypatch.setattr("tdpo.models.tokenizer.place_of", lambda name: (str(tmp_path / "base"), {}))
     found = find_trained("owner/name")
     assert found.model.name_or_path == "owner/name" and found.config is None
+
+
+def test_push_uploads_the_folder_to_a_private_repository(tmp_path, monkeypatch, capsys):
+    """A failure keeps the folder and is one line."""
+    base_model(tmp_path / "base", "llama")
+    sft = run(*arguments(tmp_path / "base", tmp_path), "loss=sft", f"local_run_dir={tmp_path}/sft")
+    called = []
+
+    class Hub:
+        def create_repo(self, repository, private, exist_ok):
+            called.append((repository, private, exist_ok))
+
+        def upload_folder(self, repo_id, folder_path):
+            if repo_id == "nobody/model":
+                raise ConnectionError("no\naccess")
+            called.append((repo_id, sorted(path.name for path in Path(folder_path).iterdir())))
+            return f"https://huggingface.co/{repo_id}"
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    out = export.run(compose(f"run={sft}", f"out={tmp_path}/out", "push=me/model", name="export"))
+    assert called[0] == ("me/model", True, True)
+    assert called[1] == ("me/model", sorted(path.name for path in Path(out).iterdir())) and "README.md" in called[1][1]
+    assert "https://huggingface.co/me/model" in capsys.readouterr().out
+    with pytest.raises(RunError, match=f"push=nobody/model: no access; the model is in {tmp_path}/again"):
+        export.run(compose(f"run={sft}", f"out={tmp_path}/again", "push=nobody/model", name="export"))
+    assert (tmp_path / "again" / "config.json").exists()
