@@ -31,6 +31,7 @@ from tdpo.distributed.launch import join_ranks, own_rank, processes_to_start, st
 from tdpo.distributed.watchdog import Watch
 from tdpo.distributed.world import World
 from tdpo.losses import Objective
+from tdpo.models.adapters import AdaptersOff, attach
 from tdpo.models.archive import find_archive
 from tdpo.models.build import Models, check_model, empty_model, is_hugging_face, load_model_config
 from tdpo.models.places import check_local, prepare_hub
@@ -38,7 +39,7 @@ from tdpo.models.positions import scaling_by_length
 from tdpo.models.tokenizer import load_tokenizer
 from tdpo.training.metrics import Sink, open_sinks
 from tdpo.training.optimizer import learning_rate
-from tdpo.utils import Stopped, UserError, get_local_dir, plural, rank0_print, silenced
+from tdpo.utils import DTYPES, Stopped, UserError, get_local_dir, plural, rank0_print, silenced
 
 
 def run(config: DictConfig, overrides: Sequence[str] = (), world: Optional[World] = None) -> str:
@@ -92,7 +93,8 @@ def train(checked: Checked, world: World) -> str:
         seed_everything(config)
         plan = world.from_first(lambda: prepare(config, objective, world, folder.path, resumed))
         data = shared_data(world, plan)
-        models = Models(plan.model, plan.model_config, plan.cache_dir, plan.weights, objective.needs_reference, config.max_length)
+        given = plan.model, plan.model_config, plan.cache_dir, plan.weights, objective.needs_reference
+        models = Models(*given, config.max_length, config.adapter, config.seed)
         if resumed is None:
             folder.begin()
         at_end.callback(lambda: [sink.close() for sink in sinks])
@@ -155,7 +157,10 @@ def prepare(config: DictConfig, objective: Objective, world: World, run_dir: str
     weights = check_model(model, model_config, tokenizer, config.max_length)
     for line in [*other_settings(model), *held_scaling(model_config, config.max_length)]:
         rank0_print(line)
-    trainer_of(config).strategy_class.check_model(empty_model(model_config), config, world)
+    empty = empty_model(model_config)
+    trainer_of(config).strategy_class.check_model(empty, config, world)
+    if config.adapter.rank is not None:
+        rank0_print(attach(empty, config.adapter, DTYPES[config.model.policy_dtype], config.seed))
     data = {name: load_data(config, split, tokenizer, objective, cache_dir) for name, split in (("train", "train"), ("eval", "test"))}
     files = [file for split in data.values() for file in split.files]
     return Plan(run_dir, cache_dir, model, tokenizer, model_config, files, data, weights)
@@ -211,6 +216,8 @@ def build_trainer(
     trainer_class = trainer_of(config)
     sharded = trainer_class.strategy_class.sharded
     policy, reference = models.empty() if sharded else (models.policy(), models.reference())
+    if config.adapter.rank is not None and objective.needs_reference:
+        reference = AdaptersOff(policy)
     rank0_print(f"model: {plural(sum(p.numel() for p in policy.parameters()), 'parameter')}, {config.model.policy_dtype}")
     trainer = trainer_class(
         policy,

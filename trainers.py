@@ -20,12 +20,14 @@ from tdpo.data.split import EVAL_SEED, Example, TokenizedSplit
 from tdpo.distributed.signals import StopSignals
 from tdpo.distributed.world import World
 from tdpo.losses import Objective, preference_loss, tdpo_loss
+from tdpo.models.adapters import has_adapters
 from tdpo.models.export import export_policy, model_card
 from tdpo.models.sampling import continuations, interleaved, mixed_seed, own_distribution
 from tdpo.scoring.chunked_loss import HeadOnly
 from tdpo.scoring.logps import _get_batch_logps, _tdpo_get_batch_logps, concatenated_inputs
 from tdpo.scoring.probes import check_predictions, fast_scoring_problem
 from tdpo.scoring.scorer import Scored, Scorer
+from tdpo.training.adapter_files import AdapterFiles
 from tdpo.training.feeder import Feeder, Microbatch
 from tdpo.training.guards import Guards, PublishedMethods
 from tdpo.training.hooks import make_hooks
@@ -108,7 +110,8 @@ class BasicTrainer(PublishedMethods):
         self.generation_config = own_distribution(tokenizer, config.max_length)
         self.progress = Progress()
         self.archive = archive_of(None, config.model.archive)
-        self.saver = Saver(self.world, run_dir, config)
+        files = AdapterFiles(self.world, self.policy, config.model, run_dir) if has_adapters(self.policy) else None
+        self.saver = Saver(self.world, run_dir, config, files)
         self.last_log: Optional[float] = None
         self.step_values: dict[str, Any] = {}  # grad_norm, lr and examples_per_second of the last step
         seed_generators(seed)
@@ -124,13 +127,11 @@ class BasicTrainer(PublishedMethods):
         without_randomness(self.policy)
         try:
             with torch.no_grad(), self.strategy.forward_context():
-                warning = check_predictions(self.scorer, self.config.max_length)
+                check_predictions(self.scorer, self.config.max_length)
                 problem = None if plain else fast_scoring_problem(self.scorer, self.config.max_length)
         except torch.OutOfMemoryError as error:
             what = f"two sequences of max_length={self.config.max_length} tokens (the trial of fast scoring)"
             raise self.guards.out_of_memory(what, "more devices") from error
-        if warning:
-            log.warning(f"warning: {warning}")
         if plain:
             return False
         problems = [x for x in self.world.gather(problem) if x]

@@ -30,7 +30,7 @@ from tdpo.data.contract import PAIRS, SFT, examples_in_form
 from tdpo.data.split import TokenizedSplit
 from tdpo.data.token_cache import tokenize
 from tdpo.distributed.launch import _loopback_store, rank_environment
-from tdpo.utils import PeerError
+from tdpo.utils import IGNORED, PeerError
 
 ROOT = Path(__file__).resolve().parent.parent
 MINI = ROOT / "tests" / "golden" / "mini"
@@ -158,6 +158,40 @@ def elements_of(data: Union[str, list], folder: Path, tokenizer, form=PAIRS, len
     node = {**default_options("jsonl"), "path": path, "eval_path": path, **options}
     split = load_split({"jsonl": node}, "train", tokenizer, *lengths, form)
     return [split.element(example) for example in next(split.epochs(0, shuffle=False))]
+
+
+EQUAL = 3  # index of the pair of token_pairs with equal responses
+
+
+def token_lists(*lengths: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(sum(lengths))
+    return [torch.randint(3, 31, (n,), generator=generator).tolist() for n in lengths]
+
+
+def token_pairs() -> list[tuple[list[int], list[list[int]]]]:
+    """Return pairs of different lengths: with prompts and responses of one token, equal responses, and longer than every window."""
+    (same,) = token_lists(4)
+    rows = [
+        token_lists(5, 6, 3),
+        token_lists(1, 1, 7),
+        token_lists(9, 1, 1),
+        [*token_lists(3), same, same],
+        token_lists(2, 9, 8),
+        token_lists(1, 14, 2),
+    ]
+    return [(prompt, responses) for prompt, *responses in rows]
+
+
+def padded(rows) -> dict[str, torch.Tensor]:
+    """Return the pairs as a collated batch."""
+    batch = {}
+    for i, role in enumerate(("chosen", "rejected")):
+        whole = [torch.tensor(prompt + responses[i]) for prompt, responses in rows]
+        labels = [torch.tensor([IGNORED] * len(prompt) + responses[i]) for prompt, responses in rows]
+        masks = [torch.ones_like(ids) for ids in whole]
+        for kind, values, padding in (("input_ids", whole, 0), ("attention_mask", masks, 0), ("labels", labels, IGNORED)):
+            batch[f"{role}_{kind}"] = torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=padding)
+    return batch
 
 
 # --- runs in this process ---

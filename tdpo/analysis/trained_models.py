@@ -14,6 +14,7 @@ from tdpo.cli.run_config import load_run_config, objective_of_run
 from tdpo.data.contract import PAIRS, SFT
 from tdpo.distributed.sharding import fingerprint
 from tdpo.losses import Objective, get_objective
+from tdpo.models.adapters import base_of, is_adapter
 from tdpo.models.archive import find_archive
 from tdpo.models.build import build_model, check_model, compute_dtype, is_hugging_face, load_model_config, reference_dtype
 from tdpo.models.places import find_file, prepare_hub
@@ -105,6 +106,11 @@ def find_trained(path: str) -> Trained:
         return _pretrained(folder)
     if os.path.isfile(folder) or is_hugging_face(folder):
         return _pretrained(folder)
+    if is_adapter(folder):
+        checkpoint = os.path.dirname(os.path.realpath(folder))
+        if checkpoint_of(checkpoint) is None:
+            raise UserError(f"run={path} is an adapter without its run: merge it into {base_of(folder)} first, or give a run's checkpoint")
+        folder = checkpoint
     checkpoint = folder if os.path.isfile(os.path.join(folder, POLICY)) else checkpoint_of(folder)
     if checkpoint is None:
         raise UserError(f"run={path} is not a run folder, a checkpoint or a Hugging Face folder: '{folder}/LATEST' does not exist")

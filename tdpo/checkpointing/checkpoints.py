@@ -2,6 +2,7 @@
 
 <run_dir>/step-<examples>/policy.pt      {'step_idx', 'state', 'metrics'}, as published; left out if save_policy says so
 <run_dir>/step-<examples>/state/         what resuming needs: shards of torch.distributed.checkpoint, and progress.json
+<run_dir>/step-<examples>/adapter/       of a run with adapters: a folder of peft's form
 <run_dir>/step-<examples>/hf/            in the checkpoint with which a run ended: a folder for AutoModelForCausalLM.from_pretrained
 <run_dir>/step-<examples>/manifest.json  size and SHA-256 of the other files, except those of hf/
 <run_dir>/LATEST -> step-<examples>      a relative link to the newest complete checkpoint
@@ -30,6 +31,7 @@ from tdpo.utils import PeerError, RunError, as_bytes, get_logger, some_of
 log = get_logger(__name__)
 
 POLICY = "policy.pt"
+ADAPTER = "adapter"
 PROGRESS = os.path.join("state", "progress.json")
 INDEX = os.path.join("state", ".metadata")
 NOT_HASHED = ("manifest.json", "hf")  # hf/ may be added later
@@ -42,6 +44,7 @@ def save_checkpoint(
     tensors: Mapping[str, Any],
     progress: Mapping[str, Any],
     export: Optional[Callable[[str], None]] = None,
+    save_adapter: Optional[Callable[[str], None]] = None,
 ) -> str:
     """Write step-<examples>/ under a temporary name, rename it, and point LATEST to it. Called on all ranks.
 
@@ -52,6 +55,7 @@ def save_checkpoint(
         tensors: what resuming needs: nested dicts of tensors, whole or sharded.
         progress: Progress as a JSON-serializable dict; its `examples` and `eval_metrics` (plain floats) go into policy.pt too.
         export: writes a Hugging Face model into the folder that it is given; called on rank 0. None: no hf/.
+        save_adapter: writes adapters into the folder that it is given; called on rank 0. None: no adapter/.
 
     Returns:
         the path of the checkpoint's folder.
@@ -74,6 +78,8 @@ def save_checkpoint(
                 if policy is not None:
                     _write_policy(os.path.join(temporary, POLICY), policy, progress)
                 _write_json(os.path.join(temporary, PROGRESS), progress)
+                if save_adapter is not None:
+                    save_adapter(os.path.join(temporary, ADAPTER))
                 if export is not None:
                     _try_export(export, os.path.join(temporary, "hf"))
         files = world.from_first(lambda: sorted(_files(temporary)))

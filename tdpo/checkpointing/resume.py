@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Optional
 
 from omegaconf import DictConfig, OmegaConf
 
-from tdpo.checkpointing.checkpoints import checkpoint_of, damaged_files, holds_a_run, list_checkpoints, point_latest
+from tdpo.checkpointing.checkpoints import ADAPTER, checkpoint_of, damaged_files, has_no_policy, holds_a_run, list_checkpoints, point_latest
 from tdpo.checkpointing.logs import LOGS, cut_back
 from tdpo.checkpointing.training_state import Progress, read_progress
 from tdpo.distributed.world import World
@@ -189,7 +189,7 @@ def check_same_data(resumed: Resumed, data: Mapping[str, str], reference: str) -
         log.warning("the eval data are not those that the run used before")
     if saved.reference["fingerprint"] != reference:
         raise UserError(
-            f"the reference's weights are not those of {os.path.dirname(resumed.folder)}: "
+            f"the weights of the reference, or below the adapters, are not those of {os.path.dirname(resumed.folder)}: "
             f"set model.archive to the weights that the run started from (then in {saved.reference['archive']})"
         )
 
@@ -222,7 +222,10 @@ def archive_of(resumed: Optional[Resumed], given: Optional[str]) -> Optional[str
         if saved is not None and os.path.exists(saved):
             return saved
     if os.path.isdir(given) and not os.path.exists(os.path.join(given, "config.json")):
-        given = checkpoint_of(given) or given
+        folder = checkpoint_of(given)
+        given = folder or given
+        if folder is not None and has_no_policy(folder) and os.path.isdir(os.path.join(folder, ADAPTER)):
+            given = os.path.join(folder, ADAPTER)
     return os.path.realpath(given)
 
 

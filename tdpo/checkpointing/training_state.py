@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from tdpo.checkpointing.checkpoints import PROGRESS
 from tdpo.checkpointing.state_reader import load_tensors, saved_tensors
 from tdpo.distributed.world import World
-from tdpo.utils import UserError
+from tdpo.utils import UserError, is_adapter_name
 
 
 @dataclass
@@ -96,7 +96,8 @@ def training_tensors(
         moving_reference: the reference if its weights change, else None.
 
     Returns:
-        {"policy": by name, "optimizer": by parameter and kind, "random": of this rank}; with a moving reference also "reference".
+        {"policy": by name, with adapters theirs only, "optimizer": by parameter and kind, "random": of this rank}; with a moving reference
+        also "reference".
     """
     names = {parameter: name for name, parameter in policy.named_parameters()}
     state = {
@@ -104,7 +105,9 @@ def training_tensors(
         for parameter, values in optimizer.state.items()
     }
     reference = {} if moving_reference is None else {"reference": moving_reference.state_dict()}
-    return {"policy": policy.state_dict(), "optimizer": state, "random": {str(world.rank): random_state(world.device)}, **reference}
+    weights = policy.state_dict()
+    trained = {name: tensor for name, tensor in weights.items() if is_adapter_name(name)} or weights
+    return {"policy": trained, "optimizer": state, "random": {str(world.rank): random_state(world.device)}, **reference}
 
 
 def restore_tensors(

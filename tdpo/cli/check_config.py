@@ -51,6 +51,8 @@ def _joint_problems(config: DictConfig) -> list[str]:
         problems.append(f"nproc_per_node={config.nproc_per_node}: trainer=BasicTrainer runs in one process; use trainer=FSDPTrainer")
     if config.trainer != "FSDPTrainer" and config.parallel.replicas > 1:
         problems.append(f"parallel.replicas={config.parallel.replicas} needs trainer=FSDPTrainer")
+    if config.adapter.rank is not None and config.trainer == "TensorParallelTrainer":
+        problems.append(f"adapter.rank={config.adapter.rank}: trainer=TensorParallelTrainer does not split adapters; use FSDPTrainer")
     if config.exp_name.strip(".") == "" or ".." in config.exp_name:
         problems.append(f"exp_name={config.exp_name!r}: must not contain '..' or consist of dots, because it names a folder")
     if config.tokens_per_microbatch is None and config.batch_size % config.gradient_accumulation_steps:
@@ -90,6 +92,8 @@ def _objective_problems(config: DictConfig, objective: Objective) -> list[str]:
     moves = config.reference.update_every is not None
     if moves and not objective.needs_reference:
         problems.append(f"reference.update_every={config.reference.update_every}: {loss} has no reference; use reference.update_every=null")
+    if config.adapter.rank is not None and (moves or objective.stages > 1):
+        problems.append(f"adapter.rank={config.adapter.rank}: the reference is the policy with its adapters off, so it cannot be updated")
     if config.reference_cache and (moves or objective.stages > 1):
         problems.append("reference_cache=true needs a fixed reference, but this run updates it: use reference_cache=false")
     if objective.stages > 1 and (moves or config.n_epochs is None):

@@ -77,6 +77,14 @@ class Parallel(Node):
     timeout_secs: PositiveInt
 
 
+class Adapter(Node):
+    rank: Optional[PositiveInt]
+    alpha: PositiveFloat
+    targets: Union[Literal["all-linear"], Annotated[list[str], Field(min_length=1)]]
+    rslora: StrictBool
+    init: Literal["uniform", "gaussian"]
+
+
 class ReferenceConfig(Node):
     update_every: Optional[PositiveInt]
     mixup: Annotated[float, Field(gt=0, le=1)]
@@ -164,7 +172,7 @@ class Config(Node):
     local_dirs: Annotated[list[str], Field(min_length=1)]
     local_run_dir: Optional[str]
     resume: Optional[str]
-    save_policy: Literal["always", "final", "never"]
+    save_policy: Optional[Literal["always", "final", "never"]]
     keep_checkpoints: Optional[PositiveInt]
     sample_during_eval: StrictBool
     n_eval_model_samples: PositiveInt
@@ -194,6 +202,7 @@ class Config(Node):
     max_skipped_steps: NonNegativeInt
     deterministic: StrictBool
     model: Model
+    adapter: Adapter
     datasets: Annotated[Datasets, Field(min_length=1)]
     loss: dict
 

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tdpo.distributed.world import World
-from tdpo.utils import UserError, full_tensor, some_of
+from tdpo.utils import UserError, full_tensor, some_of, without_adapters
 
 
 def find_blocks(model: nn.Module, block_name: Optional[str]) -> list[nn.Module]:
@@ -47,7 +47,7 @@ def shard_scorer(
         compute_dtype: dtype of the policy's gathered parameters; None: unchanged. The reference keeps its own dtype.
         gradient_dtype: dtype in which gradients are summed over ranks.
     """
-    if scorer.reference is not None:
+    if scorer.reference is not None and not hasattr(scorer.reference, "is_policy"):
         for module in [*find_blocks(scorer.reference, block_name), scorer.reference]:
             fully_shard(module, mesh=mesh)
     mixed = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=gradient_dtype)
@@ -98,20 +98,29 @@ def load_weights(world: World, model: nn.Module, build: Callable[[], nn.Module])
 
 
 def fingerprint(model: nn.Module, samples: int = 256) -> str:
-    """Return a hash that identifies a model's weights: names, shapes, dtypes and about `samples` evenly spaced elements of each tensor."""
+    """Return a hash that identifies a model's weights: names, shapes, dtypes and about `samples` evenly spaced elements of each tensor.
+
+    Adapters do not count: with them it identifies the frozen weights, by the names of the model without adapters.
+    """
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(without_adapters(model.state_dict()).items()):
         flat = tensor.detach().reshape(-1)
         some = flat[:: max(1, flat.numel() // samples)].to(device="cpu", dtype=torch.float64)
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + some.numpy().tobytes())
     return digest.hexdigest()
 
 
-def whole_state(world: World, model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return a model's full state dict on rank 0's CPU, {} on the other ranks. Called by all ranks."""
+def whole_state(world: World, model: nn.Module, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, torch.Tensor]:
+    """Return a model's full state dict on rank 0's CPU, {} on the other ranks. Called by all ranks.
+
+    Args:
+        wanted: which names to return.
+    """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     state, by_parameter = {}, {}
     for name, tensor in model.state_dict().items():
+        if not wanted(name):
+            continue
         key = parameters.get(name, tensor)
         if key not in by_parameter:  # gather tied weights only once
             whole = full_tensor(tensor)

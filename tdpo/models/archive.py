@@ -7,7 +7,7 @@ from typing import Optional
 
 import torch
 
-from tdpo.checkpointing.checkpoints import POLICY, checkpoint_of, damaged_files, has_no_policy, policy_is_sound
+from tdpo.checkpointing.checkpoints import ADAPTER, POLICY, checkpoint_of, damaged_files, has_no_policy, policy_is_sound
 from tdpo.checkpointing.state_reader import read_policy
 from tdpo.distributed.world import World
 from tdpo.utils import RunError, UserError, some_of
@@ -23,15 +23,17 @@ def find_archive(path: str) -> Optional[str]:
         path: a policy.pt, a checkpoint's folder, or a run's folder, of which the newest checkpoint counts.
 
     Returns:
-        the file or folder; None for a folder of another kind.
+        the file or folder, which is adapter/ in a checkpoint of adapters only; None for a folder of another kind.
 
     Raises:
         UserError: the path does not exist; the message names the folder to give if the checkpoint has no policy.pt.
     """
     if os.path.isdir(path):
         folder = checkpoint_of(path) or path
-        file = os.path.join(folder, POLICY)
-        return file if os.path.isfile(file) else folder if checkpoint_of(folder) else None
+        file, adapter = os.path.join(folder, POLICY), os.path.join(folder, ADAPTER)
+        if os.path.isfile(file) or not checkpoint_of(folder):
+            return file if os.path.isfile(file) else None
+        return adapter if os.path.isdir(adapter) else folder
     if os.path.lexists(path) and not os.path.isfile(path):
         raise UserError(f"model.archive={path} is neither a file nor a folder")
     if not os.path.exists(path):

@@ -8,12 +8,15 @@ import torch
 import transformers
 from omegaconf import DictConfig, OmegaConf
 
+from tdpo.models.adapters import attach, base_of, check_peft, is_adapter, merge_folder
 from tdpo.models.archive import LEGACY_BUFFERS, check_archive, find_archive, read_archive
 from tdpo.models.places import place_of
 from tdpo.models.positions import hold_scaling, most_positions
 from tdpo.utils import DTYPES, UserError, disable_dropout, get_logger, not_finite, reason_of, some_of
 
 log = get_logger(__name__)
+
+NO_ADAPTER = OmegaConf.create({"rank": None})
 
 
 def load_model_config(model: DictConfig, tokenizer, cache_dir: Optional[str]):
@@ -71,6 +74,10 @@ def check_model(model: DictConfig, model_config, tokenizer, max_length: int) -> 
     if model.archive is None:
         return None
     if is_hugging_face(model.archive):
+        return None
+    if is_adapter(model.archive):
+        check_peft()
+        base_archive(model)
         return None
     if os.path.isdir(model.archive) and find_archive(model.archive) is None:
         raise UserError(
@@ -134,6 +141,9 @@ def build_model(
         built._weight_conversions = None  # the archive has the names of the model in memory; an export has those of the model's own files
     elif folder is None and model.from_config is not None:
         built = transformers.AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=False)
+    elif folder is not None and is_adapter(folder):
+        whole = OmegaConf.merge(model, {"archive": base_archive(model)})
+        built = merge_folder(build_model(whole, model_config, torch.float32, cache_dir, None), folder).to(dtype)  # rounded once, at the end
     else:
         built = _from_pretrained(folder or model.name_or_path, model_config, dtype, cache_dir, strict=folder is not None)
     if wrong := not_finite(dict(built.named_parameters())):
@@ -141,6 +151,23 @@ def build_model(
         raise UserError(f"the weights of '{where}' are not finite ({some_of(wrong, 3)}): give other weights, or an earlier checkpoint")
     disable_dropout(built)
     return built
+
+
+def base_archive(model: DictConfig) -> Optional[str]:
+    """Return the folder of weights to which the adapters in `model.archive` belong; None if they belong to `model.name_or_path`.
+
+    Raises:
+        UserError: they belong to another model.
+    """
+    base = base_of(model.archive)
+    beside = os.path.join(os.path.dirname(os.path.dirname(os.path.realpath(model.archive))), "base")  # in the folder of their run
+    own = model.name_or_path
+    if base is None or base == own or (own and os.path.realpath(base) == os.path.realpath(own)):
+        return None
+    found = next((path for path in (base, beside) if is_hugging_face(path)), None)
+    if found is None:
+        raise UserError(f"model.archive={model.archive} is an adapter of {base}, not of {own}: give model.name_or_path={base}")
+    return found
 
 
 def _take_weights(model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
@@ -178,6 +205,8 @@ class Models:
         archive: what `check_model` returned.
         needs_reference: if false, there is no reference.
         max_length: tokens of prompt and response, for which rotary positions are scaled.
+        adapter: the config's `adapter`. With adapters there is no reference: it is the policy with its adapters off.
+        seed: of the adapters' random matrices.
     """
 
     def __init__(
@@ -188,15 +217,21 @@ class Models:
         archive: Optional[Mapping[str, torch.Tensor]],
         needs_reference: bool,
         max_length: int,
+        adapter: DictConfig = NO_ADAPTER,
+        seed: int = 0,
     ):
-        self.model, self.model_config, self.cache_dir, self.needs_reference = model, model_config, cache_dir, needs_reference
+        self.model, self.model_config, self.cache_dir = model, model_config, cache_dir
+        self.needs_reference = needs_reference and adapter.rank is None
         self.max_length = max_length
         self._weights = archive
-        self.dtypes = {"policy": DTYPES[model.policy_dtype], "reference": reference_dtype(model)}
+        self.adapter, self.seed = adapter, seed
+        frozen = compute_dtype(model) if adapter.rank is not None else DTYPES[model.policy_dtype]
+        self.dtypes = {"policy": frozen, "reference": reference_dtype(model)}
 
     def policy(self) -> torch.nn.Module:
         """Return the policy with its weights, on the CPU. Must be called before `reference`."""
         policy = self._built("policy")
+        self._attach(policy)
         if self._weights is None and self.model.archive is None and self.model.from_config is not None and self.needs_reference:
             self._weights = policy.state_dict()  # random weights are drawn once, for both models
         return policy
@@ -214,7 +249,12 @@ class Models:
         policy, reference = models = [empty_model(self.model_config, dtype) for dtype in self.dtypes.values()]
         for model in models:
             hold_scaling(model, self.max_length)
+        self._attach(policy)
         return policy, reference if self.needs_reference else None
+
+    def _attach(self, policy: torch.nn.Module) -> None:
+        if self.adapter.rank is not None:
+            attach(policy, self.adapter, DTYPES[self.model.policy_dtype], self.seed)
 
     def _built(self, role: str) -> torch.nn.Module:
         model = build_model(self.model, self.model_config, self.dtypes[role], self.cache_dir, self._weights)

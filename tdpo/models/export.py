@@ -15,6 +15,8 @@ from omegaconf import DictConfig
 from torch import nn
 
 from tdpo.data.chat_template import end_tokens
+from tdpo.models.adapters import has_adapters
+from tdpo.models.build import empty_model
 from tdpo.models.places import find_file
 from tdpo.models.tokenizer import TOKENIZER_FILES, with_bos
 from tdpo.utils import get_logger
@@ -36,6 +38,7 @@ def export_policy(
         cache_dir: of downloads.
         card: text of the folder's README.md.
     """
+    policy = _without_layers(policy)
     source = _source(model)
     settings = own_settings(policy, source, cache_dir)
     ends = [*_listed(settings.eos_token_id), *_listed(policy.config.eos_token_id)]
@@ -53,6 +56,17 @@ def export_policy(
         _copy(model.tokenizer_name_or_path or source, file, folder, cache_dir)
     with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as handle:
         handle.write(card)
+
+
+def _without_layers(policy: nn.Module) -> nn.Module:
+    """Return a model without adapters' layers, and without weights, that Transformers saves as it would the policy's own class."""
+    if not has_adapters(policy):
+        return policy
+    plain = empty_model(policy.config)
+    plain.generation_config = policy.generation_config
+    if hasattr(policy, "_weight_conversions"):
+        plain._weight_conversions = policy._weight_conversions
+    return plain
 
 
 def _source(model: DictConfig) -> Optional[str]:

@@ -7,21 +7,20 @@ from torch import nn
 
 from tdpo.scoring.chunked_loss import unsupported_head
 from tdpo.scoring.prefix_sharing import unsupported_attention
-from tdpo.utils import UserError, reason_of
+from tdpo.utils import UserError, get_logger, reason_of
+
+log = get_logger(__name__)
 
 PROBED = 24  # tokens compared per response when fast scoring is tested
 SHORT = 16  # tokens of the texts by which a model is tested for what it sees
 
 
-def check_predictions(scorer: nn.Module, max_length: int) -> Optional[str]:
-    """Test what the policy's predictions depend on. Must be called on all ranks, without gradient.
+def check_predictions(scorer: nn.Module, max_length: int) -> None:
+    """Test what the policy's predictions depend on; warn if two forward passes differ. Must be called on all ranks, without gradient.
 
     Args:
         scorer: a Scorer on its device, whose policy is in the mode in which it is trained.
         max_length: tokens of prompt and response.
-
-    Returns:
-        a warning if two forward passes differ, because the model draws random numbers; else None.
 
     Raises:
         UserError: the model cannot compute, or a prediction depends on later tokens, so that the loss would be that of a model that has
@@ -44,13 +43,13 @@ def check_predictions(scorer: nn.Module, max_length: int) -> Optional[str]:
     first, again, changed = (logits.float().log_softmax(-1) for logits in (first, again, changed))
     tolerance = max(1e-4, 4 * rounding) * first.std().item() + 1e-6
     if _most(again - first) > tolerance:
-        return f"{name} draws random numbers in every forward pass: policy and reference never agree, and no two runs do"
+        log.warning(f"{name} draws random numbers in every forward pass: policy and reference never agree, and no two runs do")
+        return
     if _most(changed - first) > tolerance:
         raise UserError(
             f"{name} is no causal language model: its predictions depend on later tokens, so that the loss would be "
             "meaningless. If its config.json has is_decoder, set that to true; else give another model"
         )
-    return None
 
 
 def fast_scoring_problem(scorer: nn.Module, max_length: int) -> Optional[str]:

@@ -85,8 +85,9 @@ class Scorer(nn.Module):
         return Scored(output.losses[:counted].sum(), output, scores)
 
     def _reference(self, rows: SharedPrefixBatch, masks) -> ReferenceStates:
-        # FSDP's gathered parameters cannot be inference tensors.
-        with torch.no_grad() if hasattr(self.reference, "unshard") else torch.inference_mode():
+        # FSDP's gathered parameters, which a policy with its adapters off has too, cannot be inference tensors.
+        kept = hasattr(self.reference, "unshard") or hasattr(self.reference, "is_policy")
+        with torch.no_grad() if kept else torch.inference_mode():
             known = rows.reference_states
             return ReferenceStates(hidden_states(self.reference, rows, masks) if known is None else known, Head.of(self.reference))
 

@@ -197,9 +197,10 @@ class CachedReference(Hook):
                 cache.fill(microbatches[split], passes.scorer, world, passes.signals.check, passes.hide_progress)
             with world.agreed():
                 cache.open()
-        log.info("reference cache: only the reference's head stays in memory; samples are drawn from the policy only")
         feeder.reference_caches |= caches
-        passes.scorer.reference = HeadOnly.instead_of(reference)
+        if not hasattr(reference, "is_policy"):
+            log.info("reference cache: only the reference's head stays in memory; samples are drawn from the policy only")
+            passes.scorer.reference = HeadOnly.instead_of(reference)
 
 
 def make_hooks(

@@ -10,6 +10,7 @@ from torch import nn
 from tdpo.checkpointing.checkpoints import complete_checkpoint, list_checkpoints, remove_old, save_checkpoint
 from tdpo.distributed.sharding import whole_state
 from tdpo.distributed.world import World
+from tdpo.training.adapter_files import AdapterFiles
 from tdpo.utils import RunError, get_logger, not_finite, some_of
 
 log = get_logger(__name__)
@@ -24,10 +25,13 @@ class Saver:
         world: the run's ranks.
         run_dir: an existing folder.
         config: a checked config: save_policy and keep_checkpoints are read.
+        adapters: writes the policy's adapters; None: it has none.
     """
 
-    def __init__(self, world: World, run_dir: str, config: DictConfig):
-        self.world, self.run_dir, self.save_policy, self.keep = world, run_dir, config.save_policy, config.keep_checkpoints
+    def __init__(self, world: World, run_dir: str, config: DictConfig, adapters: Optional[AdapterFiles] = None):
+        self.world, self.run_dir, self.keep = world, run_dir, config.keep_checkpoints
+        self.adapters = adapters
+        self.save_policy = config.save_policy or ("always" if adapters is None else "final")
         self.saved_at = -1  # train examples of the newest checkpoint
         self.newest: Optional[str] = None  # its folder
         self.proven: Optional[str] = None  # the newest checkpoint that a finite step or, at the end, a finite eval has followed
@@ -54,12 +58,18 @@ class Saver:
         """
         with_policy = self.save_policy == "always" or (final and self.save_policy == "final")
         is_new = self.saved_at != progress["examples"]
-        state = whole_state(self.world, policy) if (is_new and with_policy) or final else None
+        archive = progress["reference"]["archive"]
+        if self.adapters is not None and is_new:
+            self.adapters.save_base(archive, export)
+        state = None
+        if (is_new and with_policy) or final:
+            state = whole_state(self.world, policy) if self.adapters is None else self.adapters.merged()
         written = state if with_policy else None
         if is_new:
             self._check(content := tensors())
             exported = (lambda folder: export(folder, state)) if final else None
-            self.newest = save_checkpoint(self.world, self.run_dir, written, content, progress, exported)
+            adapter = None if self.adapters is None else self.adapters.writer(archive)
+            self.newest = save_checkpoint(self.world, self.run_dir, written, content, progress, exported, adapter)
             self.saved_at = progress["examples"]
             log.info(f"checkpoint: {self.newest}")
         elif final:

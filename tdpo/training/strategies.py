@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from tdpo.distributed.sharding import find_blocks, fingerprint, load_weights, shard_scorer
 from tdpo.distributed.tensor_parallel import split_matrices, tensor_parallel_plan
 from tdpo.distributed.world import World
+from tdpo.models.adapters import has_adapters
 from tdpo.scoring.scorer import Scorer
 from tdpo.utils import DTYPES, full_tensor
 
@@ -50,10 +51,12 @@ class SingleDevice:
             weights: functions that build the models with their weights; used if `sharded`.
 
         Returns:
-            a fingerprint of the reference's weights; '' on ranks other than 0 or without a reference.
+            a fingerprint of the weights that do not change, the reference's or those below adapters; '' on ranks other than 0 or if there
+            are none.
         """
         self.scorer = scorer
-        identity = "" if scorer.reference is None else fingerprint(scorer.reference)
+        fixed = scorer.policy if has_adapters(scorer.policy) else scorer.reference
+        identity = "" if fixed is None else fingerprint(fixed)
         scorer.to(self.world.device)
         return identity
 
@@ -78,7 +81,7 @@ class SingleDevice:
 
     def parameter_groups(self) -> list[list[nn.Parameter]]:
         """Return the policy's parameters in groups that an optimizer may treat together."""
-        return [list(self.scorer.policy.parameters())]
+        return [[parameter for parameter in self.scorer.policy.parameters() if parameter.requires_grad]]
 
     def clip_gradient(self, max_norm: float) -> torch.Tensor:
         """Scale the gradient down to norm max_norm if it is larger; return the norm before, a scalar on the device."""
@@ -102,7 +105,9 @@ class FullySharded(SingleDevice):
         self.scorer = scorer
         model, mesh = self.config.model, self.world.mesh(self.config.parallel.replicas)
         shard_scorer(scorer, mesh, model.block_name, self.compute_dtype, DTYPES[model.policy_dtype])
-        load_weights(self.world, scorer.policy, weights["policy"])
+        identity = load_weights(self.world, scorer.policy, weights["policy"])
+        if has_adapters(scorer.policy):
+            return identity
         return "" if scorer.reference is None else load_weights(self.world, scorer.reference, weights["reference"])
 
     @contextmanager

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from helpers import FAMILIES, PREFERENCE, SIZES, logs_of, run
+from helpers import EQUAL, FAMILIES, PREFERENCE, SIZES, logs_of, padded, run, token_pairs
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -20,7 +20,7 @@ from tdpo.scoring.prefix_sharing import attention_masks, shared_prefix_batch
 from tdpo.scoring.probes import fast_scoring_problem
 from tdpo.scoring.scorer import Scorer
 from tdpo.training.metrics import example_metrics
-from tdpo.utils import IGNORED, UserError, disable_dropout
+from tdpo.utils import UserError, disable_dropout
 
 GPT_NEO = {
     "vocab_size": 31,
@@ -47,33 +47,6 @@ CASES = {
 # At least one loss for each kind of need; test_family.py trains the other losses both ways.
 LOSSES = {"sft": {}, "dpo": {"beta": 0.5}, "ipo": {"beta": 0.5, "average_log_prob": True}, "tdpo1": {"beta": 0.5}, "tdpo2": {"beta": 0.5}}
 LOSSES["simpo"] = {}
-
-
-EQUAL = 3  # index of the pair with equal responses
-
-
-def tokens(*lengths: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(sum(lengths))
-    return [torch.randint(3, 31, (n,), generator=generator).tolist() for n in lengths]
-
-
-def pairs() -> list[tuple[list[int], list[list[int]]]]:
-    """Return pairs of different lengths: with prompts and responses of one token, equal responses, and longer than every window."""
-    (same,) = tokens(4)
-    rows = [tokens(5, 6, 3), tokens(1, 1, 7), tokens(9, 1, 1), [*tokens(3), same, same], tokens(2, 9, 8), tokens(1, 14, 2)]
-    return [(prompt, responses) for prompt, *responses in rows]
-
-
-def padded(rows) -> dict[str, torch.Tensor]:
-    """Return the pairs as a collated batch."""
-    batch = {}
-    for i, role in enumerate(("chosen", "rejected")):
-        whole = [torch.tensor(prompt + responses[i]) for prompt, responses in rows]
-        labels = [torch.tensor([IGNORED] * len(prompt) + responses[i]) for prompt, responses in rows]
-        masks = [torch.ones_like(ids) for ids in whole]
-        for kind, values, padding in (("input_ids", whole, 0), ("attention_mask", masks, 0), ("labels", labels, IGNORED)):
-            batch[f"{role}_{kind}"] = torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=padding)
-    return batch
 
 
 def build(case: str, seed: int, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
@@ -121,8 +94,8 @@ def test_fast_scoring_equals_plain_scoring(case, dtype, tolerance, chunk, monkey
         for name, hyperparameters in LOSSES.items():
             objective = get_objective(name, **hyperparameters)
             scorer = Scorer(policy, reference if objective.needs_reference else None, objective)
-            rows = [(prompt, responses[: len(objective.roles)]) for prompt, responses in pairs()]
-            loss, metrics, gradients = results(scorer, padded(pairs()))
+            rows = [(prompt, responses[: len(objective.roles)]) for prompt, responses in token_pairs()]
+            loss, metrics, gradients = results(scorer, padded(token_pairs()))
             fast_loss, fast_metrics, fast_gradients = results(scorer, shared_prefix_batch(rows))
             torch.testing.assert_close(fast_loss, loss, rtol=tolerance, atol=0)
             for metric, values in metrics.items():
@@ -138,9 +111,9 @@ def test_fast_scoring_equals_plain_scoring(case, dtype, tolerance, chunk, monkey
 def test_gradients_in_half_precision_are_summed_over_chunks(monkeypatch):
     """The result agrees with plain scoring in the same dtype, up to rounding."""
     scorer = Scorer(build("phi", 0, torch.bfloat16), build("phi", 1, torch.bfloat16), get_objective("tdpo2", beta=0.5))
-    _, _, plain = results(scorer, padded(pairs()))
+    _, _, plain = results(scorer, padded(token_pairs()))
     monkeypatch.setitem(chunked_head.CHUNK, "cpu", 5)
-    _, _, fast = results(scorer, shared_prefix_batch(pairs()))
+    _, _, fast = results(scorer, shared_prefix_batch(token_pairs()))
     for name in ("lm_head.weight", "lm_head.bias", "model.layers.1.mlp.fc2.weight"):
         difference = (fast[name] - plain[name]).norm() / plain[name].norm()
         assert difference < 0.03, f"{name}: {difference}"
@@ -151,7 +124,7 @@ def test_cached_states_and_the_head_replace_the_reference(case):
     """Cached states and the head replace the reference, also with a bias, a soft cap or tied weights. The model's memory is freed."""
     objective = get_objective("tdpo2", beta=0.5)
     scorer = Scorer(build(case, 0), build(case, 1), objective)
-    rows = shared_prefix_batch(pairs())
+    rows = shared_prefix_batch(token_pairs())
     live = scorer(rows)
     with torch.no_grad():
         known = rows.with_reference(scorer.reference_states(rows).clone())
@@ -166,7 +139,7 @@ def test_without_gradients_the_scores_are_the_same(name, monkeypatch):
     monkeypatch.setitem(chunked_head.CHUNK, "cpu", 16)
     objective = get_objective(name, **LOSSES[name])
     scorer = Scorer(build("gpt_neox", 0), build("gpt_neox", 1) if objective.needs_reference else None, objective)
-    rows = shared_prefix_batch([(prompt, responses[: len(objective.roles)]) for prompt, responses in pairs()])
+    rows = shared_prefix_batch([(prompt, responses[: len(objective.roles)]) for prompt, responses in token_pairs()])
     trained = scorer(rows, 4)
     with torch.no_grad():
         evaluated = scorer(rows, 4)
@@ -180,7 +153,7 @@ def test_uncounted_examples_enter_neither_loss_nor_gradient(counted, monkeypatch
     """Examples that are not counted get scores, but enter neither loss nor gradient, in whichever group of rows they are."""
     monkeypatch.setitem(chunked_head.CHUNK, "cpu", 16)
     scorer = Scorer(build("llama", 0), build("llama", 1), get_objective("tdpo2", beta=0.5))
-    rows = pairs()
+    rows = token_pairs()
     some = scorer(shared_prefix_batch(rows), counted)
     some.loss.backward()
     gradient = scorer.policy.lm_head.weight.grad.clone()
@@ -215,7 +188,7 @@ def test_a_response_sees_only_the_prompt_and_itself():
 
 def test_flex_attention_masks_agree():
     """FlexAttention's block masks define the same visibility."""
-    rows = shared_prefix_batch(pairs())
+    rows = shared_prefix_batch(token_pairs())
     config = build("qwen2", 0).config
     config._attn_implementation = "flex_attention"
     blocks = attention_masks(rows, config)
