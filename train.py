@@ -37,6 +37,7 @@ from tdpo.models.build import Models, check_model, empty_model, is_hugging_face,
 from tdpo.models.places import check_local, prepare_hub
 from tdpo.models.positions import scaling_by_length
 from tdpo.models.tokenizer import load_tokenizer
+from tdpo.training.costs import costs
 from tdpo.training.metrics import Sink, open_sinks
 from tdpo.training.optimizer import learning_rate
 from tdpo.utils import DTYPES, Stopped, UserError, get_local_dir, plural, rank0_print, silenced
@@ -162,6 +163,9 @@ def prepare(config: DictConfig, objective: Objective, world: World, run_dir: str
     if config.adapter.rank is not None:
         rank0_print(attach(empty, config.adapter, DTYPES[config.model.policy_dtype], config.seed))
     data = {name: load_data(config, split, tokenizer, objective, cache_dir) for name, split in (("train", "train"), ("eval", "test"))}
+    ranks = max(world.size, processes_to_start(config) if config.dry_run else 1)
+    for line in costs(config, objective, empty, data["train"], ranks, world.device):
+        rank0_print(line)
     files = [file for split in data.values() for file in split.files]
     return Plan(run_dir, cache_dir, model, tokenizer, model_config, files, data, weights)
 

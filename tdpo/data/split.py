@@ -153,9 +153,9 @@ class TokenizedSplit:
 
     def lengths(self, examples: Sequence[Example]) -> list[int]:
         """Return each example's number of tokens after truncation, with its prompt counted once."""
-        return self._truncated(examples).sum(-1).tolist()
+        return self.parts(examples).sum(-1).tolist()
 
-    def _truncated(self, examples: Sequence[Example]) -> np.ndarray:
+    def parts(self, examples: Sequence[Example]) -> np.ndarray:
         """Return the lengths of prompt and responses after truncation, (examples, 1 + responses), in tokens."""
         if not examples or not examples[0].mismatched:
             return self._lengths[[self.index(example) for example in examples]]
@@ -171,7 +171,7 @@ class TokenizedSplit:
         return self._lengths[:, 1:].sum(-1)
 
     def _truncated_lengths(self) -> np.ndarray:
-        """Return the lengths of all examples as `_truncated`; those before truncation are kept in `_whole_lengths`."""
+        """Return the lengths of all examples as `parts`; those before truncation are kept in `_whole_lengths`."""
         prompts = np.repeat(flat(self.prompts, "prompt_ids", 0), self.examples_per_prompt)
         counts = flat(self.prompts, "response_ids", 0)
         starts = np.repeat(np.cumsum(counts) - counts, self.examples_per_prompt)[:, None]

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tdpo.losses import get_objective
-from tdpo.models.memory_estimate import head_memory
+from tdpo.models.memory import head_memory
 from tdpo.scoring import chunked_loss as chunked_head
 from tdpo.scoring.chunked_loss import Head, HeadOnly, ReferenceStates, loss_of_rows, score_rows
 from tdpo.scoring.prefix_sharing import attention_masks, shared_prefix_batch

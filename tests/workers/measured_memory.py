@@ -1,4 +1,4 @@
-"""Started by test_memory_estimate.py, once per rank: trains a step and prints its peak memory, in bytes above that before the step."""
+"""Started by test_memory.py, once per rank: trains a step and prints its peak memory, in bytes above that before the step."""
 
 import ctypes
 import os

@@ -3,6 +3,7 @@
 import re
 import sys
 
+import memory_tables
 import pytest
 import transformers
 from helpers import ROOT, compose, start_unsupervised
@@ -11,8 +12,7 @@ from omegaconf import OmegaConf
 from preference_datasets import load_split
 from tdpo.data.contract import PAIRS, SFT
 from tdpo.losses import OBJECTIVES
-from tdpo.models import memory_estimate
-from tdpo.models.memory_estimate import ModelShape, device_memory
+from tdpo.models.memory import ModelShape, device_memory
 from tdpo.models.tokenizer import embedded_tokenizer
 
 STATES = {"hidden_size": 768, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 3072}  # weights dominate
@@ -82,10 +82,10 @@ def test_estimate_matches_the_measured_peak(sizes, loss, batch_size, ranks, micr
 
 
 def test_tables_in_docs_are_up_to_date():
-    assert memory_estimate.tables() in (ROOT / "docs" / "scaling.md").read_text()
+    assert memory_tables.tables() in (ROOT / "docs" / "scaling.md").read_text()
 
 
 def test_parameter_counts_of_the_documented_models():
     """The counts in their papers: Pythia 2.8B has 2.78 billion parameters with both embeddings, Llama 3 has 8.03 and 70.6 billion."""
-    sizes = {name: ModelShape.of(config).parameters / 1e9 for name, config in memory_estimate.MODELS.items()}
+    sizes = {name: ModelShape.of(config).parameters / 1e9 for name, config in memory_tables.MODELS.items()}
     assert sizes == pytest.approx({"Pythia 2.8B": 2.775, "Llama 3 8B": 8.030, "Llama 3 70B": 70.554}, abs=1e-3)

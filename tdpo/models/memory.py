@@ -1,18 +1,19 @@
-"""Estimate of the memory per device in training, to be made before a machine is rented.
+"""Estimate of the memory per device in training: of a run before its weights are loaded (training/costs.py), and of models before a machine
+is rented (benchmarks/memory_tables.py).
 
-`python -m tdpo.models.memory_estimate` prints the tables of docs/scaling.md.
-
-The counts of copies were derived from the code of tdpo/scoring and of PyTorch's FSDP2. tests/models/test_memory_estimate.py compares
-them with measured peaks.
+The counts of copies were derived from the code of tdpo/scoring and of PyTorch's FSDP2. tests/models/test_memory.py compares them with
+measured peaks.
 """
 
 from dataclasses import dataclass
 
 import transformers
+from torch import nn
 
 from tdpo.distributed.sharding import find_blocks
 from tdpo.models.build import empty_model
 from tdpo.scoring.chunked_loss import CHUNK
+from tdpo.utils import is_adapter_name
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class ModelShape:
         hidden, inner: width of a block and of its feed-forward layer.
         gated: whether the feed-forward layer has a gate, as in Llama.
         vocabulary: number of entries.
+        adapter: parameters of adapters, which are trained in place of all others; 0: there are none.
     """
 
     parameters: int
@@ -35,17 +37,31 @@ class ModelShape:
     inner: int
     gated: bool
     vocabulary: int
+    adapter: int = 0
 
     @classmethod
     def of(cls, config: transformers.PreTrainedConfig) -> "ModelShape":
         """Return the shape of a Transformers config's model, which is built on the meta device for this."""
-        model = empty_model(config)
+        return cls.of_model(empty_model(config))
+
+    @classmethod
+    def of_model(cls, model: nn.Module) -> "ModelShape":
+        """Return the shape of a model, which may have adapters and may be on the meta device."""
+        config = model.config.get_text_config()
+
+        def size(module: nn.Module, adapters: bool = False) -> int:
+            return sum(parameter.numel() for name, parameter in module.named_parameters() if is_adapter_name(f".{name}") == adapters)
+
         blocks = find_blocks(model, None)
-        size = max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
         gated = any(name.endswith("gate_proj") for name, _ in model.named_modules())
-        total = sum(parameter.numel() for parameter in model.parameters())
-        inner = getattr(config, "intermediate_size", 4 * config.hidden_size)
-        return cls(total, size, len(blocks), config.hidden_size, inner, gated, config.vocab_size)
+        inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+        largest = max(map(size, blocks))
+        return cls(size(model), largest, len(blocks), config.hidden_size, inner, gated, config.vocab_size, size(model, adapters=True))
+
+    @property
+    def trained(self) -> int:
+        """Number of parameters that are trained."""
+        return self.adapter or self.parameters
 
     @property
     def rest(self) -> int:
@@ -67,6 +83,7 @@ def device_memory(
     activation_checkpointing: bool = True,
     accumulates_whole: bool = False,
     plain: bool = False,
+    chunk: int = CHUNK["cuda"],
 ) -> dict[str, int]:
     """Estimate the peak memory of one device, reached at the end of the forward pass or during the backward pass.
 
@@ -76,23 +93,26 @@ def device_memory(
         response_tokens: those of them that are predicted and in the loss.
         shards: devices over which a model is sharded (all / parallel.replicas).
         needs_reference, needs_kl: see Objective.
-        weight_bytes: bytes per number of model.policy_dtype.
-        compute_bytes: bytes per number of model.fsdp_policy_mp, which is also the reference's dtype.
+        weight_bytes: bytes per number of model.policy_dtype, in which trained weights are kept.
+        compute_bytes: bytes per number of model.fsdp_policy_mp, which is also the dtype of the reference, and of weights below adapters.
         optimizer_states: numbers per parameter: 1 for RMSprop, 2 for AdamW.
         activation_checkpointing: only the inputs of each block are kept.
         accumulates_whole: unsharded gradients on every device, as with parallel.reduce_once_a_step and gradient_accumulation_steps > 1.
         plain: scoring=plain.
+        chunk: positions whose logits fast scoring computes at a time.
 
     Returns:
         bytes by purpose: weights, gradients, optimizer, reference, gathered (temporarily unsharded copies), activations, logits.
     """
-    share = shape.parameters / shards
+    frozen = compute_bytes * shape.parameters if shape.adapter else 0
+    trained = weight_bytes * shape.trained
     memory = {
-        "weights": weight_bytes * share,
+        "weights": (frozen + trained) / shards,
         # An unsharded gradient is freed when its shard is stored.
-        "gradients": weight_bytes * (shape.parameters if accumulates_whole else share),
-        "optimizer": optimizer_states * weight_bytes * share,
-        "reference": compute_bytes * share if needs_reference else 0,
+        "gradients": trained / (1 if accumulates_whole else shards),
+        "optimizer": optimizer_states * trained / shards,
+        # With adapters it is the policy itself.
+        "reference": compute_bytes * shape.parameters / shards if needs_reference and not shape.adapter else 0,
         "gathered": _gathered(shape, shards, weight_bytes, compute_bytes),
     }
     # Per block: norms, queries, keys and values before and after rotation, output of attention; inner values of the feed-forward layer.
@@ -102,7 +122,9 @@ def device_memory(
     if plain:
         memory["logits"] = _plain_logits(shape.vocabulary, tokens, response_tokens, needs_reference, needs_kl, compute_bytes)
     else:
-        memory["logits"] = head_memory(shape.vocabulary, shape.hidden, response_tokens, needs_reference, needs_kl, compute_bytes)
+        needs = needs_reference, needs_kl, compute_bytes
+        head = weight_bytes if not shape.adapter else 0
+        memory["logits"] = head_memory(shape.vocabulary, shape.hidden, response_tokens, *needs, weight_bytes=head, chunk=chunk)
     return {name: int(value) for name, value in memory.items()}
 
 
@@ -113,9 +135,10 @@ def _gathered(shape: ModelShape, shards: int, weight_bytes: int, compute_bytes: 
     reference's copies are freed by then. On one device: all parameters, if the policy computes in another dtype.
     """
     if shards == 1:
-        return compute_bytes * shape.parameters if compute_bytes != weight_bytes else 0
+        return compute_bytes * shape.trained if compute_bytes != weight_bytes else 0
     largest = max(shape.block, shape.rest)
-    return compute_bytes * (shape.rest + 2 * shape.block + largest) + weight_bytes * largest
+    gradient = shape.adapter / shape.blocks if shape.adapter else largest
+    return compute_bytes * (shape.rest + 2 * shape.block + largest) + weight_bytes * gradient
 
 
 def head_memory(
@@ -140,12 +163,12 @@ def head_memory(
         response_tokens: tokens in the loss of a microbatch.
         needs_reference, needs_kl: see Objective.
         compute_bytes: bytes per number of the hidden states.
-        weight_bytes: bytes per number of the weight's gradient.
+        weight_bytes: bytes per number of the weight's gradient; 0: it is frozen.
         chunk: positions per chunk.
     """
     positions = min(chunk, response_tokens)
     tables = 4 * (3 if needs_kl else 1) + (0 if chunk == CHUNK["cpu"] else 4)
-    head = vocabulary * hidden * (weight_bytes + (compute_bytes if compute_bytes < 4 else 0))
+    head = vocabulary * hidden * (weight_bytes + (compute_bytes if compute_bytes < 4 else 0)) if weight_bytes else 0
     states = hidden * response_tokens * compute_bytes * (3 if needs_reference else 2)
     return positions * vocabulary * tables + head + states
 
@@ -157,58 +180,3 @@ def _plain_logits(vocabulary: int, tokens: int, response_tokens: int, needs_refe
     at_responses = 6 if needs_kl else 3
     cast = tokens * compute_bytes if compute_bytes != 4 else 0
     return vocabulary * (4 * (everywhere * tokens + at_responses * response_tokens) + cast)
-
-
-MODELS = {
-    "Pythia 2.8B": transformers.GPTNeoXConfig(
-        vocab_size=50_304,
-        hidden_size=2_560,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        intermediate_size=10_240,
-        max_position_embeddings=2_048,
-    ),
-    "Llama 3 8B": transformers.LlamaConfig(
-        vocab_size=128_256,
-        hidden_size=4_096,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        intermediate_size=14_336,
-        max_position_embeddings=8_192,
-    ),
-    "Llama 3 70B": transformers.LlamaConfig(
-        vocab_size=128_256,
-        hidden_size=8_192,
-        num_hidden_layers=80,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        intermediate_size=28_672,
-        max_position_embeddings=8_192,
-    ),
-}
-GPUS = (1, 2, 4, 8, 16, 32, 64)
-# One pair per microbatch and device, filled to max_length=512: a prompt of 256 tokens and two responses of 256 tokens each.
-PAIR = {"tokens": 768, "response_tokens": 512}
-
-
-def tables() -> str:
-    """Return Markdown tables of GB per GPU: each of MODELS on each number of GPUS, for TDPO2 with one pair per microbatch."""
-    lines = []
-    for name, config in MODELS.items():
-        shape = ModelShape.of(config)
-        parts = list(device_memory(shape, **PAIR))
-        lines += [f"**{name}**, {shape.parameters / 1e9:.2f} billion parameters", ""]
-        lines += [f"| GPUs | {' | '.join(parts)} | GB per GPU | with AdamW | with whole gradients |", "|" + "---:|" * (len(parts) + 4)]
-        for n in GPUS:
-            memory = device_memory(shape, shards=n, **PAIR)
-            variants = ({"optimizer_states": 2}, {"accumulates_whole": True})
-            totals = [memory, *(device_memory(shape, shards=n, **PAIR, **variant) for variant in variants)]
-            cells = [*memory.values(), *(sum(total.values()) for total in totals)]
-            lines.append(f"| {n} | {' | '.join(f'{cell / 1e9:.1f}' for cell in cells)} |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(tables())

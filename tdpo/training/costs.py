@@ -1,0 +1,117 @@
+"""What a run will cost, before its weights are loaded: memory of a device, tokens of a step, disk of a checkpoint."""
+
+import os
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from torch import nn
+
+from tdpo.data.batching import batches_of, cut_into_microbatches
+from tdpo.data.split import TokenizedSplit
+from tdpo.losses import Objective
+from tdpo.models.build import compute_dtype
+from tdpo.models.memory import ModelShape, device_memory
+from tdpo.scoring.chunked_loss import chunk_size
+from tdpo.scoring.prefix_sharing import unsupported_attention
+from tdpo.utils import DTYPES
+
+BATCHES = 500  # of the first epoch, from which tokens are counted
+
+
+def costs(config: DictConfig, objective: Objective, model: nn.Module, data: TokenizedSplit, ranks: int, device: torch.device) -> list[str]:
+    """Return lines about memory, tokens and disk of a run.
+
+    Args:
+        config: a checked config.
+        objective: the loss.
+        model: the policy, with adapters if the run has them, on the meta device.
+        data: the train split.
+        ranks: of the run, on all nodes.
+        device: of this rank.
+    """
+    shape = ModelShape.of_model(model)
+    plain = config.scoring == "plain" or bool(unsupported_attention(model.config))
+    sharded = config.trainer == "FSDPTrainer"
+    tokens, responses, computed = _tokens(config, objective, data, ranks if sharded else 1, plain)
+    sizes = {"weight_bytes": DTYPES[config.model.policy_dtype].itemsize, "compute_bytes": compute_dtype(config.model).itemsize}
+    states = optimizer_states(config.optimizer)
+    memory = device_memory(
+        shape,
+        tokens=tokens,
+        response_tokens=responses,
+        shards={"FSDPTrainer": ranks // config.parallel.replicas, "TensorParallelTrainer": ranks}.get(config.trainer, 1),
+        needs_reference=objective.needs_reference,
+        needs_kl=objective.needs_kl,
+        optimizer_states=states,
+        activation_checkpointing=config.activation_checkpointing,
+        accumulates_whole=sharded and config.parallel.reduce_once_a_step and config.gradient_accumulation_steps > 1,
+        plain=plain,
+        chunk=chunk_size(device),
+        **sizes,
+    )
+    if config.reference_cache and memory["reference"]:
+        memory["reference"] = sizes["compute_bytes"] * shape.vocabulary * shape.hidden  # its head
+    needed, has = sum(memory.values()), device_total(device)
+    parts = ", ".join(f"{name} {gigabytes(part)}" for name, part in memory.items() if part >= 0.005 * needed)
+    kind = "GPU" if device.type == "cuda" else "machine" if ranks == 1 else f"process of {ranks}"
+    lines = [f"memory: about {gigabytes(needed)} GB per {kind} at the peak ({parts}); this one has {gigabytes(has)} GB"]
+    if needed > has:
+        lines.append(
+            "warning: that is more than there is; try adapter.rank=16, activation_checkpointing=true, more gradient_accumulation_steps, "
+            "or more devices"
+        )
+    lines.append(f"tokens: about {computed:,.0f} computed a step, padding included; at most {tokens:,} in a microbatch")
+    trained = sizes["weight_bytes"] * shape.trained
+    frozen = sizes["compute_bytes"] * shape.parameters if shape.adapter else trained
+    state = trained * (1 + states)
+    policy = config.save_policy or ("final" if shape.adapter else "always")
+    usual, last = state + frozen * (policy == "always"), state + frozen * (policy != "never") + frozen
+    lines.append(f"disk: about {gigabytes(usual)} GB a checkpoint, {gigabytes(last)} GB the last one")
+    return lines
+
+
+def gigabytes(size: float) -> str:
+    """Return a number of bytes in GB (10^9), with three digits."""
+    value = size / 1e9
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def device_total(device: torch.device) -> int:
+    """Return the bytes of a GPU's memory, or of this machine's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def optimizer_states(name: str) -> float:
+    """Return how many numbers an optimizer of torch.optim keeps per number of a weight, as a step of it shows."""
+    weight = nn.Parameter(torch.zeros(64, 64))
+    optimizer = getattr(torch.optim, name)([weight], lr=1e-3)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    kept = sum(value.numel() for value in optimizer.state[weight].values() if torch.is_tensor(value) and value.numel() > 1)
+    return kept / weight.numel()
+
+
+def _tokens(config: DictConfig, objective: Objective, data: TokenizedSplit, ranks: int, plain: bool) -> tuple[int, int, float]:
+    """Return, of the train batches: most tokens of a microbatch, most response tokens of one, and the mean tokens of a batch.
+
+    Padding counts; a prompt counts once, or, scored plain, once per response.
+    """
+    most, responses, computed, batches = 0, 0, 0, 0
+    in_loss = data.response_tokens()
+    for batch, examples in zip(range(BATCHES), batches_of(config, objective.stages, data)):
+        batches, parts = batch + 1, data.parts(examples)
+        rows = parts.sum(-1)
+        counts = in_loss[[data.index(example) for example in examples]]
+        longest = (parts[:, :1] + parts[:, 1:]).max(-1) if plain else rows
+        for microbatch in (m for some in cut_into_microbatches(rows.tolist(), ranks, *_cut(config)) for m in some if m):
+            tokens = len(microbatch) * int(np.max(longest[microbatch])) * (parts.shape[1] - 1 if plain else 1)
+            most, responses = max(most, tokens), max(responses, int(counts[microbatch].sum()))
+            computed += tokens
+    return most, responses, computed / max(1, batches)
+
+
+def _cut(config: DictConfig) -> tuple:
+    return config.gradient_accumulation_steps, config.tokens_per_microbatch
