@@ -23,7 +23,7 @@ from tdpo.models.build import build_model, check_model, load_model_config
 from tdpo.models.export import export_policy, model_card
 from tdpo.models.places import prepare_hub
 from tdpo.models.tokenizer import load_tokenizer
-from tdpo.utils import DTYPES, RunError, UserError
+from tdpo.utils import DTYPES, RunError, UserError, reason_of
 
 
 def run(config: DictConfig, overrides: Sequence[str] = ()) -> str:
@@ -57,6 +57,8 @@ def run(config: DictConfig, overrides: Sequence[str] = ()) -> str:
         export_policy(model, tokenizer, temporary, model.state_dict(), trained.config.model, cache_dir, card)
         usual_modes(temporary)
         os.rename(temporary, config.out)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # Transformers refuses to save some configs and settings
+        raise RunError(f"out={config.out}: Transformers cannot write this model: {reason_of(error)}; nothing was written") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     size = sum(os.path.getsize(os.path.join(config.out, file)) for file in os.listdir(config.out))

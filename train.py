@@ -96,15 +96,16 @@ def train(checked: Checked, world: World) -> str:
         data = shared_data(world, plan)
         given = plan.model, plan.model_config, plan.cache_dir, plan.weights, objective.needs_reference
         models = Models(*given, config.max_length, config.adapter, config.seed)
+        template = getattr(plan.tokenizer, "chat_template", None)
         if resumed is None:
-            folder.begin()
+            folder.begin(template)
         at_end.callback(lambda: [sink.close() for sink in sinks])
         trainer = build_trainer(config, objective, world, plan, data, models, sinks)
         if resumed is not None:
             fingerprints = {name: split.fingerprint for name, split in data.items()}
             world.from_first(lambda: check_same_data(resumed, fingerprints, trainer.reference_fingerprint))
             trainer.resume(resumed)
-            folder.begin()  # this changes the folder, so only when it is certain that the run can be resumed
+            folder.begin(template)  # this changes the folder, so only when it is certain that the run can be resumed
             left = "" if trainer.progress.batches < len(trainer.batches) else "; no batch is left: set a larger n_epochs or n_examples"
             rank0_print(f"resumed from {resumed.folder}: {plural(trainer.progress.examples, 'example')} trained on so far{left}")
         trainer.archive = plan.model.archive  # LATEST may have moved since the weights were read

@@ -9,6 +9,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from tdpo.checkpointing.checkpoints import POLICY, PROGRESS, checkpoint_of
+from tdpo.checkpointing.resume import TEMPLATE
 from tdpo.checkpointing.training_state import read_progress
 from tdpo.cli.run_config import load_run_config, objective_of_run
 from tdpo.data.contract import PAIRS, SFT
@@ -126,7 +127,9 @@ def find_trained(path: str) -> Trained:
         archive, identity = noted["archive"], noted["fingerprint"]
     if config.model.name_or_path is not None:
         model.name_or_path = _base_beside(config.model.name_or_path, checkpoint)
-    exported = os.path.join(checkpoint, "hf")
+    exported, kept = os.path.join(checkpoint, "hf"), os.path.join(os.path.dirname(checkpoint), TEMPLATE)
+    if os.path.isfile(kept):  # as it was in training, whatever has become of the file or the base model
+        model.chat_template, model.chat_template_kwargs = kept, None
     if model.chat_template is not None and not os.path.exists(model.chat_template) and os.path.isdir(exported):
         model.tokenizer_name_or_path, model.chat_template, model.chat_template_kwargs = exported, None, None  # it has the template
     archive = archive and _beside(archive, checkpoint)
@@ -159,11 +162,11 @@ def _cache_dir(config: Optional[DictConfig]) -> str:
 
 def _beside(path: str, checkpoint: str) -> str:
     """Return where a path that a run has recorded is now: if it is gone, under the same names beside the run, as after both were moved."""
-    if os.path.exists(path) or not looks_local(path):
+    if os.path.exists(path):
         return path
     parts = pathlib.PurePath(path).parts
     for place in pathlib.Path(checkpoint).parents[1:4]:
-        for n in range(len(parts) - 1, 0, -1):
+        for n in range(len(parts) - os.path.isabs(path), 0, -1):
             found = place.joinpath(*parts[-n:])
             if found.is_dir() or (n > 1 and found.exists()):
                 return str(found)
@@ -173,8 +176,13 @@ def _beside(path: str, checkpoint: str) -> str:
 def _base_beside(name: str, checkpoint: str) -> str:
     """Return the base model of a run, or, if its folder is gone, what the checkpoint has exported, which has the config and tokenizer."""
     found, exported = _beside(name, checkpoint), os.path.join(checkpoint, "hf")
-    if os.path.exists(found) or not looks_local(found) or not os.path.isdir(exported):
+    if os.path.exists(found) or not looks_local(found):
         return found
+    if not os.path.isdir(exported):
+        raise UserError(
+            f"'{name}', the base model of {os.path.dirname(checkpoint)}, is gone: put it back, or beside the run's folder, or use the "
+            "run's last checkpoint, which has its config and tokenizer"
+        )
     return exported
 
 

@@ -339,7 +339,7 @@ def _try_export(export: Callable[[str], None], folder: str) -> None:
         usual_modes(folder)
     except Exception as error:
         shutil.rmtree(folder, ignore_errors=True)
-        log.warning(f"no Hugging Face folder was written ({' '.join(str(error).split())[:200]}); policy.pt has the weights")
+        log.warning(f"no Hugging Face folder was written ({' '.join(str(error).split())[:200]}); the checkpoint has the weights")
 
 
 def _sync(folder: str) -> None:

@@ -36,6 +36,7 @@ MAY_CHANGE_WITH_WARNING = (
 
 
 CONFIG = "config.yaml"
+TEMPLATE = "chat_template.jinja"
 LOCK_PATIENCE = 30.0  # seconds to wait for another run to leave the folder
 
 
@@ -286,8 +287,12 @@ class RunFolder:
             raise
         return path
 
-    def begin(self) -> None:
-        """Prepare the folder for writing: from now on the run is under way, or resumed. Called on all ranks."""
+    def begin(self, template: Optional[str] = None) -> None:
+        """Prepare the folder for writing: from now on the run is under way, or resumed. Called on all ranks.
+
+        Args:
+            template: the chat template with which rows are rendered, which is kept, because its file may change; None: there is none.
+        """
         with self.world.agreed():
             try:
                 if self.world.is_first:
@@ -296,6 +301,9 @@ class RunFolder:
                     with replaced_whole(os.path.join(self.path, CONFIG)) as file:
                         file.write(f"# {command}\n" if command else "")
                         OmegaConf.save(self.config, file)
+                    if isinstance(template, str):
+                        with replaced_whole(os.path.join(self.path, TEMPLATE)) as file:
+                            file.write(template)
                     self._began = True
             except OSError as error:
                 raise _not_writable(self.path, error) from None
@@ -309,6 +317,7 @@ class RunFolder:
             failed_early = kind is not None and issubclass(kind, UserError) and not {"metrics.jsonl", "LATEST"} & set(os.listdir(self.path))
             if self._began and failed_early:
                 os.remove(os.path.join(self.path, CONFIG))
+                os.remove(os.path.join(self.path, TEMPLATE))
         self._close()
 
     def _close(self) -> None:

@@ -12,6 +12,10 @@ from tdpo.utils import time_limit
 TEMPLATE_SECONDS = 10.0  # in which a template must have rendered a row; it takes milliseconds, unless it loops
 PROBE = "\ue000"  # stands for a reply's content; of Unicode's private use, so in no text
 TURN = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
+# Conversations by which a template is tried: some refuse one without a system message, or write only the parts of a content.
+IN_PARTS = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in TURN]
+SYSTEM = {"role": "system", "content": "b"}
+TRIALS = [TURN, [SYSTEM, *TURN], IN_PARTS, [{**SYSTEM, "content": [{"type": "text", "text": "b"}]}, *IN_PARTS]]
 PIECE = re.compile(r"<[^<>\s]{1,60}>|\[/?[A-Z_]{2,30}\]|\s|[^\s<\[]+|.", re.DOTALL)  # a text is cut between pieces, not within a tag
 
 
@@ -34,17 +38,25 @@ class ChatTemplate:
         self._specials = tuple(specials)
         self.special = one_of(specials)  # finds special tokens
         self._only_special = re.compile(rf"(?:\s|{self.special.pattern})*")
-        try:
-            text = self.text(TURN)
-        except TimeoutError:
-            raise
-        except Exception:  # a template that refuses this conversation may take others
-            text = ""
-        self._tail = text.partition(PROBE)[2] if text.count(PROBE) == 1 else None  # what it writes after the last reply's content
+        text = self._tried()
+        self._tail = text.partition(PROBE)[2] if text else None  # what it writes after the last reply's content
         self.end = self._end_of(self._tail or "")  # what of that ends the reply
         self.writes_end = self.special.search(self.end) is not None
         named = {token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str) and name.endswith("_token")}
         self.structural = one_of([token for token in specials if token in named or token in text])  # finds those that separate turns
+
+    def _tried(self) -> str:
+        """Return the text of the first conversation of TRIALS that the template renders with its reply; '' if it renders none."""
+        for messages in TRIALS:
+            try:
+                text = self.text(messages)
+            except TimeoutError:
+                raise
+            except Exception:  # a template that refuses this conversation may take others
+                continue
+            if text.count(PROBE) == 1:
+                return text
+        return ""
 
     def text(self, messages: Sequence[dict], opened: bool = False) -> str:
         """Render messages, with the row's tools; `opened`: with the beginning of a reply after them.
@@ -58,7 +70,8 @@ class ChatTemplate:
     def text_with_probe(self, messages: Sequence[dict], i: int) -> str:
         """Render messages with another reply in place of message i; it keeps its tool calls, without which their results may be refused."""
         calls = {"tool_calls": messages[i]["tool_calls"]} if messages[i].get("tool_calls") else {}
-        return self.text([*messages[:i], {**TURN[1], "role": messages[i]["role"], **calls}, *messages[i + 1 :]])
+        reply = (IN_PARTS if isinstance(messages[i].get("content"), list) else TURN)[1]
+        return self.text([*messages[:i], {**reply, "role": messages[i]["role"], **calls}, *messages[i + 1 :]])
 
     def completed(self, text: str) -> str:
         """Return a conversation up to the end of its last reply, with end-of-sequence if the template writes no end."""

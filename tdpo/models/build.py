@@ -1,21 +1,27 @@
 """Construction of policy and reference from the config's `model`."""
 
+import glob
 import os
+import re
 from collections.abc import Mapping
 from typing import Optional
 
 import torch
 import transformers
 from omegaconf import DictConfig, OmegaConf
+from safetensors import safe_open
 
 from tdpo.models.adapters import attach, base_of, check_peft, is_adapter, merge_folder
 from tdpo.models.archive import LEGACY_BUFFERS, check_archive, find_archive, read_archive
+from tdpo.models.generation import own_settings, source_of
 from tdpo.models.places import place_of
 from tdpo.models.positions import hold_scaling, most_positions
 from tdpo.utils import DTYPES, UserError, disable_dropout, get_logger, not_finite, reason_of, some_of
 
 log = get_logger(__name__)
 
+SCALES = re.compile(r"(scales?|scale_inv|qweight|qzeros|g_idx|weight_packed|absmax|quant_map|quant_state)(\.[^.]*)?$")
+WIDE = ("F16", "BF16", "F32", "F64", "I32", "I64", "BOOL")  # names of dtypes in safetensors; buffers may hold integers
 NO_ADAPTER = OmegaConf.create({"rank": None})
 
 
@@ -35,7 +41,9 @@ def load_model_config(model: DictConfig, tokenizer, cache_dir: Optional[str]):
             config = transformers.AutoConfig.for_model(fields.pop("model_type"), vocab_size=len(tokenizer), **ids, **fields)
         if model.attn_implementation is not None:
             config._attn_implementation = model.attn_implementation
-        quantised = getattr(config, "quantization_config", None)
+        inner = config.get_text_config()
+        quantised = getattr(config, "quantization_config", None) or getattr(inner, "quantization_config", None)
+        quantised = quantised or getattr(config, "compression_config", None)
         if quantised is not None:
             method = quantised.get("quant_method") if isinstance(quantised, Mapping) else getattr(quantised, "quant_method", None)
             raise UserError(
@@ -134,9 +142,9 @@ def build_model(
     if archive is not None:
         # Copies: Transformers would use the tensors themselves, but policy and reference must share neither memory nor the mapped file.
         state = {name: tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True) for name, tensor in archive.items()}
-        built = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)].from_pretrained(
-            None, config=model_config, state_dict=state, dtype=dtype
-        )
+        plain = empty_model(model_config)  # whose config is that of the text, if its class has no images
+        built = type(plain).from_pretrained(None, config=plain.config, state_dict=state, dtype=dtype)
+        built.generation_config = own_settings(built, source_of(model, False), cache_dir)
         _take_weights(built, archive)
         built._weight_conversions = None  # the archive has the names of the model in memory; an export has those of the model's own files
     elif folder is None and model.from_config is not None:
@@ -148,9 +156,30 @@ def build_model(
         built = _from_pretrained(folder or model.name_or_path, model_config, dtype, cache_dir, strict=folder is not None)
     if wrong := not_finite(dict(built.named_parameters())):
         where = model.archive or model.name_or_path or "from_config"
-        raise UserError(f"the weights of '{where}' are not finite ({some_of(wrong, 3)}): give other weights, or an earlier checkpoint")
+        remedy = "they exceed its range: use bfloat16" if dtype == torch.float16 else "give other weights, or an earlier checkpoint"
+        kind = str(dtype).removeprefix("torch.")
+        raise UserError(f"the weights of '{where}' are not finite in {kind} ({some_of(wrong, 3)}): {remedy}")
     disable_dropout(built)
     return built
+
+
+def _quantised_tensors(place: str) -> list[str]:
+    """Return the tensors of a folder's safetensors files that are of 8 or fewer bits."""
+    found = []
+    for path in glob.glob(os.path.join(glob.escape(place), "*.safetensors")) if os.path.isdir(place) else []:
+        with safe_open(path, "pt") as file:
+            found += [name for name in file.keys() if file.get_slice(name).get_dtype() not in WIDE]  # noqa: SIM118
+    return found
+
+
+def _remedy(error: Exception) -> str:
+    """Return advice on an error of loading, as the end of a sentence."""
+    text = str(error)
+    if "eneration" in text:
+        return "; remove or mend its generation_config.json"
+    if "weights_only" in text or "HeaderTooLarge" in text or "header too large" in text or "ncomplete metadata" in text:
+        return "; its files are damaged or not yet downloaded (git lfs pull)"
+    return ""
 
 
 def base_archive(model: DictConfig) -> Optional[str]:
@@ -291,8 +320,17 @@ def _from_pretrained(name: str, model_config, dtype: torch.dtype, cache_dir: Opt
     except UserError:
         raise
     except Exception as error:  # OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError
-        raise UserError(f"the weights of '{name}' cannot be loaded: {reason_of(error)}") from None
-    unexpected = [key for key in info["unexpected_keys"] if strict and not str(key).endswith(LEGACY_BUFFERS)]
+        raise UserError(f"the weights of '{name}' cannot be loaded: {reason_of(error)}{_remedy(error)}") from None
+    dropped = [str(key) for key in info["unexpected_keys"] if not str(key).endswith(LEGACY_BUFFERS)]
+    scales = [key for key in dropped if SCALES.search(key)]
+    if scales or (scales := _quantised_tensors(place)):
+        raise UserError(
+            f"the weights of '{name}' are quantised ({some_of(sorted(scales), 3)}), though its config does not say how: such weights "
+            "cannot be trained; give the model that it was made from"
+        )
+    if dropped and not strict:
+        log.warning(f"{len(dropped)} tensors of '{name}' are not in {type(built).__name__}, and left out: {some_of(sorted(dropped), 3)}")
+    unexpected = dropped if strict else []
     problems = [("missing", info["missing_keys"]), ("not in the model", unexpected), ("other shape", info["mismatched_keys"])]
     found = "; ".join(f"{what}: {some_of(sorted(map(str, keys)), 4)}" for what, keys in problems if keys)
     if found:

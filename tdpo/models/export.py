@@ -3,25 +3,32 @@
 import copy
 import json
 import os
+import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Optional, Union
+from typing import Any, Optional
 
 import torch
 import transformers
+import yaml
 from omegaconf import DictConfig
 from torch import nn
 
 from tdpo.data.chat_template import end_tokens
 from tdpo.models.adapters import has_adapters
 from tdpo.models.build import empty_model
+from tdpo.models.generation import ids_of, own_settings, source_of
 from tdpo.models.places import find_file
 from tdpo.models.tokenizer import TOKENIZER_FILES, with_bos
 from tdpo.utils import get_logger
 
 log = get_logger(__name__)
+
+
+# Files of models for text and images, which their training on text does not change.
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
 
 def export_policy(
@@ -41,10 +48,9 @@ def export_policy(
     policy = _without_layers(policy)
     source = _source(model)
     settings = own_settings(policy, source, cache_dir)
-    ends = [*_listed(settings.eos_token_id), *_listed(policy.config.eos_token_id)]
+    ends = [*ids_of(settings.eos_token_id, tokenizer), *ids_of(getattr(policy.config, "eos_token_id", None), tokenizer)]
     ends = list(dict.fromkeys([*ends, *end_tokens(tokenizer)]))
     settings.eos_token_id = ends[0] if len(ends) == 1 else ends
-    _make_valid(settings)
     if settings.pad_token_id is None:
         settings.pad_token_id = tokenizer.pad_token_id
     with _replaced(policy, settings, ends):
@@ -54,6 +60,8 @@ def export_policy(
     _note_bos(os.path.join(folder, "tokenizer_config.json"), model.add_bos)
     for file in TOKENIZER_FILES:
         _copy(model.tokenizer_name_or_path or source, file, folder, cache_dir)
+    for file in PROCESSOR_FILES:
+        _copy(source, file, folder, cache_dir)
     with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as handle:
         handle.write(card)
 
@@ -70,34 +78,7 @@ def _without_layers(policy: nn.Module) -> nn.Module:
 
 
 def _source(model: DictConfig) -> Optional[str]:
-    """Return the model whose settings and files an export keeps: a Hugging Face folder as archive, else the base model; None: neither."""
-    if model.archive is not None and os.path.isfile(os.path.join(model.archive, "config.json")):
-        return model.archive
-    return model.name_or_path if model.from_config is None else None
-
-
-def own_settings(policy: nn.Module, source: Optional[str], cache_dir: Optional[str]) -> transformers.GenerationConfig:
-    """Return the generation settings of the model that training began from; if it has none, those that follow from its config.
-
-    Args:
-        policy: the model.
-        source: name or folder of the model that training began from; None: random weights.
-        cache_dir: of downloads.
-    """
-    if source is not None:
-        try:
-            return transformers.GenerationConfig.from_pretrained(source, cache_dir=cache_dir)
-        except (OSError, ValueError):  # it has none
-            pass
-    return copy.deepcopy(getattr(policy, "generation_config", None) or transformers.GenerationConfig.from_model_config(policy.config))
-
-
-def _make_valid(settings: transformers.GenerationConfig) -> None:
-    """Let settings with a temperature sample, in place: those of Vicuna and Llama 2 do not, which Transformers refuses to write."""
-    try:
-        settings.validate(strict=True)
-    except ValueError:
-        settings.do_sample = True
+    return source_of(model, model.archive is not None and os.path.isfile(os.path.join(model.archive, "config.json")))
 
 
 def model_card(config: DictConfig, progress: Mapping[str, Any], command: str, cache_dir: Optional[str]) -> str:
@@ -112,8 +93,8 @@ def model_card(config: DictConfig, progress: Mapping[str, Any], command: str, ca
     licence = _licence_of(_source(config.model), cache_dir)
     base = config.model.name_or_path or f"random weights ({config.model.from_config.get('model_type')})"
     on_hub = config.model.name_or_path and not os.path.exists(config.model.name_or_path)
-    head = ["library_name: transformers", "tags:", "- tdpo"] + ([f"base_model: {base}"] if on_hub else [])
-    head += [f"license: {licence}"] if licence else []
+    entries = {"library_name": "transformers", "tags": ["tdpo"], **({"base_model": base} if on_hub else {})}
+    head = yaml.safe_dump({**entries, **({"license": licence} if licence else {})}, sort_keys=False).splitlines()
     loss = ", ".join(f"{key} {value}" for key, value in config.loss.items() if key != "name")
     data = ", ".join(f"{name} ({node.get('path') or 'generated'})" for name, node in config.datasets.items())
     lines = [
@@ -140,16 +121,23 @@ def _licence_of(source: Optional[str], cache_dir: Optional[str]) -> Optional[str
     if path is None:
         return None
     with open(path, encoding="utf-8", errors="replace") as file:
-        head = file.read(2**16).split("---")
-    entries = dict(line.split(":", 1) for line in (head[1] if len(head) > 2 else "").splitlines() if ":" in line)
-    return entries.get("license", "").strip() or None
+        text = file.read(2**16)
+    parts = re.split(r"^---[ \t]*$", text, maxsplit=2, flags=re.MULTILINE)
+    if len(parts) < 3 or parts[0].strip():
+        return None
+    try:
+        licence = (yaml.safe_load(parts[1]) or {}).get("license")
+    except (yaml.YAMLError, AttributeError):
+        return None
+    licence = licence[0] if isinstance(licence, list) and licence else licence
+    return licence.strip() if isinstance(licence, str) and licence.strip() else None
 
 
 @contextmanager
 def _replaced(policy: nn.Module, settings: transformers.GenerationConfig, ends: list[int]) -> Iterator[None]:
     """Within the block, give the model these generation settings, and the end-of-sequence tokens in its config."""
     config, own = policy.config, getattr(policy, "generation_config", None)
-    before = config.eos_token_id
+    before = getattr(config, "eos_token_id", None)
     policy.generation_config, config.eos_token_id = settings, ends[0] if len(ends) == 1 else ends
     try:
         yield
@@ -162,6 +150,7 @@ def _add_older_keys(path: str, config_class: type[transformers.PreTrainedConfig]
     another config: some classes prefer the older names, or reject them."""
     with open(path) as file:
         values = json.load(file)
+    values.pop("auto_map", None)  # names code of the base model's repository, which is not copied
     expected = _read_config(values, config_class)
     for part in (values, values.get("text_config") or {}):
         for key, value in _older_keys(part).items():
@@ -214,7 +203,3 @@ def _copy(source: Optional[str], file: str, folder: str, cache_dir: Optional[str
     target = os.path.join(folder, file)
     if not os.path.exists(target) and (path := find_file(source, file, cache_dir)) is not None:
         shutil.copyfile(path, target)
-
-
-def _listed(ids: Union[int, Sequence[int], None]) -> list[int]:
-    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)

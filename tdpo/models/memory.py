@@ -13,7 +13,7 @@ from torch import nn
 from tdpo.distributed.sharding import find_blocks
 from tdpo.models.build import empty_model
 from tdpo.scoring.chunked_loss import CHUNK
-from tdpo.utils import is_adapter_name
+from tdpo.utils import UserError, is_adapter_name
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,17 @@ class ModelShape:
         def size(module: nn.Module, adapters: bool = False) -> int:
             return sum(parameter.numel() for name, parameter in module.named_parameters() if is_adapter_name(f".{name}") == adapters)
 
-        blocks = find_blocks(model, None)
+        try:
+            blocks = find_blocks(model, None)
+        except UserError:  # a class that names no blocks: the longest list of layers
+            lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+            blocks = list(max(lists, key=len)) if lists else [model]
         gated = any(name.endswith("gate_proj") for name, _ in model.named_modules())
-        inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+        hidden = getattr(config, "hidden_size", None) or model.get_input_embeddings().weight.shape[-1]
+        inner = getattr(config, "intermediate_size", None) or 4 * hidden
+        inner = max(inner) if isinstance(inner, (list, tuple)) else inner  # one size a layer
         largest = max(map(size, blocks))
-        return cls(size(model), largest, len(blocks), config.hidden_size, inner, gated, config.vocab_size, size(model, adapters=True))
+        return cls(size(model), largest, len(blocks), hidden, inner, gated, config.vocab_size, size(model, adapters=True))
 
     @property
     def trained(self) -> int:

@@ -35,7 +35,7 @@ def _settings_of(model: nn.Module, settings: transformers.GenerationConfig) -> I
     They are replaced because Transformers would fill gaps in settings passed to it from the model's.
     """
     own = model.generation_config
-    ends = sorted({*_listed(settings.eos_token_id), *_listed(own.eos_token_id)})
+    ends = sorted({*_ids(settings.eos_token_id), *_ids(own.eos_token_id)})
     model.generation_config = copy.copy(settings)
     model.generation_config.eos_token_id = ends
     try:
@@ -44,8 +44,9 @@ def _settings_of(model: nn.Module, settings: transformers.GenerationConfig) -> I
         model.generation_config = own
 
 
-def _listed(ids: Union[int, Sequence[int], None]) -> list[int]:
-    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+def _ids(ids: Union[int, Sequence[int], None]) -> list[int]:
+    listed = [] if ids is None else [ids] if isinstance(ids, (int, str)) else list(ids)
+    return [end for end in listed if isinstance(end, int)]
 
 
 def continuations(
