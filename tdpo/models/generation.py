@@ -42,7 +42,9 @@ def _valid(values: dict[str, Any], path: str) -> transformers.GenerationConfig:
     """Return settings that Transformers writes. Those of Vicuna and Llama 2 have a temperature, but do not sample."""
     if not values.get("do_sample") and values.get("temperature") == 0:
         del values["temperature"]  # greedy, which do_sample says already
-    settings = transformers.GenerationConfig(**values)
+    settings = transformers.GenerationConfig()
+    for name, value in values.items():  # one by one, because its constructor rejects some that contradict each other
+        setattr(settings, name, value)
     if _is_valid(settings):
         return settings
     settings.do_sample = True

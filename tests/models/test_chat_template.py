@@ -4,6 +4,7 @@ import pytest
 from helpers import CHATML, MINI, bpe_tokenizer, elements_of, turn
 from omegaconf import OmegaConf
 
+from tdpo.data.chat_template import end_tokens
 from tdpo.models.chat_template import set_chat_template
 from tdpo.models.tokenizer import load_tokenizer
 from tdpo.utils import UserError
@@ -91,3 +92,16 @@ def test_the_config_reaches_data_and_export(tmp_path):
 def test_a_loaded_tokenizer_of_the_recorded_runs_is_unchanged():
     model = OmegaConf.create({"tokenizer_name_or_path": None, "name_or_path": str(MINI / "model"), "add_bos": False})
     assert load_tokenizer(model, None).chat_template is None
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% if messages[0]['role'] != 'system' %}{{ raise_exception('system first') }}{% endif %}" + CHATML,
+        CHATML.replace("{{ m['content'] }}", "{% for c in m['content'] %}{{ c['text'] }}{% endfor %}"),
+    ],
+    ids=["needs a system message", "writes parts of contents"],
+)
+def test_the_end_of_a_reply_is_found_in_templates_that_refuse_plain_conversations(template):
+    tokenizer = bpe_tokenizer(template=template, eos="</s>")
+    assert end_tokens(tokenizer) == [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]

@@ -8,13 +8,13 @@ import pytest
 import torch
 from helpers import FAMILIES, SIZES, bpe_tokenizer, compose, run, turn, weights_of, write_lines
 from omegaconf import OmegaConf
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import export
 from tdpo.analysis.trained_models import find_trained
 from tdpo.models.build import build_model, check_model, load_model_config
-from tdpo.models.export import _add_older_keys, _older_keys, _source
+from tdpo.models.export import _add_older_keys, _licence_of, _older_keys, _source, export_policy
 from tdpo.models.tokenizer import adds_bos
 from tdpo.utils import RunError, UserError
 
@@ -221,3 +221,124 @@ def test_push_uploads_the_folder_to_a_private_repository(tmp_path, monkeypatch, 
     with pytest.raises(RunError, match=f"push=nobody/model: no access; the model is in {tmp_path}/again"):
         export.run(compose(f"run={sft}", f"out={tmp_path}/again", "push=nobody/model", name="export"))
     assert (tmp_path / "again" / "config.json").exists()
+
+
+# --- generation settings ---
+
+
+@pytest.mark.parametrize(
+    "values,expected,said",
+    [
+        ({"temperature": 0.6, "do_sample": False}, {"temperature": 0.6, "do_sample": True}, ""),  # as Vicuna's and Llama 2's
+        ({"temperature": 0.0, "do_sample": False}, {"do_sample": False}, ""),
+        ({"length_penalty": 2.0, "early_stopping": True}, {"length_penalty": None}, "length_penalty, early_stopping left out"),
+        ({"num_return_sequences": 3}, {"num_return_sequences": None}, "num_return_sequences left out"),
+        ({"eos_token_id": "</s>"}, {}, ""),
+        ("{", {}, "cannot be read, so its settings are not used"),
+    ],
+)
+def test_odd_generation_settings_are_exported_as_valid_ones(values, expected, said, tmp_path, capsys):
+    tokenizer = base_model(tmp_path / "base", "llama")
+    (tmp_path / "base" / "generation_config.json").write_text(values if isinstance(values, str) else json.dumps(values))
+    config = compose(*arguments(tmp_path / "base", tmp_path), "exp_name=x").model
+    plain = AutoModelForCausalLM.from_config(load_model_config(config, tokenizer, None))
+    export_policy(plain, tokenizer, str(tmp_path / "out"), plain.state_dict(), config, None, "card")
+    settings = GenerationConfig.from_pretrained(tmp_path / "out")
+    settings.validate(strict=True)
+    assert {name: getattr(settings, name) for name in expected} == expected
+    assert said in capsys.readouterr().out
+    ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    ends |= {tokenizer.convert_tokens_to_ids("</s>")} if "eos_token_id" in values else set()
+    assert set(settings.eos_token_id) == ends
+
+
+def test_a_model_from_an_archive_ends_where_its_base_model_does(tmp_path):
+    """Those ends are in generation_config.json alone, which an archive does not have."""
+    tokenizer = base_model(tmp_path / "base", "llama")
+    state = AutoModelForCausalLM.from_pretrained(tmp_path / "base").state_dict()
+    torch.save({"step_idx": 0, "state": state, "metrics": {}}, tmp_path / "policy.pt")
+    config = compose(*arguments(tmp_path / "base", tmp_path), "exp_name=x", f"model.archive={tmp_path}/policy.pt").model
+    model_config = load_model_config(config, tokenizer, None)
+    built = build_model(config, model_config, torch.float32, None, check_model(config, model_config, tokenizer, 64))
+    assert built.generation_config.eos_token_id == [tokenizer.eos_token_id, 2]
+
+
+# --- weights ---
+
+
+def load_with(tmp_path, changed, **options):
+    """Build a model whose file holds other tensors: `changed` takes and returns its tensors by name."""
+    tokenizer = base_model(tmp_path / "base", "llama")
+    path = tmp_path / "base" / "model.safetensors"
+    save_file(changed(load_file(path)), path, metadata={"format": "pt"})
+    config = compose(*arguments(tmp_path / "base", tmp_path), "exp_name=x").model
+    return build_model(config, load_model_config(config, tokenizer, None), options.get("dtype", torch.float32), None, None)
+
+
+@pytest.mark.parametrize("kind", ["scales", "8 bits"])
+def test_quantised_tensors_without_a_word_in_the_config_are_refused(kind, tmp_path):
+    def changed(tensors):
+        name = "model.layers.0.self_attn.q_proj.weight"
+        if kind == "scales":
+            return {**tensors, f"{name}_scale": torch.ones(1)}
+        return {**tensors, name: tensors[name].to(torch.float8_e4m3fn)}
+
+    with pytest.raises(UserError, match="are quantised .model.layers.0.self_attn.q_proj.weight.*give the model that it was made from"):
+        load_with(tmp_path, changed)
+
+
+def test_tensors_that_the_model_lacks_are_counted(tmp_path, capsys):
+    load_with(tmp_path, lambda tensors: {**tensors, "model.layers.0.self_attn.q_proj.bias": torch.ones(16)})
+    assert "warning: 1 tensors of" in (out := capsys.readouterr().out) and "left out: model.layers.0.self_attn.q_proj.bias" in out
+
+
+def test_weights_beyond_the_range_of_float16_are_named(tmp_path):
+    def changed(tensors):
+        tensors["model.norm.weight"][0] = 1e5
+        return tensors
+
+    with pytest.raises(UserError, match="not finite in float16 .model.norm.weight.: they exceed its range: use bfloat16"):
+        load_with(tmp_path, changed, dtype=torch.float16)
+
+
+# --- what a run keeps ---
+
+
+def test_the_template_of_training_is_kept(tmp_path):
+    """Its file may change, or go, after the run."""
+    base_model(tmp_path / "base", "llama")
+    template = tmp_path / "own.jinja"
+    template.write_text("NEW" + bpe_tokenizer().chat_template)
+    options = [*arguments(tmp_path / "base", tmp_path), f"model.chat_template={template}", "loss=sft", f"local_run_dir={tmp_path}/sft"]
+    sft = run(*options)
+    template.write_text("OTHER")
+    export.run(compose(f"run={sft}", f"out={tmp_path}/out", name="export"))
+    template.unlink()
+    export.run(compose(f"run={sft}", f"out={tmp_path}/again", name="export"))
+    for folder in (sft / "LATEST" / "hf", tmp_path / "out", tmp_path / "again"):
+        assert AutoTokenizer.from_pretrained(folder).chat_template.startswith("NEW{")
+
+
+def test_a_base_model_with_a_relative_path_is_found_from_elsewhere(tmp_path, monkeypatch):
+    base_model(tmp_path / "base", "llama")
+    monkeypatch.chdir(tmp_path)
+    sft = run(*arguments("base", tmp_path), "loss=sft", "local_run_dir=runs/sft")
+    monkeypatch.chdir("/")
+    export.run(compose(f"run={tmp_path / sft}", f"out={tmp_path}/out", name="export"))
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "text,licence",
+    [
+        ("---\nlicense: mit\n---\n", "mit"),
+        ("---\nlicense:\n- apache-2.0\n- mit\n---\n", "apache-2.0"),
+        ("---\ntitle: a --- b\nlicense : llama3\n---\n", "llama3"),
+        ("# hi\n---\nlicense: see: the file\n---\n", None),  # no front matter
+        ("---\n: [\n---\n", None),
+        ("---\nlicense:\n---\n", None),
+    ],
+)
+def test_the_licence_of_a_model_card(text, licence, tmp_path):
+    (tmp_path / "README.md").write_text(text)
+    assert _licence_of(str(tmp_path), None) == licence
