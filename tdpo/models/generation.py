@@ -15,6 +15,7 @@ from tdpo.utils import get_logger
 log = get_logger(__name__)
 
 FILE = "generation_config.json"
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")  # settings that only have an effect in sampling
 
 
 def own_settings(policy: nn.Module, source: Optional[str], cache_dir: Optional[str]) -> transformers.GenerationConfig:
@@ -47,7 +48,7 @@ def _valid(values: dict[str, Any], path: str) -> transformers.GenerationConfig:
         setattr(settings, name, value)
     if _is_valid(settings):
         return settings
-    settings.do_sample = True
+    settings.do_sample = values.get("do_sample", False) or any(name in values for name in SAMPLING)
     if _is_valid(settings):
         return settings
     settings.do_sample, dropped, default = values.get("do_sample", False), [], transformers.GenerationConfig()
