@@ -64,7 +64,7 @@ def costs(config: DictConfig, objective: Objective, model: nn.Module, data: Toke
     lines.append(f"tokens: about {computed:,.0f} computed a step, padding included; at most {tokens:,} in a microbatch")
     trained = sizes["weight_bytes"] * shape.trained
     frozen = sizes["compute_bytes"] * shape.parameters if shape.adapter else trained
-    state = trained * (1 + states)
+    state = trained * (1 + states + (1 if shape.adapter else 0))  # adapter/ has the adapters once more
     policy = config.save_policy or ("final" if shape.adapter else "always")
     usual, last = state + frozen * (policy == "always"), state + frozen * (policy != "never") + frozen
     lines.append(f"disk: about {gigabytes(usual)} GB a checkpoint, {gigabytes(last)} GB the last one")

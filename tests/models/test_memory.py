@@ -2,9 +2,11 @@
 
 import re
 import sys
+from typing import Optional
 
 import memory_tables
 import pytest
+import torch
 import transformers
 from helpers import ROOT, compose, start_unsupervised
 from omegaconf import OmegaConf
@@ -12,6 +14,8 @@ from omegaconf import OmegaConf
 from preference_datasets import load_split
 from tdpo.data.contract import PAIRS, SFT
 from tdpo.losses import OBJECTIVES
+from tdpo.models.adapters import attach
+from tdpo.models.build import empty_model
 from tdpo.models.memory import ModelShape, device_memory
 from tdpo.models.tokenizer import embedded_tokenizer
 
@@ -20,7 +24,7 @@ STATES = {"hidden_size": 768, "num_hidden_layers": 8, "num_attention_heads": 8, 
 LOGITS = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 
 
-def measured(sizes: dict, loss: str, batch_size: int, ranks: int, microbatches: int, folder) -> int:
+def measured(sizes: dict, loss: str, batch_size: int, ranks: int, microbatches: int, rank: Optional[int], folder) -> int:
     options = [f"model.from_config.{key}={value}" for key, value in sizes.items()]
     options += [f"loss={loss}", f"batch_size={batch_size}", f"n_examples={batch_size}", f"eval_every={batch_size}", "n_eval_examples=2"]
     options += [
@@ -30,6 +34,7 @@ def measured(sizes: dict, loss: str, batch_size: int, ranks: int, microbatches: 
         f"scoring={'plain' if sizes is LOGITS else 'fast'}",
         f"local_run_dir={folder}/run",
         *(["trainer=FSDPTrainer"] if ranks > 1 else []),
+        *([] if rank is None else [f"adapter.rank={rank}"]),
     ]
     commands = start_unsupervised("tests/workers/measured_memory.py", options, ranks)
     outputs = [command.communicate()[0] for command in commands]
@@ -37,7 +42,7 @@ def measured(sizes: dict, loss: str, batch_size: int, ranks: int, microbatches: 
     return int(re.search(r"peak (\d+)", outputs[-1]).group(1))  # of the last rank: rank 0 has held the whole model before
 
 
-def computed(sizes: dict, loss: str, batch_size: int, ranks: int, microbatches: int) -> int:
+def computed(sizes: dict, loss: str, batch_size: int, ranks: int, microbatches: int, rank: Optional[int]) -> int:
     config = compose("exp_name=x")
     tokenizer = embedded_tokenizer()
     options = {"form": SFT if loss == "sft" else PAIRS, "silent": True}
@@ -47,7 +52,10 @@ def computed(sizes: dict, loss: str, batch_size: int, ranks: int, microbatches: 
     parts, plain = ranks * microbatches, sizes is LOGITS
     rows = [len(labels[0])] if plain else data.lengths(next(data.epochs(0))[:batch_size])
     tokens = len(labels) * max(map(len, labels)) if plain else batch_size * max(rows)
-    shape = ModelShape.of(transformers.GPTNeoXConfig(vocab_size=len(tokenizer), max_position_embeddings=128, **sizes))
+    model = empty_model(transformers.GPTNeoXConfig(vocab_size=len(tokenizer), max_position_embeddings=128, **sizes))
+    if rank is not None:
+        attach(model, OmegaConf.merge(config.adapter, {"rank": rank}), torch.float32, 0)
+    shape = ModelShape.of_model(model)
     memory = device_memory(
         shape,
         tokens=tokens // parts,
@@ -66,23 +74,25 @@ def computed(sizes: dict, loss: str, batch_size: int, ranks: int, microbatches: 
 @pytest.mark.processes
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(
-    "sizes,loss,batch_size,ranks,microbatches",
+    "sizes,loss,batch_size,ranks,microbatches,rank",
     [
-        (STATES, "tdpo2", 2, 1, 1),
-        (STATES, "tdpo2", 4, 2, 2),
-        (STATES, "simpo", 2, 1, 1),
-        (LOGITS, "tdpo2", 2048, 1, 1),
+        (STATES, "tdpo2", 2, 1, 1, None),
+        (STATES, "tdpo2", 4, 2, 2, None),
+        (STATES, "simpo", 2, 1, 1, None),
+        (LOGITS, "tdpo2", 2048, 1, 1, None),
+        (STATES, "tdpo2", 2, 1, 1, 8),
     ],
-    ids=["weights", "weights, two shards, whole gradients", "weights, no reference", "logits"],
+    ids=["weights", "weights, two shards, whole gradients", "weights, no reference", "logits", "adapters"],
 )
-def test_estimate_matches_the_measured_peak(sizes, loss, batch_size, ranks, microbatches, tmp_path):
+def test_estimate_matches_the_measured_peak(sizes, loss, batch_size, ranks, microbatches, rank, tmp_path):
     """Within 20%: interpreter, tokens and allocator take 10 to 40 MB of these 500 to 1,000 MB, and versions of PyTorch differ."""
-    case = (sizes, loss, batch_size, ranks, microbatches)
+    case = (sizes, loss, batch_size, ranks, microbatches, rank)
     assert computed(*case) == pytest.approx(measured(*case, tmp_path), rel=0.2)
 
 
 def test_tables_in_docs_are_up_to_date():
-    assert memory_tables.tables() in (ROOT / "docs" / "scaling.md").read_text()
+    text = (ROOT / "docs" / "scaling.md").read_text()
+    assert memory_tables.tables() in text and memory_tables.lora_table() in text
 
 
 def test_parameter_counts_of_the_documented_models():

@@ -1,0 +1,66 @@
+"""What a run says that it will cost, against what it takes."""
+
+import re
+
+import pytest
+from helpers import DATA, MINI, PREFERENCE, compose, run
+from transformers import AutoTokenizer
+
+import train
+from preference_datasets import default_options, load_split
+from tdpo.data.batching import BatchStream, cut_into_microbatches
+from tdpo.data.contract import PAIRS
+from tdpo.scoring.prefix_sharing import shared_prefix_batch
+from tdpo.training.costs import gigabytes, optimizer_states
+
+LARGER = ["model=tiny", "model.from_config.hidden_size=256", "batch_size=8", "n_examples=16", "eval_every=8", "n_eval_examples=8"]
+
+
+def said(capsys, *options) -> dict[str, list[float]]:
+    """Dry-run, and return the numbers of the lines about costs, by their first word."""
+    assert train.run(compose("exp_name=x", "dry_run=true", *options)) == ""
+    lines = re.findall(r"^(memory|tokens|disk): (.*)$", capsys.readouterr().out, re.MULTILINE)
+    return {name: [float(number.replace(",", "")) for number in re.findall(r"[\d,.]*\d(?:e-?\d+)?", line)] for name, line in lines}
+
+
+@pytest.mark.parametrize("more", [[], ["adapter.rank=8"], ["save_policy=never"], ["optimizer=AdamW"]], ids=str)
+def test_the_disk_that_checkpoints_take(more, tmp_path, capsys):
+    (usual, last) = said(capsys, *LARGER, *more)["disk"]
+    folder = run(*LARGER, *more, f"local_run_dir={tmp_path}/run")
+    sizes = [sum(file.stat().st_size for file in (folder / step).rglob("*") if file.is_file()) / 1e9 for step in ("step-8", "step-16")]
+    assert usual == pytest.approx(sizes[0], rel=0.15, abs=2e-4) and last == pytest.approx(sizes[1], rel=0.15, abs=2e-4)
+
+
+def test_the_tokens_of_steps_and_microbatches(capsys):
+    computed, most = said(capsys, *PREFERENCE, "gradient_accumulation_steps=4", "n_epochs=1")["tokens"]
+    data = {"hh": {**default_options("hh"), "path": str(MINI / "data")}}
+    split = load_split(data, "train", AutoTokenizer.from_pretrained(MINI / "model"), 64, 32, PAIRS, silent=True)
+    sizes = []
+    for examples in BatchStream(split, 8, seed=0, n_epochs=1):
+        rounds = cut_into_microbatches(split.lengths(examples), 1, 4)
+        sizes.append([shared_prefix_batch([split.example(examples[i]) for i in m]).input_ids.numel() for (m,) in rounds])
+    assert computed == pytest.approx(sum(map(sum, sizes)) / len(sizes), rel=0.05)
+    assert most == pytest.approx(max(map(max, sizes)), rel=0.05)
+
+
+def test_memory_is_that_of_the_whole_run_and_its_adapters(capsys):
+    full, lora, halved = (said(capsys, *LARGER, "loss=tdpo2", *more)["memory"][0] for more in ([], ["adapter.rank=4"], TWO))
+    assert lora < 0.75 * full and halved < 0.75 * full
+
+
+TWO = ["trainer=FSDPTrainer", "nproc_per_node=2"]
+
+
+def test_a_run_that_does_not_fit_is_told_so(capsys, monkeypatch):
+    monkeypatch.setattr("tdpo.training.costs.device_total", lambda device: 10**6)
+    train.run(compose("exp_name=x", "dry_run=true", *DATA))
+    assert "warning: that is more than there is; try adapter.rank=16" in capsys.readouterr().out
+
+
+def test_states_of_optimizers():
+    assert [optimizer_states(name) for name in ("SGD", "RMSprop", "AdamW")] == [0, 1, 2]
+    assert 0 < optimizer_states("Adafactor") < 0.1
+
+
+def test_three_digits():
+    assert [gigabytes(size) for size in (1.234e12, 1.2345e10, 5e6)] == ["1234", "12.3", "0.005"]
