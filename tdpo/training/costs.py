@@ -100,11 +100,10 @@ def _tokens(config: DictConfig, objective: Objective, data: TokenizedSplit, rank
     Padding counts; a prompt counts once, or, scored plain, once per response.
     """
     most, responses, computed, batches = 0, 0, 0, 0
-    in_loss = data.response_tokens()
     for batch, examples in zip(range(BATCHES), batches_of(config, objective.stages, data)):
         batches, parts = batch + 1, data.parts(examples)
         rows = parts.sum(-1)
-        counts = in_loss[[data.index(example) for example in examples]]
+        counts = parts[:, 1:].sum(-1)  # some may not be in the loss
         longest = (parts[:, :1] + parts[:, 1:]).max(-1) if plain else rows
         for microbatch in (m for some in cut_into_microbatches(rows.tolist(), ranks, *_cut(config)) for m in some if m):
             tokens = len(microbatch) * int(np.max(longest[microbatch])) * (parts.shape[1] - 1 if plain else 1)
