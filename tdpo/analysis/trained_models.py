@@ -161,12 +161,15 @@ def _cache_dir(config: Optional[DictConfig]) -> str:
 
 
 def _beside(path: str, checkpoint: str) -> str:
-    """Return where a path that a run has recorded is now: if it is gone, under the same names beside the run, as after both were moved."""
+    """Return where a path that a run has recorded is now: if it is gone, under the same names beside the run, as after both were moved.
+
+    A relative path, or a name on the hub, counts as a whole: a folder beside the run may have the last part of a name by chance.
+    """
     if os.path.exists(path):
         return path
     parts = pathlib.PurePath(path).parts
     for place in pathlib.Path(checkpoint).parents[1:4]:
-        for n in range(len(parts) - os.path.isabs(path), 0, -1):
+        for n in range(len(parts) - 1, 0, -1) if os.path.isabs(path) else [len(parts)]:
             found = place.joinpath(*parts[-n:])
             if found.is_dir() or (n > 1 and found.exists()):
                 return str(found)
@@ -176,6 +179,8 @@ def _beside(path: str, checkpoint: str) -> str:
 def _base_beside(name: str, checkpoint: str) -> str:
     """Return the base model of a run, or, if its folder is gone, what the checkpoint has exported, which has the config and tokenizer."""
     found, exported = _beside(name, checkpoint), os.path.join(checkpoint, "hf")
+    if not os.path.exists(name) and os.path.isdir(found) and not is_hugging_face(found):
+        found = name  # another folder, such as a run that is called as the model
     if os.path.exists(found) or not looks_local(found):
         return found
     if not os.path.isdir(exported):

@@ -14,14 +14,17 @@ from safetensors import safe_open
 from tdpo.models.adapters import attach, base_of, check_peft, is_adapter, merge_folder
 from tdpo.models.archive import LEGACY_BUFFERS, check_archive, find_archive, read_archive
 from tdpo.models.generation import own_settings, source_of
-from tdpo.models.places import place_of
+from tdpo.models.places import find_file, place_of
 from tdpo.models.positions import hold_scaling, most_positions
 from tdpo.utils import DTYPES, UserError, disable_dropout, get_logger, not_finite, reason_of, some_of
 
 log = get_logger(__name__)
 
-SCALES = re.compile(r"(scales?|scale_inv|qweight|qzeros|g_idx|weight_packed|absmax|quant_map|quant_state)(\.[^.]*)?$")
-WIDE = ("F16", "BF16", "F32", "F64", "I32", "I64", "BOOL")  # names of dtypes in safetensors; buffers may hold integers
+# Names of tensors that only quantised weights have, without those of ordinary models, such as logit_scale.
+SCALES = re.compile(
+    r"((weight|input|activation)_scale(_inv)?|[._]scales|qweight|qzeros|g_idx|weight_packed|absmax|quant_map|quant_state)(\.[^.]*)?$"
+)
+WIDE = ("F16", "BF16", "F32", "F64")  # dtypes of weights in safetensors
 NO_ADAPTER = OmegaConf.create({"rank": None})
 
 
@@ -163,12 +166,14 @@ def build_model(
     return built
 
 
-def _quantised_tensors(place: str) -> list[str]:
-    """Return the tensors of a folder's safetensors files that are of 8 or fewer bits."""
+def _quantised_tensors(name: str, cache_dir: Optional[str]) -> list[str]:
+    """Return the weights in a model's safetensors files that are of another dtype than a model computes with. Buffers may be integers."""
+    config = find_file(name, "config.json", cache_dir)
     found = []
-    for path in glob.glob(os.path.join(glob.escape(place), "*.safetensors")) if os.path.isdir(place) else []:
+    for path in glob.glob(os.path.join(glob.escape(os.path.dirname(config)), "*.safetensors")) if config else []:
         with safe_open(path, "pt") as file:
-            found += [name for name in file.keys() if file.get_slice(name).get_dtype() not in WIDE]  # noqa: SIM118
+            weights = [key for key in file.keys() if key.endswith("weight")]  # noqa: SIM118
+            found += [key for key in weights if file.get_slice(key).get_dtype() not in WIDE]
     return found
 
 
@@ -323,7 +328,7 @@ def _from_pretrained(name: str, model_config, dtype: torch.dtype, cache_dir: Opt
         raise UserError(f"the weights of '{name}' cannot be loaded: {reason_of(error)}{_remedy(error)}") from None
     dropped = [str(key) for key in info["unexpected_keys"] if not str(key).endswith(LEGACY_BUFFERS)]
     scales = [key for key in dropped if SCALES.search(key)]
-    if scales or (scales := _quantised_tensors(place)):
+    if scales or (scales := _quantised_tensors(name, cache_dir)):
         raise UserError(
             f"the weights of '{name}' are quantised ({some_of(sorted(scales), 3)}), though its config does not say how: such weights "
             "cannot be trained; give the model that it was made from"

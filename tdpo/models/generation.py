@@ -15,6 +15,7 @@ from tdpo.utils import get_logger
 log = get_logger(__name__)
 
 FILE = "generation_config.json"
+KEPT = ("do_sample", "bos_token_id", "eos_token_id", "pad_token_id")  # never left out
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")  # settings that only have an effect in sampling
 
 
@@ -52,9 +53,7 @@ def _valid(values: dict[str, Any], path: str) -> transformers.GenerationConfig:
     if _is_valid(settings):
         return settings
     settings.do_sample, dropped, default = values.get("do_sample", False), [], transformers.GenerationConfig()
-    for name in [
-        name for name in values if name not in ("do_sample", "bos_token_id", "eos_token_id", "pad_token_id") and hasattr(default, name)
-    ]:
+    for name in (name for name in values if name not in KEPT and hasattr(default, name)):
         if not _is_valid(settings):
             setattr(settings, name, getattr(default, name))
             dropped.append(name)

@@ -3,18 +3,18 @@
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Optional
 
 import torch
 from omegaconf import DictConfig
+from safetensors import SafetensorError
 from torch import nn
 
 from tdpo.distributed.sharding import whole_state
 from tdpo.distributed.world import World
 from tdpo.files import usual_modes
 from tdpo.models.adapters import merged, named_base, save_adapter
-from tdpo.utils import get_logger, is_adapter_name, without_adapters
+from tdpo.utils import RunError, get_logger, is_adapter_name, reason_of, without_adapters
 
 log = get_logger(__name__)
 
@@ -45,7 +45,14 @@ class AdapterFiles:
         """
         base = named_base(self.model, archive) or self.folder
         matrices = whole_state(self.world, self.policy, is_adapter_name)
-        return partial(save_adapter, self.policy, matrices, base)
+
+        def write(folder: str) -> None:
+            try:
+                save_adapter(self.policy, matrices, base, folder)
+            except SafetensorError as error:  # what safetensors makes of a full disk
+                raise OSError(str(error)) from error
+
+        return write
 
     def save_base(self, archive: Optional[str], export: Callable[[str, Mapping[str, torch.Tensor]], None]) -> None:
         """Export the model below the adapters to base/, once, unless a name on the hub or a folder has it: else peft would not find it.
@@ -58,10 +65,15 @@ class AdapterFiles:
             return
         state = whole_state(self.world, self.policy, lambda name: not is_adapter_name(name))
         with self.world.agreed():
-            if self.world.is_first:
+            if not self.world.is_first:
+                return
+            try:
                 log.info(f"base: the model below the adapters is written to {self.folder}, where peft looks for it")
                 temporary = self.folder + ".tmp"
                 shutil.rmtree(temporary, ignore_errors=True)
                 export(temporary, without_adapters(state))
                 usual_modes(temporary)
                 os.rename(temporary, self.folder)
+            except (OSError, RuntimeError, SafetensorError) as error:  # mostly a full disk
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise RunError(f"{self.folder}, the base of the adapters, could not be written ({reason_of(error)})") from error

@@ -14,6 +14,7 @@ from tdpo.models.build import compute_dtype
 from tdpo.models.memory import ModelShape, device_memory
 from tdpo.scoring.chunked_loss import chunk_size
 from tdpo.scoring.prefix_sharing import unsupported_attention
+from tdpo.training.saver import policy_saved
 from tdpo.utils import DTYPES
 
 BATCHES = 500  # of the first epoch, from which tokens are counted
@@ -65,7 +66,7 @@ def costs(config: DictConfig, objective: Objective, model: nn.Module, data: Toke
     trained = sizes["weight_bytes"] * shape.trained
     frozen = sizes["compute_bytes"] * shape.parameters if shape.adapter else trained
     state = trained * (1 + states + (1 if shape.adapter else 0))  # adapter/ has the adapters once more
-    policy = config.save_policy or ("final" if shape.adapter else "always")
+    policy = policy_saved(config)
     usual, last = state + frozen * (policy == "always"), state + frozen * (policy != "never") + frozen
     lines.append(f"disk: about {gigabytes(usual)} GB a checkpoint, {gigabytes(last)} GB the last one")
     return lines
@@ -105,12 +106,9 @@ def _tokens(config: DictConfig, objective: Objective, data: TokenizedSplit, rank
         rows = parts.sum(-1)
         counts = parts[:, 1:].sum(-1)  # some may not be in the loss
         longest = (parts[:, :1] + parts[:, 1:]).max(-1) if plain else rows
-        for microbatch in (m for some in cut_into_microbatches(rows.tolist(), ranks, *_cut(config)) for m in some if m):
+        rounds = cut_into_microbatches(rows.tolist(), ranks, config.gradient_accumulation_steps, config.tokens_per_microbatch)
+        for microbatch in (m for microbatches in rounds for m in microbatches if m):
             tokens = len(microbatch) * int(np.max(longest[microbatch])) * (parts.shape[1] - 1 if plain else 1)
             most, responses = max(most, tokens), max(responses, int(counts[microbatch].sum()))
             computed += tokens
     return most, responses, computed / max(1, batches)
-
-
-def _cut(config: DictConfig) -> tuple:
-    return config.gradient_accumulation_steps, config.tokens_per_microbatch

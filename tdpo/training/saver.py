@@ -18,20 +18,25 @@ log = get_logger(__name__)
 Export = Callable[[str, Mapping[str, torch.Tensor]], None]  # writes a Hugging Face folder: (its path, whole state dict)
 
 
+def policy_saved(config: DictConfig) -> str:
+    """Return which checkpoints of a run get policy.pt: `save_policy`, or its default, which depends on whether there are adapters."""
+    return config.save_policy or ("always" if config.adapter.rank is None else "final")
+
+
 class Saver:
     """The checkpoints of a run.
 
     Args:
         world: the run's ranks.
         run_dir: an existing folder.
-        config: a checked config: save_policy and keep_checkpoints are read.
+        config: a checked config: save_policy, adapter and keep_checkpoints are read.
         adapters: writes the policy's adapters; None: it has none.
     """
 
     def __init__(self, world: World, run_dir: str, config: DictConfig, adapters: Optional[AdapterFiles] = None):
         self.world, self.run_dir, self.keep = world, run_dir, config.keep_checkpoints
         self.adapters = adapters
-        self.save_policy = config.save_policy or ("always" if adapters is None else "final")
+        self.save_policy = policy_saved(config)
         self.saved_at = -1  # train examples of the newest checkpoint
         self.newest: Optional[str] = None  # its folder
         self.proven: Optional[str] = None  # the newest checkpoint that a finite step or, at the end, a finite eval has followed

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import export
-from tdpo.analysis.trained_models import find_trained
+from tdpo.analysis.trained_models import _base_beside, find_trained
 from tdpo.models.build import build_model, check_model, load_model_config
 from tdpo.models.export import _add_older_keys, _licence_of, _older_keys, _source, export_policy
 from tdpo.models.tokenizer import adds_bos
@@ -287,6 +287,13 @@ def test_quantised_tensors_without_a_word_in_the_config_are_refused(kind, tmp_pa
         load_with(tmp_path, changed)
 
 
+def test_integers_that_are_no_weights_do_not_make_a_model_quantised(tmp_path, capsys):
+    """Masks of Pythia's files are of 8 bits; other models have scales of their own."""
+    name = "model.layers.0.attention.bias"
+    load_with(tmp_path, lambda tensors: {**tensors, name: torch.ones(1, 1, 8, 8, dtype=torch.uint8), "vision.logit_scale": torch.ones(1)})
+    assert "1 tensors of" in (out := capsys.readouterr().out) and "left out: vision.logit_scale" in out
+
+
 def test_tensors_that_the_model_lacks_are_counted(tmp_path, capsys):
     load_with(tmp_path, lambda tensors: {**tensors, "model.layers.0.self_attn.q_proj.bias": torch.ones(16)})
     assert "warning: 1 tensors of" in (out := capsys.readouterr().out) and "left out: model.layers.0.self_attn.q_proj.bias" in out
@@ -317,6 +324,15 @@ def test_the_template_of_training_is_kept(tmp_path):
     export.run(compose(f"run={sft}", f"out={tmp_path}/again", name="export"))
     for folder in (sft / "LATEST" / "hf", tmp_path / "out", tmp_path / "again"):
         assert AutoTokenizer.from_pretrained(folder).chat_template.startswith("NEW{")
+
+
+def test_a_run_that_is_called_as_a_model_on_the_hub_is_not_taken_for_it(tmp_path):
+    checkpoint = tmp_path / "runs" / "mine" / "step-8"
+    for folder in (checkpoint, tmp_path / "runs" / "gpt2", tmp_path / "runs" / "Qwen3-0.6B"):
+        folder.mkdir(parents=True)
+    assert [_base_beside(name, str(checkpoint)) for name in ("gpt2", "Qwen/Qwen3-0.6B")] == ["gpt2", "Qwen/Qwen3-0.6B"]
+    (tmp_path / "runs" / "gpt2" / "config.json").write_text("{}")
+    assert _base_beside("gpt2", str(checkpoint)) == str(tmp_path / "runs" / "gpt2")  # a model by its relative path
 
 
 def test_a_base_model_with_a_relative_path_is_found_from_elsewhere(tmp_path, monkeypatch):

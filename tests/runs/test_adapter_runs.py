@@ -124,7 +124,7 @@ def measured(path, **options):
 
 
 def test_eval_of_checkpoints_is_that_of_training(runs, tmp_path):
-    """Of the newest checkpoint, which has policy.pt; of an earlier one, which has only adapters; of its adapter/."""
+    """Evaluate the newest checkpoint, which has policy.pt, an earlier one, which has only adapters, and the earlier one's adapter/."""
     folder = runs["tdpo2"]
     evals = logs_of(folder, "eval")
     for path, log in ((folder, evals[-1]), (folder / "step-24", evals[1]), (folder / "step-24" / "adapter", evals[1])):
