@@ -189,8 +189,9 @@ def check_same_data(resumed: Resumed, data: Mapping[str, str], reference: str) -
     if saved.data["eval"] != data["eval"]:
         log.warning("the eval data are not those that the run used before")
     if saved.reference["fingerprint"] != reference:
+        what = "reference's weights" if _value(saved.config, ["adapter", "rank"]) is None else "weights below the adapters"
         raise UserError(
-            f"the weights of the reference, or below the adapters, are not those of {os.path.dirname(resumed.folder)}: "
+            f"the {what} are not those of {os.path.dirname(resumed.folder)}: "
             f"set model.archive to the weights that the run started from (then in {saved.reference['archive']})"
         )
 
