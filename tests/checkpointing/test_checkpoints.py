@@ -396,7 +396,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
     state = model_of().state_dict()
     state["gpt_neox.final_layer_norm.bias"] = torch.full_like(state["gpt_neox.final_layer_norm.bias"], float("nan"))
     torch.save({"step_idx": 8, "state": state, "metrics": {}}, tmp_path / "policy.pt")
-    with pytest.raises(UserError, match="policy.pt' are not finite .gpt_neox.final_layer_norm.bias"):
+    with pytest.raises(UserError, match="policy.pt' are not finite in float32 .gpt_neox.final_layer_norm.bias"):
         model_of(f"model.archive={tmp_path}/policy.pt")
 
 
