@@ -33,14 +33,16 @@ from tdpo.distributed.world import World
 from tdpo.losses import Objective
 from tdpo.models.adapters import AdaptersOff, attach
 from tdpo.models.archive import find_archive
-from tdpo.models.build import Models, check_model, empty_model, is_hugging_face, load_model_config
+from tdpo.models.build import Models, check_model, compute_dtype, empty_model, is_hugging_face, load_model_config
 from tdpo.models.places import check_local, prepare_hub
 from tdpo.models.positions import scaling_by_length
+from tdpo.models.quantized import check_quantize, described, emptied
 from tdpo.models.tokenizer import load_tokenizer
 from tdpo.training.costs import costs
 from tdpo.training.metrics import Sink, open_sinks
 from tdpo.training.optimizer import learning_rate
 from tdpo.utils import DTYPES, Stopped, UserError, get_local_dir, plural, rank0_print, silenced
+from tdpo.weights import parameter_count
 
 
 def run(config: DictConfig, overrides: Sequence[str] = (), world: Optional[World] = None) -> str:
@@ -154,6 +156,8 @@ def prepare(config: DictConfig, objective: Objective, world: World, run_dir: str
     prepare_hub(needed)
     if world.device.type == "cpu":
         check_cpu(config)
+    if model.quantize is not None:
+        check_quantize()
     tokenizer = load_tokenizer(model, cache_dir)
     model_config = load_model_config(model, tokenizer, cache_dir)
     weights = check_model(model, model_config, tokenizer, config.max_length)
@@ -161,6 +165,8 @@ def prepare(config: DictConfig, objective: Objective, world: World, run_dir: str
         rank0_print(line)
     empty = empty_model(model_config)
     trainer_of(config).strategy_class.check_model(empty, config, world)
+    if model.quantize is not None:
+        rank0_print(described(emptied(empty, model.quantize, compute_dtype(model)), model.quantize))
     if config.adapter.rank is not None:
         rank0_print(attach(empty, config.adapter, DTYPES[config.model.policy_dtype], config.seed))
     data = {name: load_data(config, split, tokenizer, objective, cache_dir) for name, split in (("train", "train"), ("eval", "test"))}
@@ -223,7 +229,7 @@ def build_trainer(
     policy, reference = models.empty() if sharded else (models.policy(), models.reference())
     if config.adapter.rank is not None and objective.needs_reference:
         reference = AdaptersOff(policy)
-    rank0_print(f"model: {plural(sum(p.numel() for p in policy.parameters()), 'parameter')}, {config.model.policy_dtype}")
+    rank0_print(f"model: {plural(parameter_count(policy), 'parameter')}, {config.model.policy_dtype}")
     trainer = trainer_class(
         policy,
         config,

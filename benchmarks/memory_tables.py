@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -12,6 +13,7 @@ from omegaconf import OmegaConf  # noqa: E402
 from tdpo.models.adapters import attach  # noqa: E402
 from tdpo.models.build import empty_model  # noqa: E402
 from tdpo.models.memory import ModelShape, device_memory  # noqa: E402
+from tdpo.models.quantized import emptied  # noqa: E402
 
 LORA = OmegaConf.create({"rank": 16, "alpha": 32, "targets": "all-linear", "rslora": False, "init": "uniform"})
 MODELS = {
@@ -68,17 +70,35 @@ def tables() -> str:
 def lora_table() -> str:
     """Return a Markdown table of GB per GPU with LoRA of rank 16 on all linear layers: each of MODELS on each number of GPUS."""
     lines = [f"| GPUs | {' | '.join(MODELS)} |", "|" + "---:|" * (len(MODELS) + 1)]
-    shapes = []
-    for config in MODELS.values():
-        model = empty_model(config)
-        attach(model, LORA, torch.float32, 0)
-        shapes.append(ModelShape.of_model(model))
+    shapes = [_with_adapters(config, None) for config in MODELS.values()]
     for n in GPUS:
         cells = [sum(device_memory(shape, shards=n, **PAIR).values()) / 1e9 for shape in shapes]
         lines.append(f"| {n} | {' | '.join(f'{cell:.1f}' for cell in cells)} |")
     return "\n".join(lines) + "\n"
 
 
+def qlora_table() -> str:
+    """Return a Markdown table of GB on one GPU, in parts, with quantised weights below adapters of rank 16: each of MODELS."""
+    lines = []
+    for method in ("nf4", "int8"):
+        for name, config in MODELS.items():
+            memory = device_memory(_with_adapters(config, method), **PAIR)
+            if not lines:
+                lines = [f"| | | {' | '.join(memory)} | GB |", "|---|---|" + "---:|" * (len(memory) + 1)]
+            cells = [*memory.values(), sum(memory.values())]
+            lines.append(f"| {name} | {method} | {' | '.join(f'{cell / 1e9:.1f}' for cell in cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _with_adapters(config: transformers.PreTrainedConfig, method: Optional[str]) -> ModelShape:
+    model = empty_model(config)
+    if method is not None:
+        emptied(model, method, torch.bfloat16)
+    attach(model, LORA, torch.float32, 0)
+    return ModelShape.of_model(model)
+
+
 if __name__ == "__main__":
     print(tables())
     print(lora_table())
+    print(qlora_table())

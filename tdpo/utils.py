@@ -24,7 +24,6 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the root o
 CONFIG_DIR = os.path.join(ROOT, "config")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 T = TypeVar("T")
-BASE_LAYER = "base_layer"  # peft's name of the frozen layer that an adapter belongs to
 IGNORED = -100  # label of tokens that are not in the loss, as in torch.nn.CrossEntropyLoss
 
 
@@ -173,16 +172,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
     by_lower = {candidate.lower(): candidate for candidate in known}
     matches = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.7)
     return f" (did you mean {by_lower[matches[0]]}?)" if matches else ""
-
-
-def is_adapter_name(name: str) -> bool:
-    """Whether a name in a state dict is that of a tensor of an adapter (see models/adapters.py)."""
-    return ".lora_A." in name or ".lora_B." in name
-
-
-def without_adapters(state: Mapping[str, T]) -> dict[str, T]:
-    """Return the entries of a state dict that belong to the model itself, in its own names."""
-    return {name.replace(f".{BASE_LAYER}.", "."): value for name, value in state.items() if not is_adapter_name(name)}
 
 
 def cores() -> int:

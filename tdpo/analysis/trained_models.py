@@ -132,7 +132,7 @@ def find_trained(path: str) -> Trained:
         model.chat_template, model.chat_template_kwargs = kept, None
     if model.chat_template is not None and not os.path.exists(model.chat_template) and os.path.isdir(exported):
         model.tokenizer_name_or_path, model.chat_template, model.chat_template_kwargs = exported, None, None  # it has the template
-    archive = archive and _beside(archive, checkpoint)
+    archive = os.path.join(os.path.dirname(checkpoint), "base") if model.quantize is not None else archive and _beside(archive, checkpoint)
     # For a loss without reference, the weights that training started from serve as the reference.
     known = objective_of_run(config).roles != SFT.roles and (archive is not None or config.model.from_config is None)
     reference = OmegaConf.merge(model, {"archive": archive}) if known else None

@@ -15,7 +15,8 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from tdpo.checkpointing.checkpoints import PROGRESS
 from tdpo.checkpointing.state_reader import load_tensors, saved_tensors
 from tdpo.distributed.world import World
-from tdpo.utils import UserError, is_adapter_name
+from tdpo.utils import UserError
+from tdpo.weights import is_adapter_name
 
 
 @dataclass

@@ -53,6 +53,12 @@ def _joint_problems(config: DictConfig) -> list[str]:
         problems.append(f"parallel.replicas={config.parallel.replicas} needs trainer=FSDPTrainer")
     if config.adapter.rank is not None and config.trainer == "TensorParallelTrainer":
         problems.append(f"adapter.rank={config.adapter.rank}: trainer=TensorParallelTrainer does not split adapters; use FSDPTrainer")
+    if config.model.quantize is not None:
+        what = f"model.quantize={config.model.quantize}"
+        if config.adapter.rank is None:
+            problems.append(f"{what}: quantised weights cannot be trained, only adapters on them; set adapter.rank, for example 16")
+        if config.trainer != "BasicTrainer":
+            problems.append(f"{what}: trainer={config.trainer} does not split quantised weights; use trainer=BasicTrainer")
     if config.exp_name.strip(".") == "" or ".." in config.exp_name:
         problems.append(f"exp_name={config.exp_name!r}: must not contain '..' or consist of dots, because it names a folder")
     if config.tokens_per_microbatch is None and config.batch_size % config.gradient_accumulation_steps:

@@ -69,6 +69,7 @@ class Model(Node):
     policy_dtype: Dtype
     fsdp_policy_mp: Optional[Dtype]
     reference_dtype: Optional[Dtype]
+    quantize: Optional[Literal["nf4", "int8"]]
 
 
 class Parallel(Node):

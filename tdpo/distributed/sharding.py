@@ -13,7 +13,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tdpo.distributed.world import World
-from tdpo.utils import UserError, full_tensor, some_of, without_adapters
+from tdpo.utils import UserError, full_tensor, some_of
+from tdpo.weights import plain_weights, without_adapters
 
 
 def find_blocks(model: nn.Module, block_name: Optional[str]) -> list[nn.Module]:
@@ -100,27 +101,29 @@ def load_weights(world: World, model: nn.Module, build: Callable[[], nn.Module])
 def fingerprint(model: nn.Module, samples: int = 256) -> str:
     """Return a hash that identifies a model's weights: names, shapes, dtypes and about `samples` evenly spaced elements of each tensor.
 
-    Adapters do not count: with them it identifies the frozen weights, by the names of the model without adapters.
+    Adapters do not count: with them it identifies the frozen weights, by the names of the model without adapters; quantised weights count
+    as what they are dequantised to.
     """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(without_adapters(model.state_dict()).items()):
+    parts = {}
+    for name, tensor in plain_weights(model):
         flat = tensor.detach().reshape(-1)
         some = flat[:: max(1, flat.numel() // samples)].to(device="cpu", dtype=torch.float64)
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + some.numpy().tobytes())
+        parts[name] = f"{tuple(tensor.shape)} {tensor.dtype}".encode() + some.numpy().tobytes()
+    digest = hashlib.sha256()
+    for name, part in sorted(without_adapters(parts).items()):
+        digest.update(f"{name} ".encode() + part)
     return digest.hexdigest()
 
 
 def whole_state(world: World, model: nn.Module, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, torch.Tensor]:
-    """Return a model's full state dict on rank 0's CPU, {} on the other ranks. Called by all ranks.
+    """Return a model's full state dict, dequantised, on rank 0's CPU, {} on the other ranks. Called by all ranks.
 
     Args:
         wanted: which names to return.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     state, by_parameter = {}, {}
-    for name, tensor in model.state_dict().items():
-        if not wanted(name):
-            continue
+    for name, tensor in plain_weights(model, wanted):
         key = parameters.get(name, tensor)
         if key not in by_parameter:  # gather tied weights only once
             whole = full_tensor(tensor)

@@ -13,12 +13,14 @@ from contextlib import contextmanager
 from typing import Any, Optional
 
 import torch
-import transformers
 from omegaconf import DictConfig, ListConfig
 from safetensors.torch import save_file
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from tdpo.utils import BASE_LAYER, UserError, is_adapter_name, nearest, reason_of, some_of, without_adapters
+from tdpo.models.quantized import quiet
+from tdpo.utils import UserError, nearest, reason_of, some_of
+from tdpo.weights import BASE_LAYER, is_adapter_name, is_transposed, linear_layers, without_adapters
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 EXPERT_LAYERS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
@@ -52,7 +54,8 @@ def attach(model: nn.Module, adapter: DictConfig, dtype: torch.dtype, seed: int)
         UserError: peft is not installed, or the targets match no linear layer.
     """
     check_peft()
-    import peft  # imported here, because that takes seconds
+    quiet()
+    import peft  # imported here, because that takes seconds; it imports bitsandbytes if that is installed
 
     names, left_out = _targets(model, adapter.targets)
     modules = dict(model.named_modules())
@@ -62,7 +65,7 @@ def attach(model: nn.Module, adapter: DictConfig, dtype: torch.dtype, seed: int)
         target_modules=_as_suffixes(names, model),
         use_rslora=adapter.rslora,
         init_lora_weights=True if adapter.init == "uniform" else adapter.init,
-        fan_in_fan_out=any(isinstance(modules[name], transformers.pytorch_utils.Conv1D) for name in names),
+        fan_in_fan_out=any(isinstance(modules[name], Conv1D) or is_transposed(modules[name]) for name in names),
         bias="none",
         task_type="CAUSAL_LM",
     )
@@ -96,18 +99,13 @@ def _layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
-def _linear(model: nn.Module) -> dict[str, nn.Module]:
-    kinds = (nn.Linear, transformers.pytorch_utils.Conv1D)
-    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
-
-
 def _targets(model: nn.Module, wanted: Any) -> tuple[list[str], list[str]]:
     """Return the names of the layers to adapt, and what of the linear layers is left out, for a message.
 
     Raises:
         UserError: a target matches no linear layer, or is the head.
     """
-    linear = _linear(model)
+    linear = linear_layers(model)
     head = {name for name, module in linear.items() if module is model.get_output_embeddings()}
     routing = {name for name in linear if name.rpartition(".")[2] in ROUTERS or "router" in name.split(".")}
     experts = {name for name in linear if "experts" in name.split(".")}
@@ -220,7 +218,7 @@ def merged(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, tor
         weight, a, b = (state[f"{name}.{part}.weight"] for part in (BASE_LAYER, "lora_A.default", "lora_B.default"))
         dtype = torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.float32)
         change = b.to(dtype) @ a.to(dtype) * module.scaling["default"]
-        change = change.t() if module.fan_in_fan_out else change
+        change = change.t() if module.fan_in_fan_out or is_transposed(module.get_base_layer()) else change
         found[f"{name}.weight"] = (weight.to(dtype) + change.to(weight.device)).to(weight.dtype)
     return found
 
@@ -250,6 +248,8 @@ def named_base(model: DictConfig, archive: Optional[str]) -> Optional[str]:
         model: the config's `model`.
         archive: the weights that the run started from.
     """
+    if model.quantize is not None:
+        return None  # the adapters belong to the dequantised weights
     if archive is not None:
         return os.path.abspath(archive) if os.path.isfile(os.path.join(archive, "config.json")) else None
     name = model.name_or_path
@@ -283,6 +283,7 @@ def merge_folder(model: nn.Module, folder: str) -> nn.Module:
         UserError: peft is not installed, or the adapters do not fit the model.
     """
     check_peft()
+    quiet()
     import peft
     from safetensors import safe_open
 

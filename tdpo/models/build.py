@@ -16,6 +16,7 @@ from tdpo.models.archive import LEGACY_BUFFERS, check_archive, find_archive, rea
 from tdpo.models.generation import own_settings, source_of
 from tdpo.models.places import find_file, place_of
 from tdpo.models.positions import hold_scaling, most_positions
+from tdpo.models.quantized import emptied, loading_options, quantized, quantized_layers, settled, without_traces
 from tdpo.utils import DTYPES, UserError, disable_dropout, get_logger, not_finite, reason_of, some_of
 
 log = get_logger(__name__)
@@ -123,7 +124,12 @@ def empty_model(model_config, dtype: torch.dtype = torch.float32) -> torch.nn.Mo
 
 
 def build_model(
-    model: DictConfig, model_config, dtype: torch.dtype, cache_dir: Optional[str], archive: Optional[Mapping[str, torch.Tensor]]
+    model: DictConfig,
+    model_config,
+    dtype: torch.dtype,
+    cache_dir: Optional[str],
+    archive: Optional[Mapping[str, torch.Tensor]],
+    quantize: Optional[str] = None,
 ) -> torch.nn.Module:
     """Build a causal language model with its weights, on the CPU, without dropout.
 
@@ -136,12 +142,14 @@ def build_model(
         dtype: of the weights.
         cache_dir: of Transformers' downloads; None: its default.
         archive: state dict, name -> tensor of the parameter's shape, see `check_model`; None if model.archive is not a file.
+        quantize: nf4 or int8, in which linear layers are kept; None: they are not quantised.
 
     Raises:
         UserError: the weights cannot be loaded, or do not fit the model.
     """
     no_cudnn_attention()
     folder = model.archive if archive is None else None
+    files = folder or model.name_or_path
     if archive is not None:
         # Copies: Transformers would use the tensors themselves, but policy and reference must share neither memory nor the mapped file.
         state = {name: tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True) for name, tensor in archive.items()}
@@ -156,7 +164,10 @@ def build_model(
         whole = OmegaConf.merge(model, {"archive": base_archive(model)})
         built = merge_folder(build_model(whole, model_config, torch.float32, cache_dir, None), folder).to(dtype)  # rounded once, at the end
     else:
-        built = _from_pretrained(folder or model.name_or_path, model_config, dtype, cache_dir, strict=folder is not None)
+        at_once = None if files.endswith(".gguf") else quantize
+        built = _from_pretrained(files, model_config, dtype, cache_dir, strict=folder is not None, quantize=at_once)
+    if quantize and not quantized_layers(built):
+        built = quantized(built, quantize, dtype)
     if wrong := not_finite(dict(built.named_parameters())):
         where = model.archive or model.name_or_path or "from_config"
         remedy = "they exceed its range: use bfloat16" if dtype == torch.float16 else "give other weights, or an earlier checkpoint"
@@ -260,6 +271,7 @@ class Models:
         self._weights = archive
         self.adapter, self.seed = adapter, seed
         frozen = compute_dtype(model) if adapter.rank is not None else DTYPES[model.policy_dtype]
+        self.quantize = model.quantize
         self.dtypes = {"policy": frozen, "reference": reference_dtype(model)}
 
     def policy(self) -> torch.nn.Module:
@@ -283,6 +295,8 @@ class Models:
         policy, reference = models = [empty_model(self.model_config, dtype) for dtype in self.dtypes.values()]
         for model in models:
             hold_scaling(model, self.max_length)
+        if self.quantize:
+            emptied(policy, self.quantize, self.dtypes["policy"])
         self._attach(policy)
         return policy, reference if self.needs_reference else None
 
@@ -291,23 +305,16 @@ class Models:
             attach(policy, self.adapter, DTYPES[self.model.policy_dtype], self.seed)
 
     def _built(self, role: str) -> torch.nn.Module:
-        model = build_model(self.model, self.model_config, self.dtypes[role], self.cache_dir, self._weights)
+        model = build_model(self.model, self.model_config, self.dtypes[role], self.cache_dir, self._weights, self.quantize)
         hold_scaling(model, self.max_length)
         return model
 
 
-def _plain(model: torch.nn.Module) -> torch.nn.Module:
-    """Remove the traces of a quantised file from a model whose weights were dequantised, so that it is exported as a plain one."""
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.hf_quantizer = None
-    for name in ("is_quantized", "quantization_method"):
-        vars(model).pop(name, None)
-    return model
-
-
-def _from_pretrained(name: str, model_config, dtype: torch.dtype, cache_dir: Optional[str], strict: bool) -> torch.nn.Module:
-    """Load a pretrained model. `strict`: weights that the model lacks are an error too; models on the hub may have additional heads."""
+def _from_pretrained(
+    name: str, model_config, dtype: torch.dtype, cache_dir: Optional[str], strict: bool, quantize: Optional[str]
+) -> torch.nn.Module:
+    """Load a pretrained model. `strict`: weights that the model lacks are an error too; models on the hub may have additional heads.
+    `quantize`: how its files are quantised while they are read, which needs less memory than to do so afterwards; None: they are not."""
     try:
         place, gguf = place_of(name)
         if gguf:
@@ -321,6 +328,7 @@ def _from_pretrained(name: str, model_config, dtype: torch.dtype, cache_dir: Opt
             ignore_mismatched_sizes=True,  # reported below, with their names
             trust_remote_code=False,
             **gguf,
+            **(loading_options(empty_model(model_config), quantize, dtype) if quantize else {}),
         )
     except UserError:
         raise
@@ -340,4 +348,4 @@ def _from_pretrained(name: str, model_config, dtype: torch.dtype, cache_dir: Opt
     found = "; ".join(f"{what}: {some_of(sorted(map(str, keys)), 4)}" for what, keys in problems if keys)
     if found:
         raise UserError(f"the weights of '{name}' do not fit the model: {found}")
-    return _plain(built) if gguf else built
+    return settled(built) if quantize else without_traces(built) if gguf else built

@@ -12,8 +12,10 @@ from torch import nn
 
 from tdpo.distributed.sharding import find_blocks
 from tdpo.models.build import empty_model
+from tdpo.models.quantized import quantized_layers
 from tdpo.scoring.chunked_loss import CHUNK
-from tdpo.utils import UserError, is_adapter_name
+from tdpo.utils import UserError
+from tdpo.weights import PACKED, is_adapter_name
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,9 @@ class ModelShape:
         gated: whether the feed-forward layer has a gate, as in Llama.
         vocabulary: number of entries.
         adapter: parameters of adapters, which are trained in place of all others; 0: there are none.
+        quantized: parameters that are quantised.
+        quantized_bytes: bytes that these take, scales included.
+        matrix: parameters of the largest quantised matrix.
     """
 
     parameters: int
@@ -38,6 +43,9 @@ class ModelShape:
     gated: bool
     vocabulary: int
     adapter: int = 0
+    quantized: int = 0
+    quantized_bytes: float = 0
+    matrix: int = 0
 
     @classmethod
     def of(cls, config: transformers.PreTrainedConfig) -> "ModelShape":
@@ -46,7 +54,7 @@ class ModelShape:
 
     @classmethod
     def of_model(cls, model: nn.Module) -> "ModelShape":
-        """Return the shape of a model, which may have adapters and may be on the meta device."""
+        """Return the shape of a model, which may be on the meta device and have adapters; with quantised layers it must be there."""
         config = model.config.get_text_config()
 
         def size(module: nn.Module, adapters: bool = False) -> int:
@@ -62,7 +70,20 @@ class ModelShape:
         inner = getattr(config, "intermediate_size", None) or 4 * hidden
         inner = max(inner) if isinstance(inner, (list, tuple)) else inner  # one size a layer
         largest = max(map(size, blocks))
-        return cls(size(model), largest, len(blocks), hidden, inner, gated, config.vocab_size, size(model, adapters=True))
+        packed = [(layer.weight.shape.numel(), PACKED[type(layer.weight).__name__]) for layer in quantized_layers(model)]
+        return cls(
+            size(model),
+            largest,
+            len(blocks),
+            hidden,
+            inner,
+            gated,
+            config.vocab_size,
+            size(model, adapters=True),
+            sum(n for n, _ in packed),
+            sum(n * each for n, each in packed),
+            max((n for n, _ in packed), default=0),
+        )
 
     @property
     def trained(self) -> int:
@@ -108,9 +129,10 @@ def device_memory(
         chunk: positions whose logits fast scoring computes at a time.
 
     Returns:
-        bytes by purpose: weights, gradients, optimizer, reference, gathered (temporarily unsharded copies), activations, logits.
+        bytes by purpose: weights, gradients, optimizer, reference, gathered (temporarily unsharded or dequantised copies), activations,
+        logits.
     """
-    frozen = compute_bytes * shape.parameters if shape.adapter else 0
+    frozen = compute_bytes * (shape.parameters - shape.quantized) + shape.quantized_bytes if shape.adapter else 0
     trained = weight_bytes * shape.trained
     memory = {
         "weights": (frozen + trained) / shards,
@@ -119,7 +141,7 @@ def device_memory(
         "optimizer": optimizer_states * trained / shards,
         # With adapters it is the policy itself.
         "reference": compute_bytes * shape.parameters / shards if needs_reference and not shape.adapter else 0,
-        "gathered": _gathered(shape, shards, weight_bytes, compute_bytes),
+        "gathered": _gathered(shape, shards, weight_bytes, compute_bytes) + compute_bytes * shape.matrix,
     }
     # Per block: norms, queries, keys and values before and after rotation, output of attention; inner values of the feed-forward layer.
     within_block = (12 * shape.hidden + (4 if shape.gated else 2) * shape.inner) * tokens * compute_bytes

@@ -14,7 +14,8 @@ from tdpo.distributed.sharding import whole_state
 from tdpo.distributed.world import World
 from tdpo.files import usual_modes
 from tdpo.models.adapters import merged, named_base, save_adapter
-from tdpo.utils import RunError, get_logger, is_adapter_name, reason_of, without_adapters
+from tdpo.utils import RunError, get_logger, reason_of
+from tdpo.weights import is_adapter_name, without_adapters
 
 log = get_logger(__name__)
 
@@ -68,7 +69,8 @@ class AdapterFiles:
             if not self.world.is_first:
                 return
             try:
-                log.info(f"base: the model below the adapters is written to {self.folder}, where peft looks for it")
+                kind = "dequantised model" if self.model.quantize else "model"
+                log.info(f"base: the {kind} below the adapters is written to {self.folder}, where peft looks for it")
                 temporary = self.folder + ".tmp"
                 shutil.rmtree(temporary, ignore_errors=True)
                 export(temporary, without_adapters(state))

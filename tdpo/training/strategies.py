@@ -13,6 +13,7 @@ from tdpo.distributed.sharding import find_blocks, fingerprint, load_weights, sh
 from tdpo.distributed.tensor_parallel import split_matrices, tensor_parallel_plan
 from tdpo.distributed.world import World
 from tdpo.models.adapters import has_adapters
+from tdpo.models.quantized import follow
 from tdpo.scoring.scorer import Scorer
 from tdpo.utils import DTYPES, full_tensor
 
@@ -58,6 +59,7 @@ class SingleDevice:
         fixed = scorer.policy if has_adapters(scorer.policy) else scorer.reference
         identity = "" if fixed is None else fingerprint(fixed)
         scorer.to(self.world.device)
+        follow(scorer.policy)
         return identity
 
     def forward_context(self) -> AbstractContextManager:
@@ -226,5 +228,7 @@ def cast_parameters(module: nn.Module, dtype: Optional[torch.dtype]) -> Iterator
 
 def _cast(parameter: nn.Parameter, dtype: torch.dtype) -> torch.Tensor:
     """Return a copy through which gradients flow; under no_grad a parameter, from which `generate` reads the module's dtype and device."""
-    copy = parameter.to(dtype) if parameter.is_floating_point() else parameter
+    if not parameter.is_floating_point():  # quantised
+        return parameter
+    copy = parameter.to(dtype)
     return copy if torch.is_grad_enabled() else nn.Parameter(copy, requires_grad=False)

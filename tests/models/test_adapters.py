@@ -18,7 +18,8 @@ from tdpo.models.adapters import AdaptersOff, attach, check_peft, merge_folder, 
 from tdpo.models.build import base_archive
 from tdpo.scoring.prefix_sharing import shared_prefix_batch
 from tdpo.scoring.scorer import Scorer
-from tdpo.utils import UserError, is_adapter_name, without_adapters
+from tdpo.utils import UserError
+from tdpo.weights import is_adapter_name, without_adapters
 
 MODELS = {name: FAMILIES[name] for name in ("gpt2", "gpt_neox", "llama")}
 MODELS["mixtral"] = {**SIZES, "num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 2}

@@ -92,7 +92,7 @@ def test_estimate_matches_the_measured_peak(sizes, loss, batch_size, ranks, micr
 
 def test_tables_in_docs_are_up_to_date():
     text = (ROOT / "docs" / "scaling.md").read_text()
-    assert memory_tables.tables() in text and memory_tables.lora_table() in text
+    assert memory_tables.tables() in text and memory_tables.lora_table() in text and memory_tables.qlora_table() in text
 
 
 def test_parameter_counts_of_the_documented_models():

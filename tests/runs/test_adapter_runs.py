@@ -27,7 +27,8 @@ import export
 import sample
 import token_report
 from tdpo.cli.check_config import check_config
-from tdpo.utils import UserError, is_adapter_name
+from tdpo.utils import UserError
+from tdpo.weights import is_adapter_name
 
 LORA = ["adapter.rank=4", "adapter.alpha=8", "lr=5e-3", "n_examples=40", "n_eval_examples=13", "eval_batch_size=5", "eval_every=24"]
 LOSSES = {
