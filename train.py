@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 import trainers
 from preference_datasets import load_split
 from tdpo.checkpointing.resume import Resumed, RunFolder, archive_of, check_same_data, choose_run_dir
-from tdpo.cli.check_config import Checked, check_config
+from tdpo.cli.check_config import Checked, check_config, moves_reference
 from tdpo.cli.command_line import override, run_command
 from tdpo.cli.run_config import load_run_config
 from tdpo.data.batching import BatchStream, batches_of
@@ -31,7 +31,7 @@ from tdpo.distributed.launch import join_ranks, own_rank, processes_to_start, st
 from tdpo.distributed.watchdog import Watch
 from tdpo.distributed.world import World
 from tdpo.losses import Objective
-from tdpo.models.adapters import AdaptersOff, attach
+from tdpo.models.adapters import OwnReference, attach
 from tdpo.models.archive import find_archive
 from tdpo.models.build import Models, check_model, compute_dtype, empty_model, is_hugging_face, load_model_config
 from tdpo.models.places import check_local, prepare_hub
@@ -97,7 +97,7 @@ def train(checked: Checked, world: World) -> str:
         plan = world.from_first(lambda: prepare(config, objective, world, folder.path, resumed))
         data = shared_data(world, plan)
         given = plan.model, plan.model_config, plan.cache_dir, plan.weights, objective.needs_reference
-        models = Models(*given, config.max_length, config.adapter, config.seed)
+        models = Models(*given, config.max_length, config.adapter, config.seed, moves_reference(config, objective))
         template = getattr(plan.tokenizer, "chat_template", None)
         if resumed is None:
             folder.begin(template)
@@ -168,7 +168,7 @@ def prepare(config: DictConfig, objective: Objective, world: World, run_dir: str
     if model.quantize is not None:
         rank0_print(described(emptied(empty, model.quantize, compute_dtype(model)), model.quantize))
     if config.adapter.rank is not None:
-        rank0_print(attach(empty, config.adapter, DTYPES[config.model.policy_dtype], config.seed))
+        rank0_print(attach(empty, config.adapter, DTYPES[config.model.policy_dtype], config.seed, moves_reference(config, objective)))
     data = {name: load_data(config, split, tokenizer, objective, cache_dir) for name, split in (("train", "train"), ("eval", "test"))}
     ranks = max(world.size, processes_to_start(config) if config.dry_run else 1)
     for line in costs(config, objective, empty, data["train"], ranks, world.device):
@@ -228,7 +228,7 @@ def build_trainer(
     sharded = trainer_class.strategy_class.sharded
     policy, reference = models.empty() if sharded else (models.policy(), models.reference())
     if config.adapter.rank is not None and objective.needs_reference:
-        reference = AdaptersOff(policy)
+        reference = OwnReference(policy)
     rank0_print(f"model: {plural(parameter_count(policy), 'parameter')}, {config.model.policy_dtype}")
     trainer = trainer_class(
         policy,

@@ -49,6 +49,7 @@ LOSSES = {
     "cached": ["loss=tdpo2", "reference_cache=true"],
     "sampled": ["loss=tdpo2", "sample_during_eval=true", "n_eval_model_samples=1"],
     "kto": ["loss=kto", "datasets.hh.unpair=true"],
+    "adapters": ["loss=tdpo2", "adapter.rank=4", "reference.update_every=3", "reference.mixup=1"],
 }
 TRAINERS = {
     "BasicTrainer": (1, []),
@@ -72,7 +73,9 @@ class Slice:
     def __post_init__(self):
         self.random = random.Random(self.seed)
         self.trainer = self.random.choices(list(TRAINERS), [8, 4, 1])[0]
-        self.loss = self.random.choices(list(LOSSES), [3, 3, 2, 1, 1])[0]
+        self.loss = self.random.choices(list(LOSSES), [3, 3, 2, 1, 1, 2])[0]
+        if self.trainer == "TensorParallelTrainer" and self.loss == "adapters":
+            self.loss = "tdpo2"  # it has no adapters
         self.keep = self.random.choice([None, 1, 2])
         self.run, self.cache, self.data, self.archive = (self.folder / name for name in ("run", "cache", "data", "archive"))
         shutil.copytree(MINI / "data", self.data)

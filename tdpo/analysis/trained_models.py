@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from tdpo.checkpointing.checkpoints import POLICY, PROGRESS, checkpoint_of
 from tdpo.checkpointing.resume import TEMPLATE
 from tdpo.checkpointing.training_state import read_progress
+from tdpo.cli.check_config import moves_reference
 from tdpo.cli.run_config import load_run_config, objective_of_run
 from tdpo.data.contract import PAIRS, SFT
 from tdpo.distributed.sharding import fingerprint
@@ -78,9 +79,7 @@ class Trained(NamedTuple):
 
     def moved_its_reference(self) -> bool:
         """Whether training replaced or updated the reference (sDPO, TR-DPO)."""
-        return self.config is not None and (
-            objective_of_run(self.config).stages > 1 or OmegaConf.select(self.config, "reference.update_every") is not None
-        )
+        return self.config is not None and moves_reference(self.config, objective_of_run(self.config))
 
     def cache_dir(self) -> str:
         """Return the folder for downloads and tokenized data."""

@@ -98,14 +98,15 @@ def training_tensors(
 
     Returns:
         {"policy": by name, with adapters theirs only, "optimizer": by parameter and kind, "random": of this rank}; with a moving reference
-        also "reference".
+        that has weights of its own also "reference".
     """
     names = {parameter: name for name, parameter in policy.named_parameters()}
     state = {
         names[parameter]: {key: value for key, value in values.items() if torch.is_tensor(value)}
         for parameter, values in optimizer.state.items()
     }
-    reference = {} if moving_reference is None else {"reference": moving_reference.state_dict()}
+    of_reference = {} if moving_reference is None else moving_reference.state_dict()
+    reference = {"reference": of_reference} if of_reference else {}  # a second adapter is in the policy's own state
     weights = policy.state_dict()
     trained = {name: tensor for name, tensor in weights.items() if is_adapter_name(name)} or weights
     return {"policy": trained, "optimizer": state, "random": {str(world.rank): random_state(world.device)}, **reference}

@@ -95,16 +95,24 @@ def _objective_problems(config: DictConfig, objective: Objective) -> list[str]:
         )
     if objective.needs_kl_baseline and config.batch_size < 2:
         problems.append(f"batch_size=1: {loss} computes z0 from the batch's other examples; use batch_size=2 or more, or loss.z0=0")
-    moves = config.reference.update_every is not None
-    if moves and not objective.needs_reference:
+    updated = config.reference.update_every is not None
+    if updated and not objective.needs_reference:
         problems.append(f"reference.update_every={config.reference.update_every}: {loss} has no reference; use reference.update_every=null")
-    if config.adapter.rank is not None and (moves or objective.stages > 1):
-        problems.append(f"adapter.rank={config.adapter.rank}: the reference is the policy with its adapters off, so it cannot be updated")
-    if config.reference_cache and (moves or objective.stages > 1):
+    if config.adapter.rank is not None and updated and config.reference.mixup != 1:
+        problems.append(
+            f"reference.mixup={config.reference.mixup}: with adapters the reference can only be replaced, because a mixture of A and of B "
+            "gives no mixture of B A; use reference.mixup=1"
+        )
+    if config.reference_cache and moves_reference(config, objective):
         problems.append("reference_cache=true needs a fixed reference, but this run updates it: use reference_cache=false")
-    if objective.stages > 1 and (moves or config.n_epochs is None):
+    if objective.stages > 1 and (updated or config.n_epochs is None):
         problems.append(f"{loss} replaces the reference after n_epochs of each stage: set n_epochs, and reference.update_every=null")
     return problems
+
+
+def moves_reference(config: DictConfig, objective: Objective) -> bool:
+    """Whether a run replaces or updates its reference (TR-DPO, sDPO)."""
+    return objective.stages > 1 or OmegaConf.select(config, "reference.update_every") is not None
 
 
 def _round_down(config: DictConfig, problems: list[str]) -> list[str]:

@@ -1,7 +1,8 @@
 """LoRA (https://arxiv.org/abs/2106.09685): small trained matrices A and B beside frozen ones, W + s B A, by the library peft.
 
 The reference is the policy itself with its adapters off, so that it takes no memory of its own and cannot be another model. B starts as 0:
-at the first step policy and reference agree exactly.
+at the first step policy and reference agree exactly. A reference that follows the policy (TR-DPO, sDPO) is the policy with a second, frozen
+adapter in place of the trained one.
 """
 
 import importlib.util
@@ -9,7 +10,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Optional
 
 import torch
@@ -23,6 +24,7 @@ from tdpo.utils import UserError, nearest, reason_of, some_of
 from tdpo.weights import BASE_LAYER, is_adapter_name, is_transposed, linear_layers, without_adapters
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+TRAINED, REFERENCE = "default", "reference"  # peft's names of the two adapters
 EXPERT_LAYERS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 ROUTERS = ("gate", "router", "shared_expert_gate")  # names of linear layers that choose experts
 
@@ -38,7 +40,7 @@ def check_peft() -> None:
         raise UserError("adapters (adapter.rank, or an adapter folder as model.archive) need peft: pip install peft accelerate")
 
 
-def attach(model: nn.Module, adapter: DictConfig, dtype: torch.dtype, seed: int) -> str:
+def attach(model: nn.Module, adapter: DictConfig, dtype: torch.dtype, seed: int, for_reference: bool = False) -> str:
     """Freeze a model and give its linear layers adapters, in place.
 
     Args:
@@ -46,6 +48,7 @@ def attach(model: nn.Module, adapter: DictConfig, dtype: torch.dtype, seed: int)
         adapter: the config's `adapter`, whose rank is not None.
         dtype: of the adapters.
         seed: of the random matrices A.
+        for_reference: add a second, frozen adapter, which changes nothing until `OwnReference.follow` is called.
 
     Returns:
         a line that says which layers have adapters, and which linear layers have none.
@@ -69,15 +72,19 @@ def attach(model: nn.Module, adapter: DictConfig, dtype: torch.dtype, seed: int)
         bias="none",
         task_type="CAUSAL_LM",
     )
-    model.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        peft.inject_adapter_in_model(config, model)
-        for module in _layers(model):
-            for matrices in (module.lora_A, module.lora_B):
-                matrices["default"].to(dtype)
-            if not module.lora_A["default"].weight.is_meta:  # drawn in `dtype`, not in that of the frozen weights
-                module.reset_lora_parameters("default", config.init_lora_weights)
+        for kind in (TRAINED, REFERENCE) if for_reference else (TRAINED,):
+            torch.manual_seed(seed)
+            with warnings.catch_warnings(action="ignore"):  # that there is an adapter already
+                peft.inject_adapter_in_model(config, model, kind)
+            for module in _layers(model):
+                for matrices in (module.lora_A, module.lora_B):
+                    matrices[kind].to(dtype)
+                if not module.lora_A[kind].weight.is_meta:  # drawn in `dtype`, not in that of the frozen weights
+                    module.reset_lora_parameters(kind, config.init_lora_weights)
+    _activate(model, TRAINED)  # peft has activated the one that was added last
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(_is_of(TRAINED, name))
     adapted = sorted(name for name, module in model.named_modules() if module in set(_layers(model)))
     if adapted != names:
         raise UserError(f"peft has given adapters to {some_of(sorted(set(adapted) ^ set(names)), 3)}: name other layers as adapter.targets")
@@ -150,8 +157,29 @@ def off(model: nn.Module) -> Iterator[nn.Module]:
             layer._disable_adapters = False
 
 
-class AdaptersOff(nn.Module):
-    """The reference of a policy with adapters: the policy's own weights, with the adapters off. It has no parameters of its own.
+@contextmanager
+def second(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the block, let a model compute with its second adapter in place of the trained one."""
+    _activate(model, REFERENCE)
+    try:
+        yield model
+    finally:
+        _activate(model, TRAINED)
+
+
+def _activate(model: nn.Module, adapter: str) -> None:
+    for layer in _layers(model):
+        layer._active_adapter = adapter  # peft's own set_adapter would also change which parameters are trained
+
+
+def _is_of(adapter: str, name: str) -> bool:
+    """Whether a name is that of a tensor of one of the two adapters."""
+    return is_adapter_name(name) and f".{adapter}." in name
+
+
+class OwnReference(nn.Module):
+    """The reference of a policy with adapters: the policy's own weights, with the adapters off, or with the second adapter in place of the
+    trained one if there is one. It has no parameters of its own.
 
     Args:
         policy: a model to which `attach` has given adapters.
@@ -163,18 +191,29 @@ class AdaptersOff(nn.Module):
         super().__init__()
         self.__dict__["policy"] = policy  # not registered as a submodule: its parameters are not the reference's
 
+    def _as_reference(self) -> AbstractContextManager:
+        return second(self.policy) if REFERENCE in self.policy.peft_config else off(self.policy)
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Replace the second adapter by a copy of the trained one, in place; whole or sharded."""
+        parameters = dict(self.policy.named_parameters())
+        for name, parameter in parameters.items():
+            if _is_of(REFERENCE, name):
+                parameter.copy_(parameters[name.replace(f".{REFERENCE}.", f".{TRAINED}.")])
+
     def forward(self, *args, **kwargs):
-        with off(self.policy):
+        with self._as_reference():
             return self.policy(*args, **kwargs)
 
     def base_model(self, *args, **kwargs):
         """Compute hidden states, as the policy's `base_model` does."""
-        with off(self.policy):
+        with self._as_reference():
             return self.policy.base_model(*args, **kwargs)
 
     def generate(self, *args, **kwargs):
         """Generate as the policy's `generate` does."""
-        with off(self.policy):
+        with self._as_reference():
             return self.policy.generate(*args, **kwargs)
 
     def get_output_embeddings(self) -> nn.Module:
@@ -237,7 +276,8 @@ def save_adapter(model: nn.Module, state: Mapping[str, torch.Tensor], base: str,
     config.base_model_name_or_path, config.inference_mode = base, True
     config.save_pretrained(folder)
     config.inference_mode = False
-    tensors = {f"base_model.model.{name.replace('.default.', '.')}": x.contiguous() for name, x in state.items() if is_adapter_name(name)}
+    own = {name.replace(f".{TRAINED}.", "."): tensor for name, tensor in state.items() if _is_of(TRAINED, name)}
+    tensors = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in own.items()}
     save_file(tensors, os.path.join(folder, WEIGHTS), metadata={"format": "pt"})
 
 

@@ -252,6 +252,7 @@ class Models:
         max_length: tokens of prompt and response, for which rotary positions are scaled.
         adapter: the config's `adapter`. With adapters there is no reference: it is the policy with its adapters off.
         seed: of the adapters' random matrices.
+        moves_reference: whether the reference follows the policy; with adapters it then has one of its own.
     """
 
     def __init__(
@@ -264,12 +265,13 @@ class Models:
         max_length: int,
         adapter: DictConfig = NO_ADAPTER,
         seed: int = 0,
+        moves_reference: bool = False,
     ):
         self.model, self.model_config, self.cache_dir = model, model_config, cache_dir
         self.needs_reference = needs_reference and adapter.rank is None
         self.max_length = max_length
         self._weights = archive
-        self.adapter, self.seed = adapter, seed
+        self.adapter, self.seed, self.moves_reference = adapter, seed, moves_reference
         frozen = compute_dtype(model) if adapter.rank is not None else DTYPES[model.policy_dtype]
         self.quantize = model.quantize
         self.dtypes = {"policy": frozen, "reference": reference_dtype(model)}
@@ -302,7 +304,7 @@ class Models:
 
     def _attach(self, policy: torch.nn.Module) -> None:
         if self.adapter.rank is not None:
-            attach(policy, self.adapter, DTYPES[self.model.policy_dtype], self.seed)
+            attach(policy, self.adapter, DTYPES[self.model.policy_dtype], self.seed, self.moves_reference)
 
     def _built(self, role: str) -> torch.nn.Module:
         model = build_model(self.model, self.model_config, self.dtypes[role], self.cache_dir, self._weights, self.quantize)

@@ -29,7 +29,7 @@ class ModelShape:
         hidden, inner: width of a block and of its feed-forward layer.
         gated: whether the feed-forward layer has a gate, as in Llama.
         vocabulary: number of entries.
-        adapter: parameters of adapters, which are trained in place of all others; 0: there are none.
+        adapter: parameters of the trained adapters, which are trained in place of all others; 0: there are none.
         quantized: parameters that are quantised.
         quantized_bytes: bytes that these take, scales included.
         matrix: parameters of the largest quantised matrix.
@@ -58,7 +58,8 @@ class ModelShape:
         config = model.config.get_text_config()
 
         def size(module: nn.Module, adapters: bool = False) -> int:
-            return sum(parameter.numel() for name, parameter in module.named_parameters() if is_adapter_name(f".{name}") == adapters)
+            found = module.named_parameters()
+            return sum(p.numel() for name, p in found if (is_adapter_name(f".{name}") and p.requires_grad) == adapters)
 
         try:
             blocks = find_blocks(model, None)

@@ -11,6 +11,7 @@ from tdpo.checkpointing.training_state import Progress
 from tdpo.data.batching import BatchStream, StagedBatchStream
 from tdpo.data.split import Example
 from tdpo.losses import Objective
+from tdpo.models.adapters import OwnReference
 from tdpo.scoring.chunked_loss import HeadOnly
 from tdpo.scoring.scorer import Scorer
 from tdpo.training.feeder import Microbatch
@@ -98,8 +99,11 @@ def move_reference(scorer: Scorer, mixup: float) -> None:
 
     Args:
         scorer: has policy and reference.
-        mixup: weight of the policy, above 0 and at most 1.
+        mixup: weight of the policy, above 0 and at most 1; 1 if the policy has adapters.
     """
+    if isinstance(scorer.reference, OwnReference):
+        scorer.reference.follow()
+        return
     for of_reference, of_policy in zip(scorer.reference.parameters(), scorer.policy.parameters(), strict=True):
         of_reference.lerp_(of_policy.to(of_reference.dtype), mixup)
 

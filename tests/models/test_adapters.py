@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from tdpo.losses import get_objective
-from tdpo.models.adapters import AdaptersOff, attach, check_peft, merge_folder, merged, off, save_adapter
+from tdpo.models.adapters import OwnReference, attach, check_peft, merge_folder, merged, off, save_adapter
 from tdpo.models.build import base_archive
 from tdpo.scoring.prefix_sharing import shared_prefix_batch
 from tdpo.scoring.scorer import Scorer
@@ -60,7 +60,7 @@ def test_loss_and_gradients_are_those_of_the_merged_model(family, loss, scoring,
     whole.load_state_dict(merged(model, model.state_dict()))
     rows = [(prompt, responses[: len(objective.roles)]) for prompt, responses in token_pairs()]
     batch = shared_prefix_batch(rows) if scoring == "fast" else padded(token_pairs())
-    ours = Scorer(model, AdaptersOff(model) if objective.needs_reference else None, objective)(batch)
+    ours = Scorer(model, OwnReference(model) if objective.needs_reference else None, objective)(batch)
     theirs = Scorer(whole, base if objective.needs_reference else None, objective)(batch)
     assert ours.loss.item() == pytest.approx(theirs.loss.item(), rel=tolerance)
     ours.loss.backward(), theirs.loss.backward()
@@ -85,7 +85,7 @@ def test_the_first_step_starts_at_the_reference_exactly(family, dtype):
     """Loss ln 2, KL 0 and equal log-probabilities bit for bit, whatever the dtype of weights and adapters."""
     model = built(family, dtype)
     attach(model, options(), dtype, seed=0)
-    scorer = Scorer(model, AdaptersOff(model), get_objective("tdpo2", alpha=0.5, beta=0.5))
+    scorer = Scorer(model, OwnReference(model), get_objective("tdpo2", alpha=0.5, beta=0.5))
     for batch in (shared_prefix_batch(token_pairs()), padded(token_pairs())):
         scored = scorer(batch)
         assert scored.output.losses.dtype == torch.float64 and (scored.output.losses - math.log(2)).abs().max() < 1e-15
@@ -178,7 +178,7 @@ def test_the_reference_generates_without_adapters():
     model, ids = with_adapters("llama", torch.float32), torch.randint(3, 31, (2, 4))
     settings = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 12, "eos_token_id": None}
     expected = built("llama", torch.float32).generate(input_ids=ids, **settings)
-    assert torch.equal(AdaptersOff(model).generate(input_ids=ids, **settings), expected)
+    assert torch.equal(OwnReference(model).generate(input_ids=ids, **settings), expected)
     assert not torch.equal(model.generate(input_ids=ids, **settings), expected)
 
 

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tdpo.cli.schema import Config
 from tdpo.losses import get_objective
-from tdpo.models.adapters import AdaptersOff, attach, merged
+from tdpo.models.adapters import OwnReference, attach, merged
 from tdpo.models.build import empty_model
 from tdpo.models.quantized import check_quantize, described, emptied, loading_options, quantized, quantized_layers, settled
 from tdpo.scoring.prefix_sharing import shared_prefix_batch
@@ -65,7 +65,7 @@ def test_loss_and_gradients_are_those_of_the_dequantised_weights(family, loss, s
     whole.load_state_dict(merged(model, state)), base.load_state_dict(without_adapters(state))
     rows = [(prompt, responses[: len(objective.roles)]) for prompt, responses in token_pairs()]
     batch = shared_prefix_batch(rows) if scoring == "fast" else padded(token_pairs())
-    ours = Scorer(model, AdaptersOff(model) if objective.needs_reference else None, objective)(batch)
+    ours = Scorer(model, OwnReference(model) if objective.needs_reference else None, objective)(batch)
     theirs = Scorer(whole, base if objective.needs_reference else None, objective)(batch)
     assert ours.loss.item() == pytest.approx(theirs.loss.item(), rel=1e-5)
     ours.loss.backward(), theirs.loss.backward()
@@ -87,7 +87,7 @@ def test_loss_and_gradients_are_those_of_the_dequantised_weights(family, loss, s
 def test_the_first_step_starts_at_the_reference_exactly(method, dtype):
     model = packed("llama", method, dtype)
     attach(model, ADAPTER, torch.float32 if dtype == torch.float32 else dtype, seed=0)
-    scorer = Scorer(model, AdaptersOff(model), get_objective("tdpo2", alpha=0.5, beta=0.5))
+    scorer = Scorer(model, OwnReference(model), get_objective("tdpo2", alpha=0.5, beta=0.5))
     for batch in (shared_prefix_batch(token_pairs()), padded(token_pairs())):
         scored = scorer(batch)
         assert (scored.output.losses - math.log(2)).abs().max() < 1e-15

@@ -47,9 +47,12 @@ def kill_at_random(options: list[str], run_dir: Path, kills: int, steps: int) ->
     assert len(logs_of(run_dir, "train")) < steps, "the run ended before the last kill"
 
 
-def test_a_run_killed_at_random_moments_ends_with_the_same_weights(tmp_path):
+@pytest.mark.parametrize(
+    "more", [[], ["adapter.rank=4", "reference.update_every=3", "reference.mixup=1"]], ids=["full training", "adapters, moving reference"]
+)
+def test_a_run_killed_at_random_moments_ends_with_the_same_weights(more, tmp_path):
     """The run saves every two steps, and is restarted with the same command."""
-    options = [*LONG, "n_examples=640"]
+    options = [*LONG, *more, "n_examples=640"]
     straight = run(*options, f"local_run_dir={tmp_path}/straight")
     options += [f"local_run_dir={tmp_path}/run", "resume=auto"]
     kill_at_random(options, tmp_path / "run", kills=3, steps=80)

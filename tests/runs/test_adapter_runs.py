@@ -173,13 +173,70 @@ def test_full_training_from_an_adapter(runs, tmp_path):
     assert all(not torch.equal(trained[name], tensor) for name, tensor in raw.items() if tensor.dim() == 2)  # all weights, no adapters
 
 
+MOVING = [*DATA, ARCHIVE, "loss=tdpo2", *LORA, "reference.update_every=2", "reference.mixup=1", "n_examples=48", "save_every=8"]
+STAGES = [*DATA, ARCHIVE, "loss=sdpo_stepwise", "loss.order=easy_to_hard", "n_epochs=1", "log_kl=true", *LORA, "n_examples=null"]
+
+
+def matrices_of(folder: Path, kind: str) -> dict[str, torch.Tensor]:
+    """Return the matrices of one of the two adapters in a checkpoint's state, by name."""
+    reader = torch.distributed.checkpoint.FileSystemReader(folder / "state")
+    metadata = reader.read_metadata().state_dict_metadata
+    names = [name for name in metadata if name.startswith("policy.") and f".{kind}." in name]
+    state = {name: torch.empty(metadata[name].size) for name in names}
+    torch.distributed.checkpoint.load(state, storage_reader=reader, no_dist=True)
+    return {name.replace(f".{kind}.", "."): tensor for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("more", [[], ["model.fsdp_policy_mp=bfloat16"]], ids=["float32", "bfloat16"])
+def test_a_reference_that_follows_the_policy_is_a_second_adapter(more, tmp_path):
+    """TR-DPO: it is replaced after steps 2, 4 and 6, so that steps 3 and 5 start at loss ln 2 and KL 0; resuming changes nothing."""
+    whole = run(*MOVING, *more, f"local_run_dir={tmp_path}/whole")
+    logs = logs_of(whole, "train")
+    starts = [i for i, log in enumerate(logs) if abs(log["loss/train"] - 0.6931471805599453) < 1e-12 and log["kl_train/chosen"] == 0]
+    assert starts == [0, 2, 4] and len(logs) == 6
+    assert all(log["kl_train/chosen"] > 1e-6 for log in logs[1::2])
+    for step in range(1, 7):
+        ours, source = matrices_of(whole / f"step-{8 * step}", "reference"), whole / f"step-{8 * (step - step % 2)}"
+        if step > 1:
+            assert ours and all(torch.equal(ours[name], tensor) for name, tensor in matrices_of(source, "default").items())
+        else:
+            assert not any(tensor.any() for name, tensor in ours.items() if ".lora_B." in name)
+    stopped = run(*MOVING, *more, "n_examples=24", f"local_run_dir={tmp_path}/run")  # amid two moves
+    run(*MOVING, *more, f"resume={stopped}")
+    assert_same_run(stopped, whole)
+    kept = load_file(whole / "LATEST" / "adapter" / "adapter_model.safetensors")
+    assert len(kept) == len(ours) and not [name for name in kept if "reference" in name]
+
+
+def test_the_second_adapter_is_the_policy_of_that_time(tmp_path):
+    """eval.py on the last checkpoint, against the merged adapter of step 24, which became the reference: the run's own eval."""
+    done = run(*MOVING, "reference.update_every=3", "n_examples=40", f"local_run_dir={tmp_path}/run")
+    adapter = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(done / "base"), done / "step-24" / "adapter")
+    adapter.merge_and_unload().save_pretrained(tmp_path / "reference")
+    found, log = measured(done, reference=tmp_path / "reference"), logs_of(done, "eval")[-1]
+    assert found["seqkl/chosen"].mean == pytest.approx(log["kl_eval/chosen"], rel=1e-4) and log["kl_eval/chosen"] > 1e-3
+    assert measured(done)["seqkl/chosen"].mean != pytest.approx(log["kl_eval/chosen"], rel=0.01)  # against the initial one
+
+
+def test_stages_replace_the_reference(tmp_path):
+    """sDPO: 96 pairs in three stages of four batches; policy and reference are equal at the first step of each."""
+    logs = logs_of(run(*STAGES, f"local_run_dir={tmp_path}/run"), "train")
+    same = [i for i, log in enumerate(logs) if abs(log["loss/train"] - 0.6931471805599453) < 1e-12 and log["kl_train/chosen"] == 0]
+    assert same == [0, 4, 8] and len(logs) == 12
+
+
+@pytest.mark.parametrize("options", [MOVING, STAGES], ids=["moving", "stages"])
+def test_a_sharded_second_adapter(options, ranks, tmp_path):
+    one = run(*options, f"local_run_dir={tmp_path}/one")
+    assert_close_logs(logs_of(one), logs_of(ranks(2).run(*options, *SHARDED, f"local_run_dir={tmp_path}/two")))
+
+
 @pytest.mark.parametrize(
     "given,message",
     [
         (["adapter.rank=0"], "adapter.rank"),
         (["adapter.rank=4", "trainer=TensorParallelTrainer"], "TensorParallelTrainer does not split adapters; use FSDPTrainer"),
-        (["adapter.rank=4", "reference.update_every=2"], "the reference is the policy with its adapters off, so it cannot be updated"),
-        (["adapter.rank=4", "loss=sdpo_stepwise"], "the reference is the policy with its adapters off, so it cannot be updated"),
+        (["adapter.rank=4", "reference.update_every=2"], "a mixture of A and of B gives no mixture of B A; use reference.mixup=1"),
         (["adapter.rank=4", "adapter.init=pissa"], "adapter.init"),
     ],
 )
