@@ -31,7 +31,7 @@ from tdpo.distributed.launch import join_ranks, own_rank, processes_to_start, st
 from tdpo.distributed.watchdog import Watch
 from tdpo.distributed.world import World
 from tdpo.losses import Objective
-from tdpo.models.adapters import OwnReference, attach
+from tdpo.models.adapters import OwnReference, attach, named_base
 from tdpo.models.archive import find_archive
 from tdpo.models.build import Models, check_model, compute_dtype, empty_model, is_hugging_face, load_model_config
 from tdpo.models.places import check_local, prepare_hub
@@ -171,7 +171,8 @@ def prepare(config: DictConfig, objective: Objective, world: World, run_dir: str
         rank0_print(attach(empty, config.adapter, DTYPES[config.model.policy_dtype], config.seed, moves_reference(config, objective)))
     data = {name: load_data(config, split, tokenizer, objective, cache_dir) for name, split in (("train", "train"), ("eval", "test"))}
     ranks = max(world.size, processes_to_start(config) if config.dry_run else 1)
-    for line in costs(config, objective, empty, data["train"], ranks, world.device):
+    own_base = config.adapter.rank is not None and named_base(model, model.archive) is None
+    for line in costs(config, objective, empty, data["train"], ranks, world.device, own_base):
         rank0_print(line)
     files = [file for split in data.values() for file in split.files]
     return Plan(run_dir, cache_dir, model, tokenizer, model_config, files, data, weights)

@@ -53,6 +53,10 @@ def _joint_problems(config: DictConfig) -> list[str]:
         problems.append(f"parallel.replicas={config.parallel.replicas} needs trainer=FSDPTrainer")
     if config.adapter.rank is not None and config.trainer == "TensorParallelTrainer":
         problems.append(f"adapter.rank={config.adapter.rank}: trainer=TensorParallelTrainer does not split adapters; use FSDPTrainer")
+    if config.adapter.rank is not None and config.model.reference_dtype is not None:
+        problems.append(
+            f"model.reference_dtype={config.model.reference_dtype}: with adapters the reference is the policy's own weights; use null"
+        )
     if config.model.quantize is not None:
         what = f"model.quantize={config.model.quantize}"
         if config.adapter.rank is None:

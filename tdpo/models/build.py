@@ -211,7 +211,10 @@ def base_archive(model: DictConfig) -> Optional[str]:
         return None
     found = next((path for path in (base, beside) if is_hugging_face(path)), None)
     if found is None:
-        raise UserError(f"model.archive={model.archive} is an adapter of {base}, not of {own}: give model.name_or_path={base}")
+        raise UserError(
+            f"model.archive={model.archive} is an adapter of {base}, not of {own}: give model.name_or_path={base}; if it was trained on "
+            f"another form of {own}, write that name into its adapter_config.json"
+        )
     return found
 
 

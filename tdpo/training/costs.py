@@ -20,7 +20,15 @@ from tdpo.utils import DTYPES
 BATCHES = 500  # of the first epoch, from which tokens are counted
 
 
-def costs(config: DictConfig, objective: Objective, model: nn.Module, data: TokenizedSplit, ranks: int, device: torch.device) -> list[str]:
+def costs(
+    config: DictConfig,
+    objective: Objective,
+    model: nn.Module,
+    data: TokenizedSplit,
+    ranks: int,
+    device: torch.device,
+    own_base: bool = False,
+) -> list[str]:
     """Return lines about memory, tokens and disk of a run.
 
     Args:
@@ -30,6 +38,7 @@ def costs(config: DictConfig, objective: Objective, model: nn.Module, data: Toke
         data: the train split.
         ranks: of the run, on all nodes.
         device: of this rank.
+        own_base: whether the run writes base/, the model below its adapters.
     """
     shape = ModelShape.of_model(model)
     plain = config.scoring == "plain" or bool(unsupported_attention(model.config))
@@ -58,8 +67,9 @@ def costs(config: DictConfig, objective: Objective, model: nn.Module, data: Toke
     kind = "GPU" if device.type == "cuda" else "machine" if ranks == 1 else f"process of {ranks}"
     lines = [f"memory: about {gigabytes(needed)} GB per {kind} at the peak ({parts}); this one has {gigabytes(has)} GB"]
     if needed > has:
+        smaller = "adapter.rank=16" if not shape.adapter else "model.quantize=nf4" if not shape.quantized else "a smaller max_length"
         lines.append(
-            "warning: that is more than there is; try adapter.rank=16, activation_checkpointing=true, more gradient_accumulation_steps, "
+            f"warning: that is more than there is; try {smaller}, activation_checkpointing=true, more gradient_accumulation_steps, "
             "or more devices"
         )
     lines.append(f"tokens: about {computed:,.0f} computed a step, padding included; at most {tokens:,} in a microbatch")
@@ -68,7 +78,8 @@ def costs(config: DictConfig, objective: Objective, model: nn.Module, data: Toke
     state = trained * (1 + states + (1 if shape.adapter else 0))  # adapter/ has the adapters once more
     policy = policy_saved(config)
     usual, last = state + frozen * (policy == "always"), state + frozen * (policy != "never") + frozen
-    lines.append(f"disk: about {gigabytes(usual)} GB a checkpoint, {gigabytes(last)} GB the last one")
+    base = f", and {gigabytes(frozen)} GB base/, once" if own_base else ""
+    lines.append(f"disk: about {gigabytes(usual)} GB a checkpoint, {gigabytes(last)} GB the last one{base}")
     return lines
 
 

@@ -14,6 +14,7 @@ from tdpo.cli.schema import Config
 from tdpo.losses import get_objective
 from tdpo.models.adapters import OwnReference, attach, merged
 from tdpo.models.build import empty_model
+from tdpo.models.memory import ModelShape
 from tdpo.models.quantized import check_quantize, described, emptied, loading_options, quantized, quantized_layers, settled
 from tdpo.scoring.prefix_sharing import shared_prefix_batch
 from tdpo.scoring.scorer import Scorer
@@ -170,6 +171,19 @@ def test_widths_that_nf4_cannot_have_are_left_out():
     with pytest.raises(UserError, match="LlamaForCausalLM has no linear layer that can be quantised"):
         described(emptied(empty_model(narrow), "nf4", torch.float32), "nf4")
     assert "quantize: 92%" in described(emptied(empty_model(narrow), "int8", torch.float32), "int8")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_bytes_of_quantised_weights_are_known_before_they_are_loaded(method):
+    config = AutoConfig.for_model("llama", **{**MODELS["llama"], "hidden_size": 256, "intermediate_size": 1024})
+    shape = ModelShape.of_model(emptied(empty_model(config), method, torch.float32))
+    model = quantized(AutoModelForCausalLM.from_config(config), method, torch.float32)
+    layers = [f"{name}." for name, layer in model.named_modules() if is_quantized(layer)]
+    kept = [tensor for name, tensor in model.state_dict().items() if name.startswith(tuple(layers))]
+    assert shape.quantized_bytes == pytest.approx(sum(tensor.numel() * tensor.element_size() for tensor in kept), rel=0.02)
+    assert (
+        shape.quantized == sum(p.numel() for p in empty_model(config).parameters()) - 2 * 31 * 256 - 5 * 256 and shape.matrix == 256 * 1024
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)

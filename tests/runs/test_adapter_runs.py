@@ -236,6 +236,7 @@ def test_a_sharded_second_adapter(options, ranks, tmp_path):
     [
         (["adapter.rank=0"], "adapter.rank"),
         (["adapter.rank=4", "trainer=TensorParallelTrainer"], "TensorParallelTrainer does not split adapters; use FSDPTrainer"),
+        (["adapter.rank=4", "model.reference_dtype=bfloat16"], "the reference is the policy's own weights"),
         (["adapter.rank=4", "reference.update_every=2"], "a mixture of A and of B gives no mixture of B A; use reference.mixup=1"),
         (["adapter.rank=4", "adapter.init=pissa"], "adapter.init"),
     ],
