@@ -185,7 +185,7 @@ def prepare_blocks(config: DictConfig, policy: nn.Module, reference_model: Optio
         enable = getattr(policy, "activation_checkpointing_enable", policy.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
     if config.compile:
-        models = [model for model in (policy, reference_model) if model is not None]
+        models = [model for model in (policy, reference_model) if model is not None and not hasattr(model, "is_policy")]
         for block in [block for model in models for block in find_blocks(model, config.model.block_name)]:
             block.compile(dynamic=True)
 

@@ -7,13 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import DATA, MINI, PREFERENCE, QUIET, logs_of, run, weights_of
+from helpers import DATA, MINI, PREFERENCE, QUIET, compose, logs_of, run, weights_of
+from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
 from tdpo.losses import get_objective
+from tdpo.models.adapters import OwnReference, attach
 from tdpo.scoring import chunked_loss
 from tdpo.scoring.scorer import Scorer
-from tdpo.training.strategies import SingleDevice
+from tdpo.training.strategies import SingleDevice, prepare_blocks
 from tdpo.utils import RunError
 from trainers import BasicTrainer
 
@@ -189,6 +191,14 @@ def test_compiled_blocks_and_chunks_compute_the_same(tmp_path, monkeypatch):
             assert log[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-5), key
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert 5 <= graphs <= 12 and not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_blocks_of_a_policy_that_is_also_the_reference_are_compiled_once():
+    config = compose("exp_name=x", "compile=true", "activation_checkpointing=true")
+    policy = AutoModelForCausalLM.from_pretrained(MINI / "model")
+    attach(policy, OmegaConf.merge(config.adapter, {"rank": 2}), torch.float32, seed=0)
+    prepare_blocks(config, policy, OwnReference(policy))
+    assert all(block._compiled_call_impl is not None for block in policy.gpt_neox.layers)
 
 
 def test_deterministic_turns_on_pytorchs_deterministic_algorithms(tmp_path):
