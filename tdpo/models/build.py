@@ -16,7 +16,7 @@ from tdpo.models.archive import LEGACY_BUFFERS, check_archive, find_archive, rea
 from tdpo.models.generation import own_settings, source_of
 from tdpo.models.places import find_file, place_of
 from tdpo.models.positions import hold_scaling, most_positions
-from tdpo.models.quantized import emptied, loading_options, quantized, quantized_layers, settled, without_traces
+from tdpo.models.quantized import loading_options, quantized, quantized_layers, settled, without_traces
 from tdpo.utils import DTYPES, UserError, disable_dropout, get_logger, not_finite, reason_of, some_of
 
 log = get_logger(__name__)
@@ -300,8 +300,6 @@ class Models:
         policy, reference = models = [empty_model(self.model_config, dtype) for dtype in self.dtypes.values()]
         for model in models:
             hold_scaling(model, self.max_length)
-        if self.quantize:
-            emptied(policy, self.quantize, self.dtypes["policy"])
         self._attach(policy)
         return policy, reference if self.needs_reference else None
 

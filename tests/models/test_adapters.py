@@ -8,10 +8,10 @@ import peft
 import pytest
 import torch
 from helpers import FAMILIES, SIZES, padded, token_pairs
+from lora import assert_same_step, draw_b
 from omegaconf import OmegaConf
 from small_models import small_config
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
 
 from tdpo.losses import get_objective
 from tdpo.models.adapters import OwnReference, attach, check_peft, merge_folder, merged, off, save_adapter
@@ -40,11 +40,7 @@ def with_adapters(family: str, dtype: torch.dtype = torch.float64, **changed):
     """Return a model whose adapters change it: B is drawn, not 0."""
     model = built(family, dtype)
     attach(model, options(**changed), dtype, seed=1)
-    torch.manual_seed(2)
-    for name, parameter in model.named_parameters():
-        if ".lora_B." in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model
+    return draw_b(model)
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -58,25 +54,9 @@ def test_loss_and_gradients_are_those_of_the_merged_model(family, loss, scoring,
     model = with_adapters(family, dtype, rslora=rslora)
     whole, base = built(family, dtype), built(family, dtype)
     whole.load_state_dict(merged(model, model.state_dict()))
-    rows = [(prompt, responses[: len(objective.roles)]) for prompt, responses in token_pairs()]
-    batch = shared_prefix_batch(rows) if scoring == "fast" else padded(token_pairs())
-    ours = Scorer(model, OwnReference(model) if objective.needs_reference else None, objective)(batch)
-    theirs = Scorer(whole, base if objective.needs_reference else None, objective)(batch)
-    assert ours.loss.item() == pytest.approx(theirs.loss.item(), rel=tolerance)
-    ours.loss.backward(), theirs.loss.backward()
-    gradients = {name: parameter.grad for name, parameter in whole.named_parameters()}
     scale = 5.0 / (3**0.5 if rslora else 3)
-    found = 0
-    for name, module in model.named_modules():
-        if not hasattr(module, "lora_A"):
-            continue
-        gradient = gradients[f"{name}.weight"]
-        gradient = gradient.t() if isinstance(module.base_layer, Conv1D) else gradient  # (out, in)
-        a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
-        for own, expected in ((b.grad, scale * gradient @ a.t()), (a.grad, scale * b.t() @ gradient)):
-            assert (own - expected).norm() <= tolerance * expected.norm() + 1e-12
-        found += 1
-    assert found >= 8 and all(p.grad is None for name, p in model.named_parameters() if not is_adapter_name(name))
+    assert_same_step(model, whole, base, objective, scoring, scale, tolerance, least=1e-12)
+    assert all(p.grad is None for name, p in model.named_parameters() if not is_adapter_name(name))
 
 
 @pytest.mark.parametrize("family", MODELS)

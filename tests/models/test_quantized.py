@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from helpers import padded, token_pairs
+from lora import assert_same_step, draw_b
 from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -47,11 +48,7 @@ def with_adapters(family: str, method: str, dtype: torch.dtype = torch.float32):
     """Return a quantised model whose adapters change it: B is drawn, not 0."""
     model = packed(family, method, dtype)
     attach(model, ADAPTER, dtype, seed=1)
-    torch.manual_seed(2)
-    for name, parameter in model.named_parameters():
-        if ".lora_B." in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model
+    return draw_b(model)
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -64,23 +61,7 @@ def test_loss_and_gradients_are_those_of_the_dequantised_weights(family, loss, s
     whole, base = built(family, torch.float32), built(family, torch.float32)
     state = dict(plain_weights(model))
     whole.load_state_dict(merged(model, state)), base.load_state_dict(without_adapters(state))
-    rows = [(prompt, responses[: len(objective.roles)]) for prompt, responses in token_pairs()]
-    batch = shared_prefix_batch(rows) if scoring == "fast" else padded(token_pairs())
-    ours = Scorer(model, OwnReference(model) if objective.needs_reference else None, objective)(batch)
-    theirs = Scorer(whole, base if objective.needs_reference else None, objective)(batch)
-    assert ours.loss.item() == pytest.approx(theirs.loss.item(), rel=1e-5)
-    ours.loss.backward(), theirs.loss.backward()
-    found = 0
-    for name, module in model.named_modules():
-        if not hasattr(module, "lora_A"):
-            continue
-        original = whole.get_submodule(name)
-        gradient = original.weight.grad.t() if isinstance(original, Conv1D) else original.weight.grad  # (out, in)
-        a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
-        for own, expected in ((b.grad, 5 / 3 * gradient @ a.t()), (a.grad, 5 / 3 * b.t() @ gradient)):
-            assert (own - expected).norm() <= 2e-5 * expected.norm() + 1e-9
-        found += 1
-    assert found >= 8
+    assert_same_step(model, whole, base, objective, scoring, scale=5 / 3, tolerance=1e-5, least=1e-9)
 
 
 @pytest.mark.parametrize("method", METHODS)
