@@ -17,6 +17,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first)
+from omegaconf import OmegaConf  # noqa: E402
 
 from tdpo.analysis.findings import Finding, findings  # noqa: E402
 from tdpo.analysis.pages import write_page  # noqa: E402
@@ -167,14 +168,18 @@ def write_picture(runs: list[tuple[str, list[dict]]], output: str) -> list[str]:
     return panels
 
 
-def has_implicit_rewards(run: str) -> bool:
-    """Whether the rewards of a run's loss compare with the reference, by its config.yaml; True if there is none.
+def findings_of(path: str, logs: list[dict]) -> list[Finding]:
+    """Return the findings about a run; what its loss, keep_best and stop_when are is read from its config.yaml, if there is one.
 
     Args:
-        run: the run folder or a file in it.
+        path: the run folder or a file in it.
+        logs: of the run.
     """
-    file = os.path.join(run if os.path.isdir(run) else os.path.dirname(run), "config.yaml")
-    return not os.path.exists(file) or objective_of_run(load_run_config(file)).implicit_rewards
+    file = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "config.yaml")
+    if not os.path.exists(file):
+        return findings(logs)
+    config = load_run_config(file)
+    return findings(logs, objective_of_run(config).implicit_rewards, OmegaConf.to_container(config, resolve=True))
 
 
 def main() -> None:
@@ -186,7 +191,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         runs = [read_run(path) for path in arguments.runs]
-        answers = {name: findings(logs, has_implicit_rewards(path)) for path, (name, logs) in zip(arguments.runs, runs)}
+        answers = {name: findings_of(path, logs) for path, (name, logs) in zip(arguments.runs, runs)}
         page = arguments.output.endswith((".html", ".htm"))
         panels = write_curves(runs, answers, arguments.output) if page else write_picture(runs, arguments.output)
     except (UserError, ValueError, OSError) as error:

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from tdpo.data import reviews
 from tdpo.data.batching import BatchStream, get_collate_fn
 from tdpo.data.chat import Chat, has_messages
-from tdpo.data.contract import PAIRS, SFT, Contract, Form, Source, add_pair, examples_in_form
+from tdpo.data.contract import PAIRS, SFT, Contract, Form, Source, Take, add_pair, examples_in_form
 from tdpo.data.jsonl import load_jsonl
 from tdpo.data.rows import Row, RowReport
 from tdpo.data.sources import Place, read_rows
@@ -334,7 +334,8 @@ def load_split(
         if not silent:
             log.info("\n".join(cached[1]))
         tables.append(cached[0])
-    return TokenizedSplit(tables, tokenizer, max_length, max_prompt_length, form, add_bos)
+    takes = [Take(*map(node.get, Take._fields)) if split == "train" else Take() for node in options.values()]
+    return TokenizedSplit(tables, tokenizer, max_length, max_prompt_length, form, add_bos, takes)
 
 
 class Prompt(NamedTuple):

@@ -38,9 +38,11 @@ from tdpo.models.places import check_local, prepare_hub
 from tdpo.models.positions import scaling_by_length
 from tdpo.models.quantized import check_quantize, described, emptied
 from tdpo.models.tokenizer import load_tokenizer
+from tdpo.optimizers import complete_options
 from tdpo.training.costs import costs
-from tdpo.training.metrics import Sink, open_sinks
-from tdpo.training.optimizer import learning_rate
+from tdpo.training.limits import check_limits
+from tdpo.training.schedule import Schedule, change_of_schedule
+from tdpo.training.sinks import Sink, open_sinks
 from tdpo.utils import DTYPES, Stopped, UserError, get_local_dir, plural, rank0_print, silenced
 from tdpo.weights import parameter_count
 
@@ -62,6 +64,7 @@ def run(config: DictConfig, overrides: Sequence[str] = (), world: Optional[World
         Stopped: a signal ended the run.
     """
     checked = check_config(config, overrides)
+    check_limits(config, checked.objective)
     if config.dry_run:
         with silenced(own_rank() > 0):
             return dry_run(checked)
@@ -77,8 +80,8 @@ def run(config: DictConfig, overrides: Sequence[str] = (), world: Optional[World
 def dry_run(checked: Checked) -> str:
     """Check and read all that a run would before its model is loaded, print the counts and an example, and return '': nothing is written
     but the caches."""
-    config, objective, notes = checked
-    rank0_print("\n".join([OmegaConf.to_yaml(config), f"loss: {objective.name} {objective.hyperparameters}", *notes]))
+    config, objective = checked.config, checked.objective
+    rank0_print(described_run(checked))
     plan = prepare(config, objective, World(), "", None)
     rank0_print(schedule_of(config, batches_of(config, objective.stages, plan.data["train"])))
     rank0_print(preview(plan.data["train"], plan.tokenizer))
@@ -86,13 +89,21 @@ def dry_run(checked: Checked) -> str:
     return ""
 
 
+def described_run(checked: Checked) -> str:
+    """Return the config, the resolved loss and optimizer, and what check_config notes, for the console."""
+    config, objective, notes = checked
+    options = complete_options(config.optimizer, OmegaConf.to_container(config.optimizer_options))
+    lines = [f"loss: {objective.name} {objective.hyperparameters}", f"optimizer: {config.optimizer} {options}"]
+    return "\n".join([OmegaConf.to_yaml(config), *lines, *notes])
+
+
 def train(checked: Checked, world: World) -> str:
     """Make the run. Called on all ranks; returns the path of the run's folder."""
-    config, objective, notes = checked
+    config, objective = checked.config, checked.objective
     sinks: list[Sink] = []
     with RunFolder(world, config, objective) as folder, ExitStack() as at_end:
         resumed = folder.resumed
-        rank0_print("\n".join([OmegaConf.to_yaml(config), f"loss: {objective.name} {objective.hyperparameters}", *notes]))
+        rank0_print(described_run(checked))
         seed_everything(config)
         plan = world.from_first(lambda: prepare(config, objective, world, folder.path, resumed))
         data = shared_data(world, plan)
@@ -107,12 +118,14 @@ def train(checked: Checked, world: World) -> str:
             fingerprints = {name: split.fingerprint for name, split in data.items()}
             world.from_first(lambda: check_same_data(resumed, fingerprints, trainer.reference_fingerprint))
             trainer.resume(resumed)
+            for line in change_of_schedule(trainer.schedule, resumed.progress.config, trainer.batches, trainer.progress.updates):
+                rank0_print(line)
             folder.begin(template)  # this changes the folder, so only when it is certain that the run can be resumed
             left = "" if trainer.progress.batches < len(trainer.batches) else "; no batch is left: set a larger n_epochs or n_examples"
             rank0_print(f"resumed from {resumed.folder}: {plural(trainer.progress.examples, 'example')} trained on so far{left}")
         trainer.archive = plan.model.archive  # LATEST may have moved since the weights were read
         if world.is_first:
-            sinks += open_sinks(plan.run_dir, config, trainer.progress.wandb_id)
+            sinks += open_sinks(plan.run_dir, config, trainer.progress.wandb_id, trainer.progress.examples)
         try:
             trainer.train()
         except Stopped as stopped:
@@ -251,13 +264,14 @@ def build_trainer(
 
 
 def schedule_of(config: DictConfig, batches: BatchStream) -> str:
-    """Return a line about the steps of a run, and a warning if its warm-up does not end."""
+    """Return lines about the steps of a run and their learning rate, and a warning if its warm-up does not end."""
     steps = len(batches)
-    lines = [f"{plural(steps, 'step')}; {plural(batches.dropped, 'example')} dropped at the end of each epoch"]
-    if steps <= config.warmup_steps:
+    schedule = Schedule.of(config, steps)
+    lines = [f"{plural(steps, 'step')}; {plural(batches.dropped, 'example')} dropped at the end of each epoch; {schedule.describe()}"]
+    if steps <= schedule.warmup_steps:
         lines.append(
             f"warning: warmup_steps={config.warmup_steps}, but the run has {plural(steps, 'step')}: the learning rate only reaches "
-            f"{learning_rate(config, steps - 1):.2g} of lr={config.lr:.2g}; set a smaller warmup_steps"
+            f"{schedule(steps - 1):.2g} of lr={config.lr:.2g}; set a smaller warmup_steps"
         )
     return "\n".join(lines)
 
@@ -285,15 +299,16 @@ def load_data(config: DictConfig, split: str, tokenizer, objective: Objective, c
         add_bos=config.model.add_bos,
         cache_dir=cache_dir,
     )
-    if split == "train" and config.drop_last and len(data) < config.batch_size:
+    if split == "train" and config.drop_last and data.epoch_size < config.batch_size:
         raise UserError(
-            f"{plural(len(data), 'train example')}, fewer than batch_size={config.batch_size}: set a smaller batch_size, or drop_last=false"
+            f"{plural(data.epoch_size, 'train example')}, fewer than batch_size={config.batch_size}: set a smaller batch_size, or "
+            "drop_last=false"
         )
     if objective.needs_kl_baseline and len(data.prompts) < 2:
         raise UserError(f"the {split} split has only one prompt, but loss.z0=batch needs several: use more data, or loss.z0=0")
-    if split == "train" and len(data) // objective.stages < (config.batch_size if config.drop_last else 1):
+    if split == "train" and data.epoch_size // objective.stages < (config.batch_size if config.drop_last else 1):
         raise UserError(
-            f"{plural(len(data), 'train example')} in loss.parts={objective.stages} stages: a stage has fewer than "
+            f"{plural(data.epoch_size, 'train example')} in loss.parts={objective.stages} stages: a stage has fewer than "
             f"{'batch_size=' + str(config.batch_size) if config.drop_last else 'one'}; set a smaller loss.parts or batch_size"
         )
     rank0_print(f"{split}: {data.describe()}")

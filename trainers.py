@@ -23,20 +23,23 @@ from tdpo.losses import Objective, preference_loss, tdpo_loss
 from tdpo.models.adapters import has_adapters
 from tdpo.models.export import export_policy, model_card
 from tdpo.models.sampling import continuations, interleaved, mixed_seed, own_distribution
+from tdpo.optimizers import make_optimizer
 from tdpo.scoring.chunked_loss import HeadOnly
 from tdpo.scoring.logps import _get_batch_logps, _tdpo_get_batch_logps, concatenated_inputs
-from tdpo.scoring.probes import check_predictions, fast_scoring_problem
 from tdpo.scoring.scorer import Scored, Scorer
 from tdpo.training.adapter_files import AdapterFiles
 from tdpo.training.feeder import Feeder, Microbatch
 from tdpo.training.guards import Guards, PublishedMethods
 from tdpo.training.hooks import make_hooks
-from tdpo.training.metrics import MetricSums, Sink, example_metrics
-from tdpo.training.optimizer import learning_rate, make_optimizer
+from tdpo.training.limits import Limits
+from tdpo.training.metrics import MetricSums, example_metrics, metrics_of_datasets
+from tdpo.training.pace import Pace
 from tdpo.training.passes import Passes
 from tdpo.training.saver import Saver
+from tdpo.training.schedule import Schedule
+from tdpo.training.sinks import Sink
 from tdpo.training.strategies import FullySharded, SingleDevice, TensorParallel, Weights, prepare_blocks, without_randomness
-from tdpo.utils import Stopped, UserError, get_local_dir, get_logger, plural, seed_generators
+from tdpo.utils import Stopped, get_local_dir, get_logger, plural, seed_generators
 
 # Forks of the published code import preference_loss and the names after it from trainers.
 __all__ = ["BasicTrainer", "FSDPTrainer", "TensorParallelTrainer", "preference_loss", "tdpo_loss"]
@@ -90,6 +93,8 @@ class BasicTrainer(PublishedMethods):
         self.reference_fingerprint = self.strategy.place(self.scorer, weights or {})
         self.policy = self.scorer.policy
         self.batches = batches_of(config, objective.stages, train_data)
+        self.schedule = Schedule.of(config, len(self.batches))
+        self.pace = Pace(self.world.device, len(self.batches) * config.batch_size)
         self.eval_examples = next(eval_data.epochs(EVAL_SEED))[: config.n_eval_examples]
         self.feeder = Feeder(
             self.data,
@@ -99,47 +104,25 @@ class BasicTrainer(PublishedMethods):
             microbatches=config.gradient_accumulation_steps,
             budget=config.tokens_per_microbatch,
             placeholders={"train": next(iter(self.batches))[0], "eval": self.eval_examples[0]},
-            fast=self.choose_scoring(),
+            fast=self.guards.choose_scoring(self.scorer),
             mismatched=objective.needs_kl_baseline,
         )
         self.signals = StopSignals(self.world)
         self.passes = Passes(self.scorer, self.feeder, self.strategy, self.world, self.signals)
-        self.hooks = make_hooks(config, objective, self.passes, self.batches, self.eval_examples, self.reference_fingerprint)
         with self.world.agreed():
-            self.optimizer = make_optimizer(config, self.strategy.parameter_groups(), self.world.device)
+            options, groups = OmegaConf.to_container(config.optimizer_options), self.strategy.parameter_groups()
+            given = config.optimizer, groups, config.lr, options, config.decay_norms_and_biases, self.world.device
+            self.optimizer = make_optimizer(*given)
         self.generation_config = own_distribution(tokenizer, config.max_length)
         self.progress = Progress()
         self.archive = archive_of(None, config.model.archive)
         files = AdapterFiles(self.world, self.policy, config.model, run_dir) if has_adapters(self.policy) else None
         self.saver = Saver(self.world, run_dir, config, files)
+        hooks = make_hooks(config, objective, self.passes, self.batches, self.eval_examples, self.reference_fingerprint)
+        self.hooks = [*hooks, Limits(config, self.saver)]
         self.last_log: Optional[float] = None
-        self.step_values: dict[str, Any] = {}  # grad_norm, lr and examples_per_second of the last step
+        self.step_values: dict[str, Any] = {}  # grad_norm, lr and pace of the last step
         seed_generators(seed)
-
-    def choose_scoring(self) -> bool:
-        """Test the policy's predictions, and return whether to use fast scoring, the same on all ranks. `auto` and `fast` test it too.
-
-        Raises:
-            UserError, RunError: the model's predictions depend on later tokens; scoring=fast, but the model does not support it; the test
-                runs out of memory.
-        """
-        plain = self.config.scoring == "plain"
-        without_randomness(self.policy)
-        try:
-            with torch.no_grad(), self.strategy.forward_context():
-                check_predictions(self.scorer, self.config.max_length)
-                problem = None if plain else fast_scoring_problem(self.scorer, self.config.max_length)
-        except torch.OutOfMemoryError as error:
-            what = f"two sequences of max_length={self.config.max_length} tokens (the trial of fast scoring)"
-            raise self.guards.out_of_memory(what, "more devices") from error
-        if plain:
-            return False
-        problems = [x for x in self.world.gather(problem) if x]
-        if problems and self.config.scoring == "fast":
-            raise UserError(f"scoring=fast: {type(self.policy).__name__} does not support it: {problems[0]}; use scoring=plain")
-        slow = f"plain, several times slower, because of {type(self.policy).__name__}: {problems[0]}" if problems else ""
-        log.info(f"scoring: {slow or 'fast'}")
-        return not problems
 
     # --- schedule ---
     def train(self) -> None:
@@ -155,6 +138,9 @@ class BasicTrainer(PublishedMethods):
                 # A thread prepares the next batch's microbatches during a step; `prefetched` yields (examples, microbatches).
                 for examples, microbatches in prefetched(self.feeder.train_microbatches, self.batches.after(self.progress.batches)):
                     self.between_steps()
+                    if reason := "; ".join(filter(None, (hook.reason_to_stop(self.progress) for hook in self.hooks))):
+                        log.info(f"the run ends after {self.progress.examples:,} examples, by stop_when: {reason}")
+                        break
                     sums = self.train_step(examples, microbatches)
                     self.log_train(sums, bar)
                     bar.update(len(examples))
@@ -180,7 +166,8 @@ class BasicTrainer(PublishedMethods):
         evaluated = progress.evaluated_at == progress.examples
         if self.is_due(config.eval_every) and not evaluated and (progress.examples > 0 or config.do_first_eval):
             self.evaluate()
-        if progress.examples > 0 and self.is_due(config.save_every or config.eval_every):
+        wanted = self.is_due(config.save_every or config.eval_every) or any(hook.wants_checkpoint(progress) for hook in self.hooks)
+        if progress.examples > 0 and wanted:
             self.save()
 
     def is_due(self, every: int) -> bool:
@@ -198,7 +185,7 @@ class BasicTrainer(PublishedMethods):
         without_randomness(self.policy)
         started = time.perf_counter()
         sums, losses = MetricSums(), []
-        lr = learning_rate(self.config, self.progress.updates)
+        lr = self.schedule(self.progress.updates)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         with self.strategy.forward_context():
@@ -219,13 +206,18 @@ class BasicTrainer(PublishedMethods):
         self.progress.advance(len(examples), took_step)
         for hook in self.hooks:
             hook.after_step(self.progress, took_step)
-        self.step_values = {"grad_norm": grad_norm, "lr": lr, "examples_per_second": len(examples) / (time.perf_counter() - started)}
+        tokens, seconds = sum(self.data["train"].lengths(examples)), time.perf_counter() - started
+        pace = self.pace.after_step(len(examples), tokens, seconds, self.progress.examples)
+        self.step_values = {"grad_norm": grad_norm, "lr": lr, **pace}
         return sums
 
     def score(self, microbatch: Microbatch, sums: MetricSums, split: str) -> Scored:
         """Score a microbatch, and add the metrics of its examples to `sums`. `split` is train or eval."""
         scored = self.passes.score(microbatch, split)
         sums.add(example_metrics(scored.scores, scored.output, split), len(microbatch.examples))
+        if split == "eval":
+            names, own = self.data[split].names, self.data[split].dataset_of(microbatch.examples)
+            sums.add(metrics_of_datasets(scored.scores, scored.output, split, names, own))
         return scored
 
     # --- eval and samples ---
@@ -249,6 +241,8 @@ class BasicTrainer(PublishedMethods):
                 if rows:
                     sink.samples(rows, self.progress.examples)
         self.guards.warn_of_eval(metrics)
+        for hook in self.hooks:
+            hook.after_eval(self.progress)
 
     @property
     def reference_model(self) -> Optional[nn.Module]:

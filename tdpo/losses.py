@@ -11,6 +11,7 @@ All log-probabilities and divergences are in nats. B is the number of examples (
 """
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Optional
@@ -71,6 +72,8 @@ class LossOutput:
 
 
 Scores = Mapping[str, ResponseScores]
+
+STEEPEST = 30.0  # exponent, nats, up to which f_dpo's gradient is exact: the square of a norm of such gradients still fits into float32
 
 
 def sft(scores: Scores, average_log_prob: bool = False) -> LossOutput:
@@ -267,6 +270,45 @@ def sdpo_segment(scores: Scores, beta: float) -> LossOutput:
     return dpo(scores, beta)
 
 
+def f_dpo(scores: Scores, beta: float, divergence: str = "forward_kl", alpha: float = 0.5) -> LossOutput:
+    """f-DPO, -log sigmoid(beta [f'(u_w) - f'(u_l)]), u = pi/pi_ref of the whole response: https://arxiv.org/abs/2309.16240.
+
+    The divergence that the policy's distance from the reference is measured by takes the place of DPO's reverse KL. f' is less its value at
+    u = 1, which does not change the loss, so that rewards beta f' start at 0.
+
+    Args:
+        scores: roles "chosen" and "rejected", with reference_logps.
+        beta: as in DPO.
+        divergence: "reverse_kl" (DPO), "forward_kl", "jensen_shannon" or "alpha".
+        alpha: of the alpha-divergence, between 0 and 1: near 0 it is reverse KL, near 1 forward KL. The others do not use it.
+    """
+    slopes = {role: _divergence_slope(score.log_ratio, divergence, alpha) for role, score in scores.items()}
+    logits = beta * (slopes["chosen"] - slopes["rejected"])
+    return LossOutput(-F.logsigmoid(logits), {role: beta * slope.detach() for role, slope in slopes.items()}, logits.detach())
+
+
+def _divergence_slope(log_ratio: torch.Tensor, divergence: str, alpha: float) -> torch.Tensor:
+    """Return f'(u) - f'(1) for u = exp(log_ratio), without computing u, which overflows. Shape: (B,)"""
+    if divergence == "reverse_kl":  # f' = log u + 1
+        return log_ratio
+    if divergence == "jensen_shannon":  # f' = log(2 u / (1 + u))
+        return F.logsigmoid(log_ratio) + math.log(2)
+    power = 1.0 if divergence == "forward_kl" else alpha  # f' = -1/u, or (1 - u^-alpha) / alpha
+    return -_expm1(-power * log_ratio) / power
+
+
+def _expm1(exponent: torch.Tensor) -> torch.Tensor:
+    """Return exp(exponent) - 1, finite for every finite exponent, with a derivative of at most exp(STEEPEST).
+
+    The derivative of exp at 100 is beyond float32, in which gradients of weights are computed: one response that the policy has all but
+    given up would end the run. Steps are clipped by max_grad_norm, so a bounded derivative has the same effect.
+    """
+    largest = 0.9 * math.log(torch.finfo(exponent.dtype).max)
+    bounded = torch.expm1(exponent.clamp(max=STEEPEST)) + math.exp(STEEPEST) * (exponent - STEEPEST).clamp(min=0)
+    exact = torch.expm1(exponent.detach().clamp(max=largest))
+    return torch.where(exponent > STEEPEST, bounded + (exact - bounded).detach(), bounded)
+
+
 def _difference_of_log_ratios(scores: Scores) -> torch.Tensor:
     """Return D, shape (B,), nats."""
     return scores["chosen"].log_ratio - scores["rejected"].log_ratio
@@ -274,6 +316,14 @@ def _difference_of_log_ratios(scores: Scores) -> torch.Tensor:
 
 def _per_response(values: torch.Tensor, score: ResponseScores, average: bool) -> torch.Tensor:
     return values / score.num_tokens if average else values
+
+
+def _target_loss(scores: Scores) -> torch.Tensor:
+    """Return -log pi(y)/|y| of the response to imitate, the chosen one or a desirable completion; 0 for an undesirable one. Shape: (B,)"""
+    if "completion" not in scores:
+        return -_per_response(scores["chosen"].logps, scores["chosen"], average=True)
+    score = scores["completion"]
+    return -torch.where(score.annotation > 0.5, _per_response(score.logps, score, average=True), 0.0)
 
 
 def _log_ratio_rewards(scores: Scores, beta: float) -> Mapping[str, torch.Tensor]:
@@ -297,6 +347,7 @@ class Objective:
     needs_segments: bool = False  # the data must mark the turns that are in the loss
     stages: int = 1  # of the train data; the policy replaces the reference after each stage but the last
     easiest_first: bool = False  # before training, sort the train examples by the policy's margin, largest first
+    adds_sft_loss: bool = True  # takes the hyperparameter sft_weight, see __call__
     implicit_rewards: bool = True  # rewards compare the policy with the reference, so they start at 0
     fields_from: Callable[..., Mapping[str, object]] = lambda **_: {}  # returns the fields that depend on the hyperparameters
     ignored: tuple[str, ...] = ()  # keys of the config's `loss` that this loss does not use
@@ -304,12 +355,21 @@ class Objective:
     hyperparameters: Mapping[str, object] = field(default_factory=dict)
 
     def __call__(self, scores: Scores) -> LossOutput:
-        """Evaluate the loss.
+        """Evaluate the loss: the function's, plus sft_weight times -log pi(y_w)/|y_w|, which RPO (https://arxiv.org/abs/2404.19733) and
+        Llama 3 (https://arxiv.org/abs/2407.21783) add to DPO; with single responses y_w is a desirable one.
 
         Args:
             scores: by role, tensors of shape (B,).
         """
-        return self.function(scores, **self.hyperparameters)
+        values = dict(self.hyperparameters)
+        weight = values.pop("sft_weight", 0.0) if self.adds_sft_loss else 0.0
+        output = self.function(scores, **values)
+        return replace(output, losses=output.losses + weight * _target_loss(scores)) if weight else output
+
+    @property
+    def parameters(self) -> list[str]:
+        """The names of the hyperparameters that the loss takes."""
+        return [*list(inspect.signature(self.function).parameters)[1:], *(["sft_weight"] if self.adds_sft_loss else [])]
 
     @property
     def reward_scale(self) -> Optional[float]:
@@ -323,7 +383,7 @@ class Objective:
 OBJECTIVES = {
     objective.name: objective
     for objective in (
-        Objective("sft", sft, roles=("chosen",), needs_reference=False, implicit_rewards=False),
+        Objective("sft", sft, roles=("chosen",), needs_reference=False, adds_sft_loss=False, implicit_rewards=False),
         Objective("dpo", dpo),
         Objective("ipo", ipo),
         Objective("tdpo1", tdpo1, needs_kl=True),
@@ -337,7 +397,7 @@ OBJECTIVES = {
         Objective("dpop", dpop),
         Objective("simpo", simpo, needs_reference=False, implicit_rewards=False),
         Objective("odpo", odpo, needs_ratings=True, fields_from=lambda kl_weight=0.0, **_: {"needs_kl": kl_weight > 0}),
-        Objective("slic", slic, roles=("chosen", "rejected", "target"), needs_reference=False, implicit_rewards=False),
+        Objective("slic", slic, roles=("chosen", "rejected", "target"), needs_reference=False, adds_sft_loss=False, implicit_rewards=False),
         Objective("kto", kto, roles=("completion",), fields_from=lambda z0="batch", **_: {"needs_kl_baseline": z0 == "batch"}),
         Objective(
             "sdpo_stepwise",
@@ -345,6 +405,7 @@ OBJECTIVES = {
             fields_from=lambda parts=3, order="given", **_: {"stages": parts, "easiest_first": order == "easy_to_hard"},
         ),
         Objective("sdpo_segment", sdpo_segment, needs_segments=True),
+        Objective("f_dpo", f_dpo),
     )
 }
 
@@ -378,7 +439,7 @@ def get_objective(name: str, *, log_kl: bool = False, **hyperparameters) -> Obje
     Args:
         name: a name in OBJECTIVES, or "tdpo", see `resolve`.
         log_kl: compute SeqKL, which needs the reference, even if the loss does not need it.
-        hyperparameters: keyword arguments of the loss function.
+        hyperparameters: keyword arguments of the loss function, and sft_weight, see Objective.
     """
     name, values, ignored = resolve(name, hyperparameters)
     known = OBJECTIVES[name]

@@ -224,7 +224,7 @@ def weights_of(run_dir: Path) -> dict[str, torch.Tensor]:
     return torch.load(run_dir / "LATEST" / "policy.pt", weights_only=True)["state"]
 
 
-TIMES = {"examples_per_second"}  # the metrics that depend on the clock
+TIMES = {"examples_per_second", "tokens_per_second", "peak_memory_gb", "seconds_left"}  # the metrics that depend on the machine
 
 
 def losses_of(run_dir: Path) -> list[dict]:

@@ -132,6 +132,29 @@ def kto(completion, beta, label, z0, desirable_weight=1.0, undesirable_weight=1.
 sdpo_stepwise = sdpo_segment = dpo
 
 
+def f_dpo(chosen, rejected, beta, divergence="forward_kl", alpha=0.5):
+    """2309.16240: -log s(beta f'(u_w) - beta f'(u_l)), u = pi / pi_ref of the whole response; f' of the paper's table 1, in terms of u."""
+    derivative = {  # f'(u), and f''(u)
+        "reverse_kl": (lambda u: math.log(u) + 1, lambda u: 1 / u),
+        "forward_kl": (lambda u: -1 / u, lambda u: 1 / u**2),
+        "jensen_shannon": (lambda u: math.log(2 * u / (1 + u)), lambda u: 1 / u - 1 / (1 + u)),
+        "alpha": (lambda u: (1 - u**-alpha) / alpha, lambda u: u ** (-alpha - 1)),
+    }[divergence]
+    us = [math.exp(logps - reference_logps) for logps, reference_logps, _, _ in map(score, (chosen, rejected))]
+    z = beta * (derivative[0](us[0]) - derivative[0](us[1]))
+    slopes = [-sign * beta * sigmoid(-z) * derivative[1](u) * u for sign, u in zip((1, -1), us)]  # du/dlog pi(y) = u
+    return softplus(-z), (slopes[0], 0.0), (slopes[1], 0.0)
+
+
+def with_sft(loss, *responses, sft_weight, **arguments):
+    """2404.19733 eq. 1: a loss plus sft_weight times -log pi(y)/|y| of the chosen response, or of a desirable one."""
+    value, *slopes = loss(*responses, **arguments)
+    logps, _, _, count = score(responses[0])
+    weight = sft_weight * arguments.get("label", True)
+    (g, h), *others = slopes
+    return value - weight * logps / count, (g - weight / count, h), *others
+
+
 def logit_gradient(response, g, h):
     """Return dL/dlogits of a response, g (1[v = y] - p_v) + h (p_v - q_v), given g = dL/d log pi(y) and h = dL/dSeqKL."""
     rows = []

@@ -1,5 +1,6 @@
 """Each objective against float64 loops written from its paper (oracle.py): its value, and its gradient with respect to the logits."""
 
+import functools
 import inspect
 import json
 import math
@@ -46,6 +47,20 @@ CASES = [
     ("kto", {"beta": 0.5, "z0": 0}),
     ("sdpo_stepwise", {"beta": 0.2}),
     ("sdpo_segment", {"beta": 0.2}),
+    ("f_dpo", {"beta": 0.1}),
+    ("f_dpo", {"beta": 0.2, "divergence": "reverse_kl"}),
+    ("f_dpo", {"beta": 0.3, "divergence": "jensen_shannon"}),
+    ("f_dpo", {"beta": 0.1, "divergence": "alpha"}),
+    ("f_dpo", {"beta": 0.4, "divergence": "alpha", "alpha": 0.1}),
+]
+WITH_SFT = [
+    ("dpo", {"beta": 0.1, "sft_weight": 1.0}),
+    ("ipo", {"beta": 0.1, "sft_weight": 0.2}),
+    ("tdpo1", {"beta": 0.1, "sft_weight": 0.2}),
+    ("tdpo2", {"beta": 0.1, "sft_weight": 3.0}),
+    ("simpo", {"sft_weight": 0.2}),
+    ("kto", {"beta": 0.1, "sft_weight": 0.5}),
+    ("f_dpo", {"beta": 0.1, "divergence": "jensen_shannon", "sft_weight": 0.5}),
 ]
 VOCABULARY = 7
 
@@ -86,7 +101,7 @@ def with_data(name: str, hyperparameters: dict, scores: dict, rng: random.Random
     return scores, hyperparameters
 
 
-@pytest.mark.parametrize("name,hyperparameters", CASES)
+@pytest.mark.parametrize("name,hyperparameters", CASES + WITH_SFT)
 @pytest.mark.parametrize("seed", range(4))
 def test_value_and_gradient_match_the_paper(name, hyperparameters, seed):
     rng = random.Random(f"{name}{seed}")
@@ -100,7 +115,9 @@ def test_value_and_gradient_match_the_paper(name, hyperparameters, seed):
     output = objective(scores)
     output.losses.sum().backward()
 
-    loss, *slopes = getattr(oracle, name)(*responses.values(), **arguments)
+    adds_sft = (name, hyperparameters) in WITH_SFT
+    oracles = functools.partial(oracle.with_sft, getattr(oracle, name)) if adds_sft else getattr(oracle, name)
+    loss, *slopes = oracles(*responses.values(), **arguments)
     assert output.losses.item() == pytest.approx(loss, rel=1e-10, abs=1e-12)
     for role, slope in zip(responses, slopes):
         expected = torch.tensor(oracle.logit_gradient(responses[role], *slope), dtype=torch.float64)
@@ -137,6 +154,7 @@ def test_hyperparameters_that_give_dpo():
     annotated = {role: replace(score, annotation=torch.full((6,), float(role == "chosen"))) for role, score in scores.items()}
     dpo = get_objective("dpo", beta=0.2)(scores)
     same = {"rdpo": {"label_smoothing": 0.0}, "dpop": {"dpop_lambda": 0.0}, "odpo": {"alpha": 0.0}, "sdpo_stepwise": {"parts": 4}}
+    same |= {"f_dpo": {"divergence": "reverse_kl"}, "dpo": {"sft_weight": 0.0}}
     for name, hyperparameters in same.items():
         output = get_objective(name, beta=0.2, **hyperparameters)(annotated)
         torch.testing.assert_close(output.losses, dpo.losses, rtol=1e-12, atol=0)
@@ -160,7 +178,41 @@ def test_what_a_loss_needs_is_declared():
     assert get_objective("kto", beta=0.1).needs_kl_baseline and not get_objective("kto", beta=0.1, z0=0).needs_kl_baseline
 
 
-@pytest.mark.parametrize("name", ["dpo", "tdpo1", "tdpo2", "rdpo", "dpop"])
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jensen_shannon", "alpha"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_f_dpo_of_ratios_beyond_every_float_stays_finite(divergence, dtype):
+    """Ratios from e^-300 to e^300 in each role: losses and gradients are finite, and push chosen up and rejected down."""
+    ratios = torch.tensor([-300.0, -80.0, 0.0, 80.0, 300.0], dtype=dtype)
+    chosen, rejected = (x.flatten().requires_grad_() for x in torch.meshgrid(ratios, ratios, indexing="ij"))
+    zeros = torch.zeros_like(chosen)
+    scores = {"chosen": ResponseScores(chosen, zeros + 9, zeros), "rejected": ResponseScores(rejected, zeros + 9, zeros)}
+    output = get_objective("f_dpo", beta=0.1, divergence=divergence)(scores)
+    output.losses.sum().backward()
+    assert output.losses.isfinite().all() and output.logits.isfinite().all()
+    assert all(reward.isfinite().all() for reward in output.rewards.values())
+    for gradient, sign in ((chosen.grad, -1), (rejected.grad, 1)):
+        assert gradient.isfinite().all() and (sign * gradient >= 0).all()
+        assert gradient.square().sum().isfinite()  # the norm by which it is clipped, in the dtype of the gradient
+    lost = (chosen == -300) & (rejected == 300)
+    assert (chosen.grad[lost] < 0).all()  # a response that was given up is still pulled back
+
+
+def test_f_dpo_with_alpha_near_0_and_1_is_reverse_and_forward_kl():
+    scores = {role: replace(score, reference_logps=score.logps.detach() - i) for i, (role, score) in enumerate(random_scores(5).items())}
+    for alpha, divergence in ((1e-7, "reverse_kl"), (1 - 1e-7, "forward_kl")):
+        near, exact = (
+            get_objective("f_dpo", beta=0.3, **more)(scores)
+            for more in ({"divergence": "alpha", "alpha": alpha}, {"divergence": divergence})
+        )
+        torch.testing.assert_close(near.losses, exact.losses, rtol=1e-6, atol=0)
+
+
+def test_sft_weight_belongs_to_every_loss_of_preferences():
+    assert {name for name, objective in losses.OBJECTIVES.items() if "sft_weight" not in objective.parameters} == {"sft"}
+    assert not losses.OBJECTIVES["slic"].adds_sft_loss  # it has a term of its own
+
+
+@pytest.mark.parametrize("name", ["dpo", "tdpo1", "tdpo2", "rdpo", "dpop", "f_dpo"])
 def test_loss_is_ln_2_and_rewards_0_where_policy_equals_reference(name):
     same = {role: ResponseScores(s.logps, s.num_tokens, s.logps.detach(), torch.zeros(6)) for role, s in random_scores(1).items()}
     output = get_objective(name, beta=0.1)(same)

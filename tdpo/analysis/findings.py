@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Optional
 
+from tdpo.training.limits import Best, reason_to_stop
 from tdpo.training.metrics import start_difference
 
 # Thresholds. Each finding states those that it uses.
@@ -32,7 +33,7 @@ class Curve(NamedTuple):
         return next((value for x, value in zip(reversed(self.examples), reversed(self.values)) if x <= examples), self.values[0])
 
 
-def findings(logs: Sequence[Mapping], implicit_rewards: bool = True) -> list[Finding]:
+def findings(logs: Sequence[Mapping], implicit_rewards: bool = True, config: Optional[Mapping] = None) -> list[Finding]:
     """Return the findings about a run.
 
     Trends are taken from the evals, which all use the same pairs. Each train step has other pairs, so its values vary with them.
@@ -40,9 +41,10 @@ def findings(logs: Sequence[Mapping], implicit_rewards: bool = True) -> list[Fin
     Args:
         logs: lines of metrics.jsonl.
         implicit_rewards: whether the rewards of the loss compare with the reference, and so are 0 at the start.
+        config: of the run, of which keep_best and stop_when are read; None: neither was set.
     """
     evals = [log for log in logs if log["split"] == "eval"]
-    answers = [_finite(logs), _start(logs) if implicit_rewards else None]
+    answers = [_finite(logs), _start(logs) if implicit_rewards else None, *_limits(evals, config or {})]
     if len(evals) > 1:
         answers += [_chosen(evals), _overoptimization(evals), _runaway(evals)]
     return [answer for answer in answers if answer is not None]
@@ -78,6 +80,19 @@ def _start(logs: Sequence[Mapping]) -> Optional[Finding]:
     return Finding(
         False, f"At the start, rewards and SeqKL are 0 (tolerance {SANE:g}), as they should be: policy and reference are the same model."
     )
+
+
+def _limits(evals: Sequence[Mapping], config: Mapping) -> list[Finding]:
+    """Say which eval was the best, and whether the last one ended the run."""
+    best, found = Best.of(config), []
+    for log in evals:
+        if best is not None and log["counters/examples"] > 0:
+            best.see(log, log["counters/examples"])
+    if best is not None and best.value is not None:
+        found.append(Finding(False, f"The best eval by {best.metric} ({best.mode}): {best.value:.4g}, after {best.examples:,} examples."))
+    if evals and (reason := reason_to_stop(config.get("stop_when") or {}, evals[-1], best)):
+        found.append(Finding(False, f"The run reached stop_when after {evals[-1]['counters/examples']:,} examples: {reason}."))
+    return found
 
 
 def _chosen(evals: Sequence[Mapping]) -> Optional[Finding]:

@@ -6,6 +6,7 @@
 <run_dir>/step-<examples>/hf/            in the checkpoint with which a run ended: a folder for AutoModelForCausalLM.from_pretrained
 <run_dir>/step-<examples>/manifest.json  size and SHA-256 of the other files, except those of hf/
 <run_dir>/LATEST -> step-<examples>      a relative link to the newest complete checkpoint
+<run_dir>/BEST -> step-<examples>        with keep_best, a link to the best one
 
 <examples> counts train examples, as published. A checkpoint is complete if it has its final name and manifest.json.
 """
@@ -30,6 +31,7 @@ from tdpo.utils import PeerError, RunError, as_bytes, get_logger, some_of
 
 log = get_logger(__name__)
 
+LATEST, BEST = "LATEST", "BEST"
 POLICY = "policy.pt"
 ADAPTER = "adapter"
 PROGRESS = os.path.join("state", "progress.json")
@@ -94,7 +96,7 @@ def save_checkpoint(
                 _sync(temporary)
                 os.rename(temporary, target)
                 _sync_folder(run_dir)
-                point_latest(run_dir, os.path.basename(target))
+                point(run_dir, LATEST, os.path.basename(target))
     return target
 
 
@@ -235,9 +237,8 @@ def _finish(folder: str) -> None:
 
 
 def remove_old(run_dir: str, keep: int, never: Iterable[str]) -> None:
-    """Remove all but the newest `keep` complete checkpoints; never LATEST's target or a folder in `never`. Log a failure."""
-    latest = os.path.realpath(os.path.join(run_dir, "LATEST"))
-    kept = {latest, *(os.path.realpath(folder) for folder in never)}
+    """Remove all but the newest `keep` complete checkpoints; never the targets of LATEST and BEST or a folder in `never`. Log a failure."""
+    kept = {os.path.realpath(folder) for folder in [*(os.path.join(run_dir, link) for link in (LATEST, BEST)), *never]}
     for folder in list_checkpoints(run_dir)[keep:]:
         if os.path.realpath(folder) in kept:
             continue
@@ -364,16 +365,16 @@ def _sync_folder(folder: str) -> None:
         os.close(handle)
 
 
-def point_latest(run_dir: str, name: str) -> None:
-    """Point LATEST to the checkpoint `name`. A new link replaces the old one atomically."""
-    temporary = os.path.join(run_dir, "LATEST.tmp")
+def point(run_dir: str, link: str, name: str) -> None:
+    """Point LATEST or BEST to the checkpoint `name`. A new link replaces the old one atomically."""
+    temporary = os.path.join(run_dir, f"{link}.tmp")
     make_free(temporary)
     os.symlink(name, temporary)
-    os.replace(temporary, os.path.join(run_dir, "LATEST"))
+    os.replace(temporary, os.path.join(run_dir, link))
 
 
 def holds_a_run(run_dir: str) -> bool:
     """Whether the folder contains files with the names that a run writes."""
     if not os.path.isdir(run_dir):
         return False
-    return any(name in ("config.yaml", "metrics.jsonl", "LATEST") or name.startswith("step-") for name in os.listdir(run_dir))
+    return any(name in ("config.yaml", "metrics.jsonl", LATEST, BEST) or name.startswith("step-") for name in os.listdir(run_dir))

@@ -11,12 +11,23 @@ from typing import Any, NamedTuple, Optional
 
 from omegaconf import DictConfig, OmegaConf
 
-from tdpo.checkpointing.checkpoints import ADAPTER, checkpoint_of, damaged_files, has_no_policy, holds_a_run, list_checkpoints, point_latest
+from tdpo.checkpointing.checkpoints import (
+    ADAPTER,
+    BEST,
+    LATEST,
+    checkpoint_of,
+    damaged_files,
+    has_no_policy,
+    holds_a_run,
+    list_checkpoints,
+    point,
+)
 from tdpo.checkpointing.logs import LOGS, cut_back
 from tdpo.checkpointing.training_state import Progress, read_progress
 from tdpo.distributed.world import World
 from tdpo.files import reason_of, remove, replaced_whole, set_aside
 from tdpo.losses import Objective
+from tdpo.optimizers import own_weight_decay
 from tdpo.utils import CONFIG_DIR, UserError, flat_keys, get_local_run_dir, get_logger, some_of, try_lock
 
 log = get_logger(__name__)
@@ -26,12 +37,13 @@ log = get_logger(__name__)
 MAY_CHANGE = (
     "exp_name debug dry_run fsdp_port wandb local_dirs local_run_dir resume keep_checkpoints save_policy trainer nproc_per_node parallel "
     "gradient_accumulation_steps tokens_per_microbatch scoring compile reference_cache eval_batch_size activation_checkpointing "
-    "deterministic n_epochs n_examples save_every max_skipped_steps minimum_log_interval_secs "
+    "deterministic n_epochs n_examples keep_best stop_when console sinks save_every max_skipped_steps minimum_log_interval_secs "
     "model.archive model.block_name model.attn_implementation"
 ).split()
 # Keys that change the rest of the run: a difference is a warning, not an error.
 MAY_CHANGE_WITH_WARNING = (
-    "lr warmup_steps max_grad_norm eval_every n_eval_examples n_eval_model_samples sample_during_eval do_first_eval"
+    "lr lr_schedule min_lr decay_steps warmup_steps max_grad_norm eval_every n_eval_examples n_eval_model_samples sample_during_eval "
+    "do_first_eval"
 ).split()
 
 
@@ -78,12 +90,12 @@ def check_run_dir(config: DictConfig, run_dir: str) -> None:
         raise UserError(
             f"local_run_dir={run_dir} already holds a run; choose another folder, or resume={run_dir} to continue it; nothing was changed"
         )
-    latest = os.path.join(run_dir, "LATEST")
+    latest = os.path.join(run_dir, LATEST)
     if os.path.isdir(latest) and not os.path.islink(latest):
         raise UserError(f"{latest} is a folder, written by the published code, whose runs cannot be resumed: use another local_run_dir")
     if resume not in (None, "auto") and not list_checkpoints(run_dir):
         parent, name = os.path.split(os.path.normpath(run_dir))
-        hint = f" (did you mean resume={parent}?)" if name == "LATEST" or name.startswith("step-") else ""
+        hint = f" (did you mean resume={parent}?)" if name in (LATEST, BEST) or name.startswith("step-") else ""
         what = "holds no checkpoint to resume from" if os.path.isdir(run_dir) else "does not exist"
         raise UserError(f"resume={resume}: {run_dir} {what}{hint}")
 
@@ -137,6 +149,7 @@ def _same_run(resumed: Resumed, config: DictConfig, objective: Objective) -> Res
 
 def differing_keys(saved: Mapping, current: Mapping, objective: Objective) -> dict[str, tuple[Any, Any]]:
     """Return the keys that make this another run or change its continuation: {key: (saved, current)}, with None for a missing value."""
+    saved = _with_own_decay(saved)
     known = set(flat_keys(saved))
     keys = dict.fromkeys([*flat_keys(saved), *flat_keys(current)])
     # With stages, n_epochs determines when each stage begins.
@@ -153,14 +166,25 @@ def differing_keys(saved: Mapping, current: Mapping, objective: Objective) -> di
     return different
 
 
+def _with_own_decay(saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a saved config with the weight decay that earlier versions, which had no optimizer_options, left to the optimizer."""
+    if "optimizer_options" in saved or "optimizer" not in saved or not (decay := own_weight_decay(saved["optimizer"])):
+        return saved
+    return {**saved, "optimizer_options": {"weight_decay": decay}}
+
+
 def _default(parts: list[str], saved: Mapping[str, Any]) -> Any:
     """Return the default of a key that a saved config lacks, because it was saved before the key existed; None if it has no default, or
     belongs to a dataset that the saved run did not have."""
-    files = {"model": "model/blank_model.yaml", "datasets": f"datasets/{parts[1] if len(parts) > 1 else ''}.yaml"}
+    files = {
+        "model": "model/blank_model.yaml",
+        "datasets": f"datasets/{parts[1] if len(parts) > 1 else ''}.yaml",
+        "loss": f"loss/{_value(saved, ['loss', 'name'])}.yaml",
+    }
     path = os.path.join(CONFIG_DIR, files.get(parts[0], "config.yaml"))
-    if parts[0] == "loss" or not os.path.isfile(path):
+    if not os.path.isfile(path):
         return None
-    depth = {"model": 1, "datasets": 2}.get(parts[0], 0)
+    depth = {"model": 1, "datasets": 2, "loss": 1}.get(parts[0], 0)
     if _value(saved, parts[:depth]) is None:
         return None
     return _value(OmegaConf.to_container(OmegaConf.load(path)), parts[depth:])
@@ -400,7 +424,7 @@ def prepare_run_dir(run_dir: str, resumed: Optional[Resumed], damaged: Sequence[
     for folder in damaged:
         set_aside(folder)
     if resumed is not None:
-        point_latest(run_dir, os.path.basename(resumed.folder))
+        point(run_dir, LATEST, os.path.basename(resumed.folder))
     for name in LOGS:
         path = os.path.join(run_dir, name)
         if resumed is None:

@@ -101,8 +101,11 @@ def training_tensors(
         that has weights of its own also "reference".
     """
     names = {parameter: name for name, parameter in policy.named_parameters()}
+    # bitsandbytes counts its steps in an int.
     state = {
-        names[parameter]: {key: value for key, value in values.items() if torch.is_tensor(value)}
+        names[parameter]: {
+            key: value if torch.is_tensor(value) else torch.tensor(value) for key, value in values.items() if value is not None
+        }
         for parameter, values in optimizer.state.items()
     }
     of_reference = {} if moving_reference is None else moving_reference.state_dict()
@@ -131,6 +134,10 @@ def restore_tensors(
     if not with_random:
         del tensors["random"]
     load_tensors(world, folder, tensors)
+    names = {name: parameter for name, parameter in policy.named_parameters()}
+    for name, values in tensors["optimizer"].items():
+        own = optimizer.state[names[name]]
+        own.update({key: value.item() for key, value in values.items() if own[key] is not value})
     if with_random:
         set_random_state(tensors["random"][str(world.rank)], world.device)
 

@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from tdpo.cli.schema import Config, loss_problems, resolved, schema_problems
 from tdpo.losses import Objective, objective_of
+from tdpo.optimizers import EIGHT_BIT, option_problems
 from tdpo.utils import UserError
 
 
@@ -63,6 +64,14 @@ def _joint_problems(config: DictConfig) -> list[str]:
             problems.append(f"{what}: quantised weights cannot be trained, only adapters on them; set adapter.rank, for example 16")
         if config.trainer != "BasicTrainer":
             problems.append(f"{what}: trainer={config.trainer} does not split quantised weights; use trainer=BasicTrainer")
+    for name, node in config.datasets.items():
+        if node.get("share") is not None and node.get("n_examples") is not None:
+            problems.append(f"datasets.{name}.share and datasets.{name}.n_examples exclude each other: set one of them to null")
+    problems += option_problems(config.optimizer, OmegaConf.to_container(config.optimizer_options))
+    if config.optimizer in EIGHT_BIT and config.trainer != "BasicTrainer":
+        problems.append(f"optimizer={config.optimizer}: trainer={config.trainer} does not split its state; use trainer=BasicTrainer")
+    if config.min_lr > config.lr:
+        problems.append(f"min_lr={config.min_lr} is more than lr={config.lr}")
     if config.exp_name.strip(".") == "" or ".." in config.exp_name:
         problems.append(f"exp_name={config.exp_name!r}: must not contain '..' or consist of dots, because it names a folder")
     if config.tokens_per_microbatch is None and config.batch_size % config.gradient_accumulation_steps:
@@ -141,6 +150,9 @@ def _notes(config: DictConfig, objective: Objective, overrides: list[str]) -> li
     for key in objective.ignored:
         if any(re.match(rf"\+*loss\.{key}=", override) for override in overrides):
             notes.append(f"warning: {name.upper()} has no {key}; loss.{key} is ignored")
+    for key, default in (("min_lr", 0), ("decay_steps", 0.1)):
+        if config[key] != default and config.lr_schedule not in {"min_lr": ("linear", "cosine", "wsd"), "decay_steps": ("wsd",)}[key]:
+            notes.append(f"lr_schedule={config.lr_schedule}: {key} has no effect")
     if config.tokens_per_microbatch is not None and config.gradient_accumulation_steps > 1:
         notes.append("tokens_per_microbatch is set; gradient_accumulation_steps is ignored")
     if config.reference_cache and not objective.needs_reference:

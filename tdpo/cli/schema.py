@@ -1,32 +1,25 @@
 """Schemas of the configs: type, range and allowed values of every key. check_config.py checks which values go together."""
 
-import inspect
 import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Optional, Union
 
 import pydantic
-import torch
+from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, StrictBool
 
 from tdpo import losses
+from tdpo.optimizers import EIGHT_BIT, OPTIMIZERS
 from tdpo.utils import DTYPES, UserError, flat_keys, nearest
 
 Dtype = Literal[tuple(DTYPES)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # NumPy accepts no larger seed
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+Steps = Union[NonNegativeInt, Annotated[float, Field(gt=0, lt=1)]]  # a number, or a share of the run's
 TRAINERS = ("BasicTrainer", "FSDPTrainer", "TensorParallelTrainer")
-# Classes of torch.optim that cannot train a model from dense gradients: the base class, and those that need a closure, sparse gradients
-# or only matrices.
-UNSUITABLE_OPTIMIZERS = ("Optimizer", "LBFGS", "SparseAdam", "Muon")
-OPTIMIZERS = sorted(
-    name
-    for name, value in vars(torch.optim).items()
-    if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and name not in UNSUITABLE_OPTIMIZERS
-)
 
-# Types and ranges of hyperparameters, the same for every loss that has them.
+# Types and ranges of hyperparameters, the same for every loss that has them; <loss>.<key> is for one loss.
 HYPERPARAMETERS = {
     "beta": (PositiveFloat, ...),
     "alpha": (NonNegativeFloat, ...),
@@ -37,13 +30,22 @@ HYPERPARAMETERS = {
     "gamma": (NonNegativeFloat, ...),
     "kl_weight": (NonNegativeFloat, ...),
     "delta": (PositiveFloat, ...),
-    "sft_weight": (NonNegativeFloat, ...),
+    "sft_weight": (NonNegativeFloat, 0.0),
     "desirable_weight": (NonNegativeFloat, ...),
     "undesirable_weight": (NonNegativeFloat, ...),
     "z0": (Literal["batch", 0], ...),
     "parts": (Annotated[int, Field(ge=2)], ...),
     "order": (Literal["given", "easy_to_hard"], ...),
+    "divergence": (Literal["reverse_kl", "forward_kl", "jensen_shannon", "alpha"], ...),
+    "f_dpo.alpha": (Annotated[float, Field(gt=0, lt=1)], ...),
 }
+
+
+# Keys with free names within them, which the command line may set without a +: a config in the defaults list of config.yaml.
+FREE = OmegaConf.create({"optimizer_options": {}, "stop_when": {}})
+for _node in FREE.values():
+    OmegaConf.set_struct(_node, False)
+ConfigStore.instance().store("free_names", FREE)
 
 
 class Node(pydantic.BaseModel):
@@ -91,12 +93,19 @@ class ReferenceConfig(Node):
     mixup: Annotated[float, Field(gt=0, le=1)]
 
 
+class KeepBest(Node):
+    metric: Optional[str]
+    mode: Optional[Literal["min", "max"]]
+
+
 class Corpus(Node):
     """Keys that every dataset has."""
 
     invalid_rows: Literal["error", "skip", "keep"]
     truncation_mode: Literal["keep_start", "keep_end"]
     unpair: StrictBool = False
+    share: Optional[Annotated[float, Field(gt=0, le=1)]] = None
+    n_examples: Optional[PositiveInt] = None
 
 
 class Published(Corpus):
@@ -170,15 +179,22 @@ class Config(Node):
     nproc_per_node: Optional[PositiveInt]
     parallel: Parallel
     wandb: Wandb
+    sinks: list[Literal["wandb", "tensorboard", "trackio"]]
+    console: Literal["auto", "full"]
     local_dirs: Annotated[list[str], Field(min_length=1)]
     local_run_dir: Optional[str]
     resume: Optional[str]
     save_policy: Optional[Literal["always", "final", "never"]]
     keep_checkpoints: Optional[PositiveInt]
+    keep_best: KeepBest
+    stop_when: dict[str, Any]
     sample_during_eval: StrictBool
     n_eval_model_samples: PositiveInt
     do_first_eval: StrictBool
     lr: PositiveFloat
+    lr_schedule: Literal["constant", "linear", "cosine", "wsd"]
+    min_lr: NonNegativeFloat
+    decay_steps: Steps
     gradient_accumulation_steps: PositiveInt
     tokens_per_microbatch: Optional[PositiveInt]
     scoring: Literal["auto", "fast", "plain"]
@@ -194,8 +210,10 @@ class Config(Node):
     drop_last: StrictBool
     n_eval_examples: Optional[PositiveInt]
     trainer: Literal[TRAINERS]
-    optimizer: Literal[tuple(OPTIMIZERS)]
-    warmup_steps: NonNegativeInt
+    optimizer: Literal[(*OPTIMIZERS, *EIGHT_BIT)]
+    optimizer_options: dict[str, Any]
+    decay_norms_and_biases: StrictBool
+    warmup_steps: Steps
     activation_checkpointing: StrictBool
     eval_every: PositiveInt
     save_every: Optional[PositiveInt]
@@ -336,8 +354,9 @@ def _line(problem: Mapping, values: Mapping) -> str:
     if key == "exp_name":
         return f"exp_name={problem['input']!r}: must have only letters, digits, '.', '_' and '-', because it names a folder"
     if key == "optimizer":
-        hint = nearest(str(problem["input"]), OPTIMIZERS)
-        return f"optimizer={problem['input']}: not a supported optimizer of torch.optim{hint}; use one of {', '.join(OPTIMIZERS)}"
+        hint, known = nearest(str(problem["input"]), (*OPTIMIZERS, *EIGHT_BIT)), ", ".join(OPTIMIZERS)
+        what = f"optimizer={problem['input']}: not a supported optimizer of torch.optim{hint}"
+        return f"{what}; use one of {known}, or of bitsandbytes {', '.join(EIGHT_BIT)}"
     message = problem["msg"].removeprefix("Input should be ")
     return f"{key}={problem['input']}: must be {message}"
 
@@ -361,10 +380,11 @@ def loss_problems(loss: Optional[Mapping], config: DictConfig) -> list[str]:
         return [f"loss.name={error.args[0]}: not a loss{nearest(str(error.args[0]), losses.OBJECTIVES)}"]
     except ValueError as error:
         return [str(error)]
-    known = list(inspect.signature(losses.OBJECTIVES[name].function).parameters)[1:]
-    schema = pydantic.create_model(name, __base__=Node, **{key: HYPERPARAMETERS.get(key, (Any, ...)) for key in known})
+    known = losses.OBJECTIVES[name].parameters
+    ranges = {key: HYPERPARAMETERS.get(f"{name}.{key}", HYPERPARAMETERS.get(key, (Any, ...))) for key in known}
+    schema = pydantic.create_model(name, __base__=Node, **ranges)
     try:
-        config.loss.merge_with(schema.model_validate(values).model_dump())
+        config.loss.merge_with(schema.model_validate(values).model_dump(exclude_unset=True))
     except pydantic.ValidationError as error:
         return [_line({**problem, "loc": ("loss", *problem["loc"])}, {"loss": {key: 0 for key in known}}) for problem in error.errors()]
     return []

@@ -48,7 +48,7 @@ class BatchStream:
             raise UserError("n_epochs and n_examples are both null: give one of them")
         self.split, self.batch_size, self.seed, self.shuffle = split, batch_size, seed, shuffle
         self.n_epochs, self.n_examples, self.drop_last = n_epochs, n_examples, drop_last
-        self._check_size("the split", len(split))
+        self._check_size("the split", split.epoch_size)
 
     def _check_size(self, what: str, size: int) -> None:
         if size < self.batch_size and self.drop_last or size == 0:
@@ -57,18 +57,19 @@ class BatchStream:
                 "use a smaller batch_size, more data, or drop_last=false"
             )
 
-    def _sizes(self) -> Iterator[int]:
-        """Yield the number of examples of each epoch."""
-        return itertools.repeat(len(self.split)) if self.n_epochs is None else itertools.repeat(len(self.split), self.n_epochs)
+    def _sizes(self, n_epochs: Optional[int]) -> Iterator[int]:
+        """Yield the number of examples of each of n_epochs, None for without end."""
+        size = self.split.epoch_size
+        return itertools.repeat(size) if n_epochs is None else itertools.repeat(size, n_epochs)
 
     def _orders(self) -> Iterator[Sequence[Example]]:
         """Yield the examples of each epoch, in order."""
-        return self.split.epochs(self.seed, self.shuffle)
+        return self.split.train_epochs(self.seed, self.shuffle)
 
-    def _bounds(self, n_examples: Optional[int]) -> Iterator[tuple[int, int, int]]:
-        """Yield (epoch, start, stop) of each batch, until n_examples have been yielded."""
+    def _bounds(self, n_epochs: Optional[int], n_examples: Optional[int]) -> Iterator[tuple[int, int, int]]:
+        """Yield (epoch, start, stop) of each batch of n_epochs, until n_examples have been yielded."""
         given = 0
-        for epoch, size in enumerate(self._sizes()):
+        for epoch, size in enumerate(self._sizes(n_epochs)):
             end = size - size % self.batch_size if self.drop_last else size
             for start in range(0, end, self.batch_size):
                 if n_examples is not None and given >= n_examples:
@@ -78,7 +79,11 @@ class BatchStream:
                 yield epoch, start, stop
 
     def __len__(self) -> int:
-        return sum(1 for _ in self._bounds(self.n_examples))
+        return self.count(self.n_epochs, self.n_examples)
+
+    def count(self, n_epochs: Optional[int], n_examples: Optional[int]) -> int:
+        """Return the number of batches that the stream would have with this end."""
+        return sum(1 for _ in self._bounds(n_epochs, n_examples))
 
     def __iter__(self) -> Iterator[list[Example]]:
         return self.after(0)
@@ -87,7 +92,7 @@ class BatchStream:
         """Yield the batches after the first n_batches, to resume a run."""
         epochs = self._orders()
         current, order = -1, []
-        for epoch, start, stop in itertools.islice(self._bounds(self.n_examples), n_batches, None):
+        for epoch, start, stop in itertools.islice(self._bounds(self.n_epochs, self.n_examples), n_batches, None):
             while current < epoch:  # an epoch's order depends on the one before
                 current, order = current + 1, next(epochs)
             yield order[start:stop]
@@ -95,8 +100,8 @@ class BatchStream:
     @property
     def dropped(self) -> int:
         """The number of examples dropped at the end of each epoch; 0 if the stream ends before the first epoch does."""
-        per_epoch = len(self.split) // self.batch_size
-        return len(self.split) % self.batch_size if self.drop_last and len(self) >= per_epoch else 0
+        per_epoch = self.split.epoch_size // self.batch_size
+        return self.split.epoch_size % self.batch_size if self.drop_last and len(self) >= per_epoch else 0
 
 
 class StagedBatchStream(BatchStream):
@@ -112,7 +117,7 @@ class StagedBatchStream(BatchStream):
 
     def __init__(self, stages: int, split: TokenizedSplit, batch_size: int, seed: int, n_epochs: int, *others, **more):
         super().__init__(split, batch_size, seed, n_epochs, *others, **more)
-        examples = next(split.epochs(seed, shuffle=False))
+        examples = next(split.train_epochs(seed, shuffle=False))
         self.stages = [examples[len(examples) * i // stages : len(examples) * (i + 1) // stages] for i in range(stages)]
         self._check_size("a stage", min(map(len, self.stages)))
 
@@ -122,12 +127,12 @@ class StagedBatchStream(BatchStream):
         Args:
             indices: the indices of all examples (`TokenizedSplit.index`) in the new order.
         """
-        examples = next(self.split.epochs(self.seed, shuffle=False))
+        examples = {self.split.index(example): example for stage in self.stages for example in stage}
         ordered = iter([examples[i] for i in indices])
         self.stages = [list(itertools.islice(ordered, len(stage))) for stage in self.stages]
 
-    def _sizes(self) -> Iterator[int]:
-        return (len(stage) for stage in self.stages for _ in range(self.n_epochs))
+    def _sizes(self, n_epochs: Optional[int]) -> Iterator[int]:
+        return (len(stage) for stage in self.stages for _ in range(n_epochs))
 
     def _orders(self) -> Iterator[Sequence[Example]]:
         seeds = np.random.RandomState(self.seed)
@@ -140,7 +145,7 @@ class StagedBatchStream(BatchStream):
     @functools.cached_property
     def _stage_ends(self) -> set[int]:
         # Ignores n_examples: a later run may raise it and continue with the next stage.
-        stage_of = [epoch // self.n_epochs for epoch, *_ in self._bounds(None)]
+        stage_of = [epoch // self.n_epochs for epoch, *_ in self._bounds(self.n_epochs, None)]
         return {i for i, (stage, following) in enumerate(itertools.pairwise(stage_of), 1) if stage != following}
 
     @property

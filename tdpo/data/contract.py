@@ -40,6 +40,27 @@ SFT, PAIRS, PAIRS_AND_TARGET, COMPLETIONS = (
 )
 
 
+class Take(NamedTuple):
+    """How many examples of a dataset an epoch of training takes: a share, or a number; with neither all."""
+
+    share: Optional[float] = None
+    n_examples: Optional[int] = None
+
+    def of(self, name: str, size: int) -> int:
+        """Return the number for a dataset of this size; a share is rounded, and takes at least one.
+
+        Raises:
+            UserError: the dataset is smaller than n_examples.
+        """
+        if self.n_examples is not None and self.n_examples > size:
+            raise UserError(
+                f"datasets.{name}.n_examples={self.n_examples}: it has {plural(size, 'train example')}; use at most that number"
+            )
+        if self.n_examples is not None:
+            return self.n_examples
+        return size if self.share is None else max(1, round(self.share * size))
+
+
 class Source(NamedTuple):
     """What a loader is given."""
 

@@ -3,13 +3,13 @@
 import functools
 import hashlib
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Optional, TypeVar
 
 import datasets
 import numpy as np
 
-from tdpo.data.contract import COMPLETIONS, PAIRS, Form
+from tdpo.data.contract import COMPLETIONS, PAIRS, Form, Take
 from tdpo.data.token_cache import digest_of, flat
 from tdpo.data.tokenization import batch_element, truncate, truncated_lengths
 from tdpo.utils import UserError, plural, some_of
@@ -50,13 +50,22 @@ class TokenizedSplit:
         max_length, max_prompt_length: tokens, see tokenization.truncate.
         form: of the examples.
         add_bos: whether prompts begin with the tokenizer's beginning-of-sequence token.
+        takes: of each table, the number of examples that an epoch of training takes; None takes all.
 
     Raises:
-        UserError: truncation would cut off tokens of a segment, or leave a response without tokens, in the loss.
+        UserError: a table has fewer examples than are to be taken; truncation would cut off tokens of a segment, or leave a response
+            without tokens, in the loss.
     """
 
     def __init__(
-        self, tables: Sequence[datasets.Dataset], tokenizer, max_length: int, max_prompt_length: int, form: Form, add_bos: bool = False
+        self,
+        tables: Sequence[datasets.Dataset],
+        tokenizer,
+        max_length: int,
+        max_prompt_length: int,
+        form: Form,
+        add_bos: bool = False,
+        takes: Optional[Sequence[Take]] = None,
     ):
         self.max_length, self.max_prompt_length, self.form = max_length, max_prompt_length, form
         self.bos_token_id = tokenizer.bos_token_id if add_bos else None
@@ -66,6 +75,11 @@ class TokenizedSplit:
         self._ids = self.prompts.select_columns(["prompt_ids", "response_ids", "masks", "examples", "annotations", "truncation_mode"])
         self.examples_per_prompt = flat(self.prompts, "examples", 0)
         self._first = np.cumsum(self.examples_per_prompt) - self.examples_per_prompt  # index of each prompt's first example
+        self.names = [table["dataset"][0] for table in tables]
+        ends = np.cumsum([0, *map(len, tables)])
+        self._bounds = np.append(self._first, len(self))[ends]  # of the tables, in indices of examples
+        self.sizes = np.diff(self._bounds).tolist()  # examples of each table
+        self.takes = [take.of(name, size) for take, name, size in zip(takes or [Take()] * len(tables), self.names, self.sizes, strict=True)]
         self.has_masks = bool(flat(self.prompts, "masks", 1).any())  # whether some response tokens are not in the loss
         self._lengths = self._truncated_lengths()
         if self.has_masks:
@@ -74,6 +88,16 @@ class TokenizedSplit:
     def __len__(self) -> int:
         """Return the number of examples: pairs, completions, or prompts for SFT."""
         return int(self.examples_per_prompt.sum())
+
+    @property
+    def epoch_size(self) -> int:
+        """The number of examples of an epoch of training: all, unless only a part of a dataset is taken."""
+        return sum(self.takes)
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether an epoch of training takes only a part of a dataset."""
+        return self.takes != self.sizes
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -101,10 +125,28 @@ class TokenizedSplit:
             seed: of the orders.
             shuffle: False keeps the order of the data in every epoch.
         """
+        return self._epochs(seed, shuffle, lambda epoch, examples: examples)
+
+    def train_epochs(self, seed: int, shuffle: bool = True) -> Iterator[list[Example]]:
+        """Yield as `epochs`, but of each dataset only the examples that an epoch takes, drawn anew for every epoch by the seed."""
+        return self._epochs(seed, shuffle, functools.partial(self._taken, seed) if self.is_mixed else lambda epoch, examples: examples)
+
+    def _epochs(self, seed: int, shuffle: bool, choose: Callable[[int, list[Example]], list[Example]]) -> Iterator[list[Example]]:
         pairs = self.examples_per_prompt.tolist()
-        for order in reshuffled(range(len(self.prompts)), np.random.RandomState(seed), shuffle):
-            examples = [Example(prompt, pair) for prompt in order for pair in range(pairs[prompt])]
+        for epoch, order in enumerate(reshuffled(range(len(self.prompts)), np.random.RandomState(seed), shuffle)):
+            examples = choose(epoch, [Example(prompt, pair) for prompt in order for pair in range(pairs[prompt])])
             yield with_partners(examples) if self.form.roles == COMPLETIONS.roles and len(pairs) > 1 else examples
+
+    def _taken(self, seed: int, epoch: int, examples: list[Example]) -> list[Example]:
+        """Return the examples that an epoch takes, in their order."""
+        taken = np.zeros(len(self), dtype=bool)
+        for i, (start, size, take) in enumerate(zip(self._bounds, self.sizes, self.takes)):
+            taken[start + np.random.RandomState([seed, epoch, i]).permutation(size)[:take]] = True
+        return [example for example in examples if taken[self.index(example)]]
+
+    def dataset_of(self, examples: Sequence[Example]) -> np.ndarray:
+        """Return the dataset of each example, as index into `names`."""
+        return np.searchsorted(self._bounds, [self.index(example) for example in examples], side="right") - 1
 
     def index(self, example: Example) -> int:
         """Return an example's index in the split, which does not depend on an epoch's order."""
@@ -211,7 +253,12 @@ class TokenizedSplit:
             )
             many = " (many: is it the model's own, and the model the right one for these data?)" if unknown > MANY_UNKNOWN * tokens else ""
             parts += [f"{unknown:,} tokens are unknown to the tokenizer{many}"] if unknown else []
-        return "; ".join(parts)
+        taken = [
+            f"an epoch takes {take:,} of {name}'s {plural(size, kind)}"
+            for name, take, size in zip(self.names, self.takes, self.sizes)
+            if take < size
+        ]
+        return "; ".join([*parts, *taken])
 
 
 def with_partners(examples: Sequence[Example]) -> list[Example]:

@@ -20,7 +20,7 @@ from typing import Optional
 import datasets
 import numpy as np
 
-from tdpo.data.contract import Examples, Form
+from tdpo.data.contract import Examples, Form, Take
 from tdpo.data.sources import data_fingerprint, place_of
 from tdpo.data.tokenization import ESCAPE, encode, encode_rendered, trim_after_eos, with_bos, with_eos
 from tdpo.files import entries_of, own_name, reason_of, remove, remove_left_behind
@@ -299,7 +299,7 @@ def cache_key(
         "code": _code_digest(loader),
         "versions": [importlib.metadata.version(name) for name in ("transformers", "tokenizers", "datasets", "jinja2", "beautifulsoup4")],
         "name": name,
-        "options": {key: value for key, value in options.items() if key not in sources},
+        "options": {key: value for key, value in options.items() if key not in {*sources, *Take._fields}},
         "sources": sources,
         "split": split,
         "tokenizer": backend.to_str() if backend is not None else [sorted(tokenizer.get_vocab().items()), repr(tokenizer)],

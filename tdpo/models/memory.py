@@ -107,7 +107,7 @@ def device_memory(
     needs_kl: bool = True,
     weight_bytes: int = 4,
     compute_bytes: int = 2,
-    optimizer_states: int = 1,
+    optimizer_states: float = 1,
     activation_checkpointing: bool = True,
     accumulates_whole: bool = False,
     plain: bool = False,
@@ -123,7 +123,7 @@ def device_memory(
         needs_reference, needs_kl: see Objective.
         weight_bytes: bytes per number of model.policy_dtype, in which trained weights are kept.
         compute_bytes: bytes per number of model.fsdp_policy_mp, which is also the dtype of the reference, and of weights below adapters.
-        optimizer_states: numbers per parameter: 1 for RMSprop, 2 for AdamW.
+        optimizer_states: numbers of weight_bytes per parameter: 1 for RMSprop, 2 for AdamW.
         activation_checkpointing: only the inputs of each block are kept.
         accumulates_whole: unsharded gradients on every device, as with parallel.reduce_once_a_step and gradient_accumulation_steps > 1.
         plain: scoring=plain.

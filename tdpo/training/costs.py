@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from tdpo.data.batching import batches_of, cut_into_microbatches
@@ -12,6 +12,7 @@ from tdpo.data.split import TokenizedSplit
 from tdpo.losses import Objective
 from tdpo.models.build import compute_dtype
 from tdpo.models.memory import ModelShape, device_memory
+from tdpo.optimizers import bytes_per_weight
 from tdpo.scoring.chunked_loss import chunk_size
 from tdpo.scoring.prefix_sharing import unsupported_attention
 from tdpo.training.saver import policy_saved
@@ -45,7 +46,8 @@ def costs(
     sharded = config.trainer == "FSDPTrainer"
     tokens, responses, computed = _tokens(config, objective, data, ranks if sharded else 1, plain)
     sizes = {"weight_bytes": DTYPES[config.model.policy_dtype].itemsize, "compute_bytes": compute_dtype(config.model).itemsize}
-    states = optimizer_states(config.optimizer)
+    dtype = DTYPES[config.model.policy_dtype]
+    states = bytes_per_weight(config.optimizer, OmegaConf.to_container(config.optimizer_options), dtype) / dtype.itemsize
     memory = device_memory(
         shape,
         tokens=tokens,
@@ -94,16 +96,6 @@ def device_total(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def optimizer_states(name: str) -> float:
-    """Return how many numbers an optimizer of torch.optim keeps per number of a weight, as a step of it shows."""
-    weight = nn.Parameter(torch.zeros(64, 64))
-    optimizer = getattr(torch.optim, name)([weight], lr=1e-3)
-    weight.grad = torch.ones_like(weight)
-    optimizer.step()
-    kept = sum(value.numel() for value in optimizer.state[weight].values() if torch.is_tensor(value) and value.numel() > 1)
-    return kept / weight.numel()
 
 
 def _tokens(config: DictConfig, objective: Objective, data: TokenizedSplit, ranks: int, plain: bool) -> tuple[int, int, float]:

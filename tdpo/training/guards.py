@@ -1,4 +1,4 @@
-"""Checks during a run: loss and gradient are finite, policy and reference are equal at the start; and errors for lack of memory."""
+"""Checks of a run: how it can be scored, finite loss and gradient, policy and reference equal at the start; errors for lack of memory."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,10 +10,12 @@ from omegaconf import DictConfig
 from tdpo.checkpointing.training_state import Progress
 from tdpo.data.split import Example, TokenizedSplit
 from tdpo.distributed.world import World
+from tdpo.scoring.probes import check_predictions, fast_scoring_problem
+from tdpo.scoring.scorer import Scorer
 from tdpo.training.metrics import start_difference
 from tdpo.training.saver import Saver
-from tdpo.training.strategies import SingleDevice
-from tdpo.utils import RunError, get_logger, some_of
+from tdpo.training.strategies import SingleDevice, without_randomness
+from tdpo.utils import RunError, UserError, get_logger, some_of
 
 log = get_logger(__name__)
 
@@ -50,6 +52,32 @@ class Guards:
 
     def __init__(self, config: DictConfig, data: Mapping[str, TokenizedSplit], strategy: SingleDevice, world: World):
         self.config, self.data, self.strategy, self.world = config, data, strategy, world
+
+    def choose_scoring(self, scorer: Scorer) -> bool:
+        """Test the policy's predictions, and return whether to use fast scoring, the same on all ranks. `auto` and `fast` test it too.
+
+        Raises:
+            UserError, RunError: the model's predictions depend on later tokens; scoring=fast, but the model does not support it; the test
+                runs out of memory.
+        """
+        plain = self.config.scoring == "plain"
+        without_randomness(scorer.policy)
+        try:
+            with torch.no_grad(), self.strategy.forward_context():
+                check_predictions(scorer, self.config.max_length)
+                problem = None if plain else fast_scoring_problem(scorer, self.config.max_length)
+        except torch.OutOfMemoryError as error:
+            what = f"two sequences of max_length={self.config.max_length} tokens (the trial of fast scoring)"
+            raise self.out_of_memory(what, "more devices") from error
+        if plain:
+            return False
+        problems = [x for x in self.world.gather(problem) if x]
+        name = type(scorer.policy).__name__
+        if problems and self.config.scoring == "fast":
+            raise UserError(f"scoring=fast: {name} does not support it: {problems[0]}; use scoring=plain")
+        slow = f"plain, several times slower, because of {name}: {problems[0]}" if problems else ""
+        log.info(f"scoring: {slow or 'fast'}")
+        return not problems
 
     def may_take_step(
         self,

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from tdpo.checkpointing.training_state import Progress
 from tdpo.data.batching import BatchStream, StagedBatchStream
-from tdpo.data.split import Example
+from tdpo.data.split import Example, TokenizedSplit
 from tdpo.losses import Objective
 from tdpo.models.adapters import OwnReference
 from tdpo.scoring.chunked_loss import HeadOnly
@@ -17,7 +17,7 @@ from tdpo.scoring.scorer import Scorer
 from tdpo.training.feeder import Microbatch
 from tdpo.training.passes import Passes
 from tdpo.training.reference_cache import ReferenceCache, config_fingerprint
-from tdpo.utils import UserError, get_local_dir, get_logger
+from tdpo.utils import UserError, batched, get_local_dir, get_logger
 
 log = get_logger(__name__)
 
@@ -49,6 +49,17 @@ class Hook:
             progress: the counters, this step included.
             took_step: false if the step was skipped.
         """
+
+    def after_eval(self, progress: Progress) -> None:
+        """Act after an eval, whose metrics are in `progress`."""
+
+    def wants_checkpoint(self, progress: Progress) -> bool:
+        """Whether the weights as they are now, just evaluated, are to be saved."""
+        return False
+
+    def reason_to_stop(self, progress: Progress) -> str:
+        """Return why the run ends before its last batch; '' if it goes on."""
+        return ""
 
     def state(self) -> dict[str, Any]:
         """Return what resuming needs, as a JSON-serializable dict."""
@@ -133,7 +144,8 @@ class Stages(Hook):
     def _easiest_first(self) -> list[int]:
         """Return the indices of the train examples, sorted by the current policy's margin, largest first; the same on all ranks."""
         passes, data = self.passes, self.batches.split
-        shards = passes.feeder.batches("train", next(data.epochs(self.batches.seed, shuffle=False)), self.batch_size)
+        examples = [example for stage in self.batches.stages for example in stage]
+        shards = passes.feeder.batches("train", examples, self.batch_size)
         found = []
         passes.scorer.policy.eval()
         with passes.strategy.forward_context():
@@ -181,8 +193,7 @@ class CachedReference(Hook):
             raise UserError("reference_cache=true needs fast scoring, which this model does not support; set reference_cache=false")
         reference = passes.scorer.reference
         data, model = feeder.data, reference.config.get_text_config()
-        whole = config.n_examples is None or config.n_examples >= len(data["train"])
-        stream = BatchStream(data["train"], config.batch_size, self.batches.seed, 1, drop_last=False) if whole else self.batches
+        stream = self._train_batches(data["train"])
         examples = {"train": [example for batch in stream for example in batch], "eval": self.eval_examples}
         identity = world.from_first(lambda: {"weights": self.fingerprint, "config": config_fingerprint(reference.config)})
         folder = world.from_first(lambda: os.path.abspath(get_local_dir(config.local_dirs)))
@@ -205,6 +216,14 @@ class CachedReference(Hook):
         if not hasattr(reference, "is_policy"):
             log.info("reference cache: only the reference's head stays in memory; samples are drawn from the policy only")
             passes.scorer.reference = HeadOnly.instead_of(reference)
+
+    def _train_batches(self, split: TokenizedSplit) -> Iterable[list[Example]]:
+        """Return the batches in which the states are computed: of all train examples, or of those that the run trains on, each once."""
+        size, n_examples = self.config.batch_size, self.config.n_examples
+        if not split.is_mixed and (n_examples is None or n_examples >= len(split)):
+            return BatchStream(split, size, self.batches.seed, 1, drop_last=False)
+        once = {split.index(example): example for batch in self.batches for example in batch}
+        return [some for _, some in batched(list(once.values()), size)]
 
 
 def make_hooks(

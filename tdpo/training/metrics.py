@@ -1,21 +1,13 @@
-"""Metrics, summed on the device, and the sinks that log them (console, metrics.jsonl, wandb). Metric names are the published ones."""
+"""Metrics of examples, summed on the device. Their names are the published ones."""
 
-import json
 import math
-import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Optional, Protocol, Union
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
-import tqdm
-from omegaconf import DictConfig, OmegaConf
 
-from tdpo.files import append_lines, reason_of
 from tdpo.losses import LossOutput, ResponseScores
-from tdpo.utils import RunError, formatted_dict, get_logger
-
-log = get_logger(__name__)
 
 
 class Weighted(NamedTuple):
@@ -63,6 +55,24 @@ def example_metrics(scores: Mapping[str, ResponseScores], output: LossOutput, sp
     if len(divergences) == 2:
         metrics[f"kl_{split}/margin"] = divergences["chosen"] - divergences["rejected"]
     return {name: _detached(values) for name, values in metrics.items()}
+
+
+def metrics_of_datasets(
+    scores: Mapping[str, ResponseScores], output: LossOutput, split: str, names: Sequence[str], own: Sequence[int]
+) -> dict[str, Weighted]:
+    """Return the metrics of each dataset, where there are several: as example_metrics with the split <split>_<dataset>.
+
+    Args:
+        scores, output, split: as for example_metrics.
+        names: of all datasets.
+        own: the dataset of each example that counts, as index into names.
+    """
+    found, dataset = {}, torch.as_tensor(own, device=output.losses.device)
+    for i, name in enumerate(names if len(names) > 1 else ()):
+        for key, values in example_metrics(scores, output, f"{split}_{name}").items():
+            values, counts = values if isinstance(values, Weighted) else (values, torch.ones_like(values, dtype=torch.bool))
+            found[key] = Weighted(values[: len(own)], counts[: len(own)] & (dataset == i))
+    return found
 
 
 def _by_label(score: ResponseScores, output: LossOutput, split: str) -> dict[str, Union[torch.Tensor, Weighted]]:
@@ -148,149 +158,3 @@ class MetricSums:
             counts[others] = torch.stack([self._counts[names[i]] for i in others]).to(sums.dtype)
         pairs = zip(names, *reduce(torch.stack([sums, counts])).tolist())
         return {name: total / count for name, total, count in pairs if count}
-
-
-class Sink(Protocol):
-    """A destination of metrics and samples; `examples` is the number of train examples so far."""
-
-    def log(self, metrics: Mapping[str, float], split: str, examples: int) -> None: ...
-
-    def samples(self, rows: list[dict], examples: int) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class ConsoleSink:
-    """Prints metrics as the published code does, and at most three samples, above the progress bar."""
-
-    def log(self, metrics: Mapping[str, float], split: str, examples: int) -> None:
-        what = "train stats" if split == "train" else "eval"
-        tqdm.tqdm.write(f"{what} after {examples} examples: {formatted_dict(dict(metrics))}")
-
-    def samples(self, rows: list[dict], examples: int) -> None:
-        for row in rows[:3]:
-            tqdm.tqdm.write(f"sample after {examples} examples: {json.dumps(row, ensure_ascii=False)}")
-
-    def close(self) -> None:
-        pass
-
-
-class JsonlSink:
-    """Writes metrics.jsonl, one object per log and the authoritative record of a run, and samples.jsonl, one object per sampled prompt."""
-
-    def __init__(self, run_dir: str):
-        self.run_dir = run_dir
-
-    def _append(self, file: str, rows: list[dict]) -> None:
-        path = os.path.join(self.run_dir, file)
-        try:
-            append_lines(path, rows)
-        except OSError as error:
-            reason = f"{path} cannot be written ({reason_of(error)})"
-            raise RunError(f"{reason}; saved checkpoints are kept; to continue: resume={self.run_dir}") from None
-
-    @staticmethod
-    def _finite(metrics: Mapping[str, float]) -> dict:
-        """Replace values that are not finite by None (null), because JSON has no infinity or NaN."""
-        return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-
-    def log(self, metrics: Mapping[str, float], split: str, examples: int) -> None:
-        self._append("metrics.jsonl", [{"split": split, "counters/examples": examples, **self._finite(metrics)}])
-
-    def samples(self, rows: list[dict], examples: int) -> None:
-        self._append("samples.jsonl", [{"counters/examples": examples, **row} for row in rows])
-
-    def close(self) -> None:
-        pass
-
-
-class WandbSink:
-    """Logs to Weights & Biases. Without an API key or a network it logs offline, with a line on the console; the run continues.
-
-    Args:
-        run_dir: the run's folder, in which wandb keeps its files.
-        config: the run's config.
-        run_id: the wandb run to continue; None: a new one.
-    """
-
-    def __init__(self, run_dir: str, config: DictConfig, run_id: Optional[str]):
-        import wandb  # here, because wandb is optional
-
-        self.wandb, self.failed = wandb, False
-        arguments = {
-            "entity": config.wandb.entity,
-            "project": config.wandb.project,
-            "name": config.exp_name,
-            "config": OmegaConf.to_container(config),
-            "dir": run_dir,
-            **({"id": run_id, "resume": "allow"} if run_id else {}),
-            "settings": wandb.Settings(init_timeout=20, finish_timeout=30, silent=True),
-        }
-        mode = os.environ.get("WANDB_MODE", "online")  # wandb's own switch
-        if mode == "online":
-            problem = self._start_online(arguments)
-            if problem is None:
-                log.info(f"wandb: {self.run.url}")
-                return
-            log.info(f"wandb: {problem}; logging offline to {run_dir}/wandb (wandb sync uploads it)")
-            mode = "offline"
-        self.run = wandb.init(mode=mode, **arguments)
-
-    @property
-    def run_id(self) -> str:
-        """The wandb run's id, by which a resumed run continues it."""
-        return self.run.id
-
-    def _start_online(self, arguments: Mapping) -> Optional[str]:
-        """Start the wandb run online; return None, or the reason why that is not possible."""
-        try:
-            if not self.wandb.login(prompt=False):
-                return "no API key (wandb login)"
-            self.run = self.wandb.init(mode="online", **arguments)
-        except Exception as error:  # wandb has a dozen types: no network, no such entity, no permission
-            return (str(error).splitlines() or [type(error).__name__])[0]
-        return None
-
-    def log(self, metrics: Mapping[str, float], split: str, examples: int) -> None:
-        self._tried(lambda: self.run.log(dict(metrics), step=examples))
-
-    def samples(self, rows: list[dict], examples: int) -> None:
-        self._tried(lambda: self._log_tables(rows, examples))
-
-    def _log_tables(self, rows: list[dict], examples: int) -> None:
-        for column in ("policy", "reference"):
-            texts = [(examples, row["prompt"], row[column]) for row in rows if column in row]
-            if texts:
-                self.run.log({f"{column}_samples": self.wandb.Table(columns=["step", "prompt", "sample"], data=texts)}, step=examples)
-
-    def close(self) -> None:
-        self._tried(self.run.finish)
-
-    def _tried(self, action: Callable[[], None]) -> None:
-        """Do what wandb is asked for. A failure, for which it has a dozen types, ends logging to wandb with a warning, not the run."""
-        if self.failed:
-            return
-        try:
-            action()
-        except Exception as error:
-            self.failed = True
-            log.warning(f"wandb: {(str(error).splitlines() or [type(error).__name__])[0]}; from now on metrics are in metrics.jsonl only")
-
-
-def open_sinks(run_dir: str, config: DictConfig, wandb_id: Optional[str] = None) -> list[Sink]:
-    """Open the sinks of a run: console, metrics.jsonl and, if it is enabled and installed, wandb.
-
-    Args:
-        run_dir: the run's folder.
-        config: a checked config.
-        wandb_id: the wandb run to continue; None: a new one.
-    """
-    sinks: list[Sink] = [ConsoleSink(), JsonlSink(run_dir)]
-    if config.wandb.enabled and not config.debug:
-        try:
-            sinks.append(WandbSink(run_dir, config, wandb_id))
-        except ImportError:
-            log.info("wandb is not installed: metrics are written to metrics.jsonl only")
-        except Exception as error:  # wandb refuses a setting, such as the project's name or WANDB_MODE
-            log.info(f"wandb: {' '.join(str(error).split())[:200]}; metrics are written to metrics.jsonl only")
-    return sinks

@@ -1,5 +1,6 @@
 """When a run's checkpoints are published and removed: only sound weights, and never the last ones that are known to be sound."""
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, Optional
 
@@ -7,7 +8,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from tdpo.checkpointing.checkpoints import complete_checkpoint, list_checkpoints, remove_old, save_checkpoint
+from tdpo.checkpointing.checkpoints import BEST, complete_checkpoint, list_checkpoints, point, remove_old, save_checkpoint
 from tdpo.distributed.sharding import whole_state
 from tdpo.distributed.world import World
 from tdpo.training.adapter_files import AdapterFiles
@@ -41,6 +42,7 @@ class Saver:
         self.newest: Optional[str] = None  # its folder
         self.proven: Optional[str] = None  # the newest checkpoint that a finite step or, at the end, a finite eval has followed
         self.resumed_from: Optional[str] = None
+        self.best_at = -1  # train examples of the best checkpoint, to which BEST points; -1: there is none
 
     def resume(self, folder: str, examples: int) -> None:
         """Start with the checkpoint that the run is resumed from; `examples` are its train examples."""
@@ -79,6 +81,8 @@ class Saver:
             log.info(f"checkpoint: {self.newest}")
         elif final:
             complete_checkpoint(self.world, self.newest, written, progress, lambda folder: export(folder, state))
+        if self.best_at >= 0:
+            self.point_best(self.best_at)
         self._remove_old()
 
     def _check(self, tensors: Mapping[str, Any]) -> None:
@@ -93,6 +97,22 @@ class Saver:
                     f"weights or optimizer state are not finite after the last step ({some_of(sorted(bad), 3)}): not saved; {kept}\n"
                     "try a smaller lr or max_grad_norm"
                 )
+
+    def point_best(self, examples: int) -> bool:
+        """Point BEST to the checkpoint after `examples` train examples; below 0, remove the link. Called on all ranks.
+
+        Returns:
+            whether that checkpoint is there (True if none is meant).
+        """
+        name = f"step-{examples}"
+        there = examples < 0 or self.world.from_first(lambda: os.path.isdir(os.path.join(self.run_dir, name)))
+        link = os.path.join(self.run_dir, BEST)
+        with self.world.agreed():
+            if self.world.is_first and os.path.islink(link) and (examples < 0 or not there):
+                os.remove(link)
+            elif self.world.is_first and examples >= 0 and there and not (os.path.islink(link) and os.readlink(link) == name):
+                point(self.run_dir, BEST, name)
+        return there
 
     def step_followed(self) -> None:
         """Note that a step with finite loss and gradient was taken from the newest checkpoint, or from weights after it."""

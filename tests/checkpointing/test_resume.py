@@ -91,7 +91,9 @@ def test_the_batch_stream_resumes_after_any_batch():
         def __len__(self):
             return 10
 
-        def epochs(self, seed, shuffle):
+        epoch_size = 10
+
+        def train_epochs(self, seed, shuffle):
             order = list(range(10))
             while True:
                 random.Random(seed).shuffle(order)

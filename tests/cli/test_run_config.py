@@ -73,7 +73,7 @@ def test_no_command_reads_the_environment_for_a_stranger(finished, tmp_path, mon
                 except (UserError, KeyError) as error:
                     assert os.environ["TOKEN"] not in str(error) and not isinstance(error, KeyError), key
             try:
-                plot.has_implicit_rewards(str(finished))
+                plot.findings_of(str(finished), [])
             except UserError as error:
                 assert os.environ["TOKEN"] not in str(error)
             assert os.environ["TOKEN"] not in "".join(capsys.readouterr())

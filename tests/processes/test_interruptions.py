@@ -48,15 +48,26 @@ def kill_at_random(options: list[str], run_dir: Path, kills: int, steps: int) ->
 
 
 @pytest.mark.parametrize(
-    "more", [[], ["adapter.rank=4", "reference.update_every=3", "reference.mixup=1"]], ids=["full training", "adapters, moving reference"]
+    "more",
+    [
+        [],
+        ["adapter.rank=4", "reference.update_every=3", "reference.mixup=1"],
+        ["keep_best.metric=rewards_eval/margins", "stop_when={patience: 5}", "keep_checkpoints=1", "lr_schedule=cosine"],
+    ],
+    ids=["full training", "adapters, moving reference", "best checkpoint, patience, decay"],
 )
 def test_a_run_killed_at_random_moments_ends_with_the_same_weights(more, tmp_path):
     """The run saves every two steps, and is restarted with the same command."""
     options = [*LONG, *more, "n_examples=640"]
     straight = run(*options, f"local_run_dir={tmp_path}/straight")
     options += [f"local_run_dir={tmp_path}/run", "resume=auto"]
-    kill_at_random(options, tmp_path / "run", kills=3, steps=80)
+    kill_at_random(options, tmp_path / "run", kills=3, steps=len(logs_of(straight, "train")))
     assert_same_run(run(*options), straight)
+    links = [
+        {name: os.readlink(folder / name) for name in ("LATEST", "BEST") if (folder / name).is_symlink()}
+        for folder in (straight, tmp_path / "run")
+    ]
+    assert links[0] == links[1] and all((tmp_path / "run" / target).is_dir() for target in links[1].values())
 
 
 def test_ranks_killed_at_a_random_moment_end_with_the_same_weights(ranks, tmp_path):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import DATA, PREFERENCE, SHARDED, TENSOR, assert_recorded_logs, logs_of, recorded, run, weights_of
+from helpers import DATA, PREFERENCE, SHARDED, TENSOR, TIMES, assert_recorded_logs, logs_of, recorded, run, weights_of
 
 from tdpo.utils import RunError
 
@@ -56,7 +56,7 @@ def test_weights_do_not_depend_on_the_number_of_ranks(ranks, tmp_path):
     for name, tensor in weights_of(one).items():
         torch.testing.assert_close(weights_of(four)[name], tensor, rtol=0, atol=1e-12)
     for ours, theirs in zip(logs_of(one), logs_of(four), strict=True):
-        numbers = {name: value for name, value in ours.items() if name not in ("split", "examples_per_second")}
+        numbers = {name: value for name, value in ours.items() if name not in ("split", *TIMES)}
         assert {name: theirs[name] for name in numbers} == pytest.approx(numbers, rel=1e-9, abs=1e-12)
 
 

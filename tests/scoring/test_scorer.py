@@ -249,7 +249,7 @@ def test_scoring_is_chosen_and_printed(tmp_path, capsys, monkeypatch):
     fast = run(*options, f"local_run_dir={tmp_path}/fast")
     plain = run(*options, "scoring=plain", f"local_run_dir={tmp_path}/plain")
     assert "scoring: plain, several" not in (said := capsys.readouterr().out) and said.count("scoring: fast\n") == 1
-    monkeypatch.setattr("trainers.fast_scoring_problem", lambda *_: "its logits are odd")
+    monkeypatch.setattr("tdpo.training.guards.fast_scoring_problem", lambda *_: "its logits are odd")
     fallen_back = run(*options, f"local_run_dir={tmp_path}/auto")
     assert capsys.readouterr().out.count("scoring: plain, several times slower, because of GPTNeoXForCausalLM: its logits are odd") == 1
     assert logs_of(fallen_back)[:1] == logs_of(plain)[:1]

@@ -11,7 +11,8 @@ from helpers import MINI, ROOT, run
 
 import plot
 from tdpo.losses import LossOutput, ResponseScores
-from tdpo.training.metrics import MetricSums, WandbSink, example_metrics
+from tdpo.training.metrics import MetricSums, example_metrics
+from tdpo.training.sinks import WandbSink
 from tdpo.utils import UserError
 
 

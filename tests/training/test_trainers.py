@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import DATA, MINI, PREFERENCE, QUIET, compose, logs_of, run, weights_of
+from helpers import DATA, MINI, PREFERENCE, QUIET, TIMES, compose, logs_of, run, weights_of
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
@@ -111,7 +111,7 @@ def test_a_train_log_covers_one_batch_and_has_the_published_names(tmp_path):
     (log,) = logs_of(run_dir, "train")
     published = {f"rewards_train/{x}" for x in ("chosen", "rejected", "accuracies", "margins")}
     published |= {f"kl_train/{x}" for x in ("chosen", "rejected", "margin")} | {f"logps_train/{x}" for x in ("chosen", "rejected")}
-    published |= {"loss/train", "grad_norm", "examples_per_second", "counters/examples", "counters/updates"}
+    published |= {"loss/train", "grad_norm", *TIMES, "counters/examples", "counters/updates"}
     ours = {"logits_train/margins", "logits_train/accuracies", "logratio_train/accuracies", "lr", "split"}
     assert set(log) == published | ours
     assert log["loss/train"] == pytest.approx(0.693147, abs=1e-6)  # policy equals reference at the first step
@@ -187,7 +187,7 @@ def test_compiled_blocks_and_chunks_compute_the_same(tmp_path, monkeypatch):
         torch._dynamo.utils.counters.clear()
         logs.append(logs_of(run(*options, f"compile={compiled}", f"local_run_dir={tmp_path}/{compiled}")))
     for log, expected in zip(logs[1], logs[0], strict=True):
-        for key in expected.keys() - {"split", "examples_per_second"}:
+        for key in expected.keys() - {"split", *TIMES}:
             assert log[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-5), key
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert 5 <= graphs <= 12 and not torch._dynamo.utils.counters["graph_break"]
