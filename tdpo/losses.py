@@ -405,7 +405,13 @@ OBJECTIVES = {
             fields_from=lambda parts=3, order="given", **_: {"stages": parts, "easiest_first": order == "easy_to_hard"},
         ),
         Objective("sdpo_segment", sdpo_segment, needs_segments=True),
-        Objective("f_dpo", f_dpo),
+        Objective(
+            "f_dpo",
+            f_dpo,
+            fields_from=lambda divergence="forward_kl", alpha=0.5, **_: (
+                {"notes": (f"loss.divergence={divergence}: loss.alpha has no effect",)} if divergence != "alpha" and alpha != 0.5 else {}
+            ),
+        ),
     )
 }
 

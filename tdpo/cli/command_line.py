@@ -158,6 +158,8 @@ def explain_composition_error(error: Exception, config_dir: str, known_keys: lis
         return f"{found.group(1)} already exists: leave out the +"
     if found := re.search(r"Missing mandatory value: (\S+)", text):
         return f"missing: {found.group(1)}=..."
+    if found := re.search(r"Error merging override (.+)", text):
+        return f"{found.group(1)}: the config has another kind of value there (text or number, list, or mapping), see config/"
     if isinstance(error, OverrideParseException):
         return f"{error.override}: not of the form key=value ({text}){_quoted(error.override)}"
     if found := re.search(r"Ambiguous value for argument '(.+?)' 1\. ", text):
@@ -170,8 +172,10 @@ def explain_composition_error(error: Exception, config_dir: str, known_keys: lis
 def _quoted(argument: str) -> str:
     """Return how to type an argument whose value Hydra does not take as it is, as a line to add; '' if quotes do not help."""
     key, _, value = argument.partition("=")
-    if not value or key in GROUPS or value[0] == "{" or value[0] + value[-1] == "[]":
+    if not value or key in GROUPS:
         return ""
+    if value[0] + value[-1] in ("{}", "[]"):
+        return "\n  within {} and [], text with special characters needs quotes of its own, such as '<0.5'"
     if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
         value = value[1:-1]
     return f"\n  a value with special characters needs quotes within quotes: {shlex.quote(override(key, value))}"

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Optional, Union
 import pydantic
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, StrictBool
+from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, StrictBool
 
 from tdpo import losses
 from tdpo.optimizers import EIGHT_BIT, OPTIMIZERS
@@ -16,7 +16,15 @@ from tdpo.utils import DTYPES, UserError, flat_keys, nearest
 Dtype = Literal[tuple(DTYPES)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # NumPy accepts no larger seed
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
-Steps = Union[NonNegativeInt, Annotated[float, Field(gt=0, lt=1)]]  # a number, or a share of the run's
+
+
+def _whole_or_share(value: float) -> Union[int, float]:
+    if value >= 1 and value != int(value):
+        raise ValueError("a whole number of steps, or, below 1, a share of the run's steps")
+    return int(value) if value >= 1 or value == 0 else value
+
+
+Steps = Annotated[NonNegativeFloat, AfterValidator(_whole_or_share)]
 TRAINERS = ("BasicTrainer", "FSDPTrainer", "TensorParallelTrainer")
 
 # Types and ranges of hyperparameters, the same for every loss that has them; <loss>.<key> is for one loss.
@@ -337,8 +345,17 @@ def schema_problems(values: Mapping, config: DictConfig, schema: type[Node]) -> 
     try:
         config.merge_with(schema.model_validate(values).model_dump(exclude={"loss"}, exclude_unset=True))
     except pydantic.ValidationError as error:
-        return [_line(problem, values) for problem in error.errors()]
+        return _lines(error, values)
     return []
+
+
+def _lines(error: pydantic.ValidationError, values: Mapping) -> list[str]:
+    """Return one line for each value that pydantic refuses, which of a union reports a problem for each of its types."""
+    found: dict[str, dict[str, None]] = {}
+    for problem in error.errors():
+        given, _, wanted = _line(problem, values).partition(": must be ")
+        found.setdefault(given, {})[wanted] = None
+    return [given + (f": must be {' or '.join(wanted)}" if any(wanted) else "") for given, wanted in found.items()]
 
 
 def _line(problem: Mapping, values: Mapping) -> str:
@@ -347,6 +364,8 @@ def _line(problem: Mapping, values: Mapping) -> str:
     if len(place) > 2 and place[0] == "datasets":  # the discriminator's value is not part of the key
         place.pop(2)
     key = ".".join(place)
+    if problem["type"] not in ("missing", "extra_forbidden"):
+        key = _known_part(place, values)
     if problem["type"] == "missing":
         return f"missing: {key}=..."
     if problem["type"] == "extra_forbidden":
@@ -357,8 +376,27 @@ def _line(problem: Mapping, values: Mapping) -> str:
         hint, known = nearest(str(problem["input"]), (*OPTIMIZERS, *EIGHT_BIT)), ", ".join(OPTIMIZERS)
         what = f"optimizer={problem['input']}: not a supported optimizer of torch.optim{hint}"
         return f"{what}; use one of {known}, or of bitsandbytes {', '.join(EIGHT_BIT)}"
-    message = problem["msg"].removeprefix("Input should be ")
-    return f"{key}={problem['input']}: must be {message}"
+    given = f"{key}={problem['input']}"
+    if problem["type"] == "model_type":
+        node = next(node for node in Node.__subclasses__() if node.__name__ == problem["ctx"]["class_name"])
+        return f"{given}: {key} has keys of its own; set {' or '.join(f'{key}.{name}=...' for name in node.model_fields)}"
+    if problem["type"] == "dict_type":
+        return f"{given}: must be a mapping, such as '{key}={{name: value}}'"
+    if problem["type"] == "list_type":
+        return f"{given}: must be a list, such as {key}=[{problem['input']}]"
+    return f"{given}: must be {problem['msg'].removeprefix('Input should be ').removeprefix('Value error, ')}"
+
+
+def _known_part(place: list[str], values: Mapping) -> str:
+    """Return the key of the config that a place names; what follows it there names one of a union's types."""
+    parts: list[str] = []
+    for part in place:
+        index = int(part) if isinstance(values, list) and part.isdigit() else part
+        if not (index in values if isinstance(values, Mapping) else isinstance(index, int)):
+            break
+        parts.append(part)
+        values = values[index]
+    return ".".join(parts)
 
 
 def loss_problems(loss: Optional[Mapping], config: DictConfig) -> list[str]:
@@ -386,5 +424,6 @@ def loss_problems(loss: Optional[Mapping], config: DictConfig) -> list[str]:
     try:
         config.loss.merge_with(schema.model_validate(values).model_dump(exclude_unset=True))
     except pydantic.ValidationError as error:
-        return [_line({**problem, "loc": ("loss", *problem["loc"])}, {"loss": {key: 0 for key in known}}) for problem in error.errors()]
+        places = ({**problem, "loc": ("loss", *problem["loc"])} for problem in error.errors())
+        return [_line(problem, {"loss": {**dict.fromkeys(known), **values}}) for problem in places]
     return []

@@ -50,7 +50,7 @@ class TokenizedSplit:
         max_length, max_prompt_length: tokens, see tokenization.truncate.
         form: of the examples.
         add_bos: whether prompts begin with the tokenizer's beginning-of-sequence token.
-        takes: of each table, the number of examples that an epoch of training takes; None takes all.
+        takes: how many examples of each table an epoch of training takes; None: all.
 
     Raises:
         UserError: a table has fewer examples than are to be taken; truncation would cut off tokens of a segment, or leave a response
@@ -75,7 +75,7 @@ class TokenizedSplit:
         self._ids = self.prompts.select_columns(["prompt_ids", "response_ids", "masks", "examples", "annotations", "truncation_mode"])
         self.examples_per_prompt = flat(self.prompts, "examples", 0)
         self._first = np.cumsum(self.examples_per_prompt) - self.examples_per_prompt  # index of each prompt's first example
-        self.names = [table["dataset"][0] for table in tables]
+        self.names = [table.select_columns(["dataset"])[0]["dataset"] for table in tables]
         ends = np.cumsum([0, *map(len, tables)])
         self._bounds = np.append(self._first, len(self))[ends]  # of the tables, in indices of examples
         self.sizes = np.diff(self._bounds).tolist()  # examples of each table

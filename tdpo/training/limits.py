@@ -185,5 +185,9 @@ class Limits(Hook):
     def restore(self, state: dict[str, Any]) -> None:
         """Go on with the saved best, unless another metric or mode counts now."""
         saved = Best(**state)
-        if self.best is not None and (saved.metric, saved.mode) == (self.best.metric, self.best.mode):
+        if self.best is None:
+            return
+        if (saved.metric, saved.mode) == (self.best.metric, self.best.mode):
             self.best = saved
+        else:
+            log.warning(f"keep_best was {saved.metric} ({saved.mode}) and is {self.best.metric} ({self.best.mode}): BEST is chosen anew")

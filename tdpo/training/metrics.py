@@ -67,8 +67,10 @@ def metrics_of_datasets(
         names: of all datasets.
         own: the dataset of each example that counts, as index into names.
     """
+    if len(names) < 2:
+        return {}
     found, dataset = {}, torch.as_tensor(own, device=output.losses.device)
-    for i, name in enumerate(names if len(names) > 1 else ()):
+    for i, name in enumerate(names):
         for key, values in example_metrics(scores, output, f"{split}_{name}").items():
             values, counts = values if isinstance(values, Weighted) else (values, torch.ones_like(values, dtype=torch.bool))
             found[key] = Weighted(values[: len(own)], counts[: len(own)] & (dataset == i))

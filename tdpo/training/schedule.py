@@ -8,6 +8,7 @@ from typing import Any, Union
 from omegaconf import DictConfig, OmegaConf
 
 from tdpo.data.batching import BatchStream
+from tdpo.utils import plural
 
 # What a schedule follows from, with the data.
 KEYS = ("lr", "lr_schedule", "min_lr", "warmup_steps", "decay_steps", "n_epochs", "n_examples")
@@ -59,10 +60,10 @@ class Schedule:
         return self.min_lr + (self.lr - self.min_lr) * left
 
     def describe(self) -> str:
-        """Return 'lr 5e-07 after 10 warm-up steps, then cosine decay to 0 at step 100'."""
+        """Return 'lr 5e-07 after 10 steps of warm-up, then cosine decay to 0'."""
         decay = {"constant": "", "wsd": f", in the last {self.decay_steps} decaying to {self.min_lr:g}"}
         after = decay.get(self.kind, f", then {self.kind} decay to {self.min_lr:g}")
-        return f"lr {self.lr:g} after {self.warmup_steps} warm-up steps{after}"
+        return f"lr {self.lr:g} after {plural(self.warmup_steps, 'step')} of warm-up{after}"
 
 
 def steps_of(value: Union[int, float], steps: int) -> int:

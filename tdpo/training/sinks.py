@@ -1,5 +1,6 @@
 """Where a run's metrics and samples go: the console, metrics.jsonl, and wandb, tensorboard and trackio if they are installed."""
 
+import hashlib
 import json
 import math
 import os
@@ -159,7 +160,7 @@ class _Optional:
         except Exception as error:
             self.failed = True
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            log.warning(f"{self.name}: {reason}; from now on metrics are in metrics.jsonl only")
+            log.warning(f"{self.name}: {reason}; nothing more is logged to it; metrics.jsonl has all metrics")
 
 
 class WandbSink(_Optional):
@@ -260,7 +261,7 @@ class TrackioSink(_Optional):
     """Logs metrics to trackio, in the project of wandb.project; a resumed run continues that of the same folder.
 
     Args:
-        run_dir: the run's folder, whose name and exp_name name the run.
+        run_dir: the run's folder; a hash of its path is part of the run's name, because folders of other runs may have the same name.
         config: the run's config.
         run_id, examples: not used.
     """
@@ -272,7 +273,7 @@ class TrackioSink(_Optional):
         import trackio  # here, because it is optional
 
         self.trackio = trackio
-        run = f"{config.exp_name} {os.path.basename(os.path.abspath(run_dir))}"
+        run = f"{config.exp_name} {hashlib.sha256(os.path.realpath(run_dir).encode()).hexdigest()[:8]}"
         trackio.init(project=config.wandb.project, name=run, config=OmegaConf.to_container(config), resume="allow", embed=False)
 
     def _log(self, metrics: Mapping[str, float], examples: int) -> None:
@@ -302,7 +303,7 @@ def open_sinks(run_dir: str, config: DictConfig, wandb_id: Optional[str] = None,
         try:
             sinks.append(SINKS[name](run_dir, config, wandb_id, examples))
         except ImportError:
-            log.info(f"{name} is not installed: metrics are written to metrics.jsonl only")
+            log.info(f"{name} is not installed (pip install {name}): nothing is logged to it; metrics.jsonl has all metrics")
         except Exception as error:  # wandb refuses a setting, such as the project's name or WANDB_MODE
-            log.info(f"{name}: {' '.join(str(error).split())[:200]}; metrics are written to metrics.jsonl only")
+            log.info(f"{name}: {' '.join(str(error).split())[:200]}; nothing is logged to it; metrics.jsonl has all metrics")
     return sinks

@@ -141,12 +141,19 @@ def test_a_best_checkpoint_that_is_gone_is_said(limited, tmp_path, capsys):
     best = os.readlink(run_dir / "BEST")
     newest = os.readlink(run_dir / "LATEST")
     options = [*OPTIONS, "keep_best.metric=rewards_eval/margins", "keep_best.mode=max"]
-    if best == newest:
-        pytest.skip("the best checkpoint is the newest one")
+    assert best != newest
     shutil.rmtree(run_dir / best)
     capsys.readouterr()
     run(*options, f"resume={run_dir}")
     assert "is gone: BEST is the best from now on" in capsys.readouterr().out and (run_dir / "BEST").exists()
+
+
+def test_another_metric_begins_anew_and_says_so(limited, tmp_path, capsys):
+    run_dir = copied(limited, tmp_path / "run")
+    capsys.readouterr()
+    run(*OPTIONS, "keep_best.metric=kl_eval/chosen", f"resume={run_dir}")
+    line = "keep_best was rewards_eval/margins (max) and is kl_eval/chosen (min): BEST is chosen anew"
+    assert line in capsys.readouterr().out and int(os.readlink(run_dir / "BEST")[5:]) > logs_of(limited, "eval")[-1]["counters/examples"]
 
 
 def test_a_budget_at_the_start_ends_the_run_before_its_first_step(tmp_path):
@@ -172,11 +179,12 @@ def test_values_are_reached_from_below_or_from_above(given, value, reached):
     assert not Limit.of("a", given).reached({"a": float("nan")})
 
 
-def test_the_best_by_hand():
-    best = Best("a", "max")
+@pytest.mark.parametrize("mode,sign", [("max", 1), ("min", -1)])
+def test_the_best_by_hand(mode, sign):
+    best = Best("a", mode)
     for examples, value in ((1, 0.5), (2, float("nan")), (3, 0.7), (4, 0.7), (5, None), (6, 0.6)):
-        best.see({"a": value}, examples)
-    assert (best.value, best.examples, best.evals_since) == (0.7, 3, 3)
+        best.see({"a": value and sign * value}, examples)
+    assert (best.value, best.examples, best.evals_since) == (sign * 0.7, 3, 3)
     assert reason_to_stop({"patience": 3}, {}, best) and not reason_to_stop({"patience": 4}, {}, best)
     assert not reason_to_stop({"patience": 1}, {}, Best("a", "min"))
 

@@ -109,4 +109,4 @@ def test_extending_a_run_without_a_decay_says_nothing(tmp_path, capsys):
 
 def test_the_console_names_the_schedule(tmp_path, capsys):
     run(*DATA, "lr_schedule=cosine", "warmup_steps=0.25", "n_examples=32", "n_epochs=null", f"local_run_dir={tmp_path}/run")
-    assert "; lr 0.0005 after 1 warm-up steps, then cosine decay to 0" in capsys.readouterr().out
+    assert "; lr 0.0005 after 1 step of warm-up, then cosine decay to 0" in capsys.readouterr().out

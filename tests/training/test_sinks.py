@@ -10,7 +10,7 @@ import sys
 import pytest
 from helpers import DATA, PREFERENCE, ROOT, TIMES, compose, logs_of, run
 
-from tdpo.training.sinks import WIDTH, duration, open_sinks, short_line
+from tdpo.training.sinks import WIDTH, TrackioSink, duration, open_sinks, short_line
 
 TRAIN = {
     "loss/train": 0.64213,
@@ -134,7 +134,9 @@ def test_trackio_gets_every_metric_and_a_name_that_a_resumed_run_finds_again(tmp
     run_dir = run(*options, "n_examples=8", f"local_run_dir={tmp_path}/run")
     run(*options, "n_examples=16", f"resume={run_dir}")
     begun = [named for name, _, named in trackio.calls if name == "init"]
-    assert len(begun) == 2 and begun[0]["name"] == begun[1]["name"] == "test run" and begun[0]["resume"] == "allow"
+    assert len(begun) == 2 and begun[0]["name"] == begun[1]["name"] and begun[0]["resume"] == "allow"
+    other = TrackioSink(str(tmp_path / "other" / "run"), compose("exp_name=test", *DATA), None, 0)
+    assert other.name == "trackio" and trackio.calls.pop()[2]["name"] != begun[0]["name"]
     logged = [(given[0], named["step"]) for name, given, named in trackio.calls if name == "log"]
     expected = [{k: v for k, v in log.items() if k != "split"} for log in logs_of(run_dir)]
     assert [{**values, "counters/examples": step} for values, step in logged] == expected
@@ -147,7 +149,9 @@ def test_a_sink_that_is_not_installed_gets_a_line(name, tmp_path, monkeypatch, c
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     config = compose("exp_name=x", *DATA, f"sinks=[{name}]")
     assert len(open_sinks(str(tmp_path), config)) == 2
-    assert capsys.readouterr().out == f"{name} is not installed: metrics are written to metrics.jsonl only\n"
+    assert capsys.readouterr().out == (
+        f"{name} is not installed (pip install {name}): nothing is logged to it; metrics.jsonl has all metrics\n"
+    )
 
 
 def test_a_sink_that_fails_is_left_out_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
@@ -158,7 +162,7 @@ def test_a_sink_that_fails_is_left_out_and_the_run_goes_on(tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "trackio", Failing())
     run_dir = run(*PREFERENCE, "sinks=[trackio]", "n_examples=16", f"local_run_dir={tmp_path}/run")
     printed = capsys.readouterr().out
-    assert printed.count("trackio: the disk is full; from now on metrics are in metrics.jsonl only") == 1
+    assert printed.count("trackio: the disk is full; nothing more is logged to it; metrics.jsonl has all metrics") == 1
     assert len(logs_of(run_dir, "train")) == 2
 
 
