@@ -304,10 +304,12 @@ def load_data(config: DictConfig, split: str, tokenizer, objective: Objective, c
             f"{plural(data.epoch_size, 'train example')}, fewer than batch_size={config.batch_size}: set a smaller batch_size, or "
             "drop_last=false"
         )
-    # An epoch that takes no more examples than a prompt may have could hold a single prompt.
-    if objective.needs_kl_baseline and (len(data.prompts) < 2 or data.is_mixed and data.epoch_size <= data.examples_per_prompt.max()):
+    if objective.needs_kl_baseline and len(data.prompts) < 2:
+        raise UserError(f"the {split} split has only one prompt, but loss.z0=batch needs several: use more data, or loss.z0=0")
+    if objective.needs_kl_baseline and data.is_mixed and data.epoch_size <= data.examples_per_prompt.max():
         raise UserError(
-            f"the {split} split has, or an epoch may take, only one prompt, but loss.z0=batch needs several: use more data, or loss.z0=0"
+            f"an epoch takes {plural(data.epoch_size, 'train example')}, which may be of one prompt, but loss.z0=batch needs several: take more "
+            "(share, n_examples of the datasets), or set loss.z0=0"
         )
     if split == "train" and data.epoch_size // objective.stages < (config.batch_size if config.drop_last else 1):
         raise UserError(

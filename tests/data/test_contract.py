@@ -163,6 +163,11 @@ def test_z0_of_a_batch_needs_a_second_prompt(tmp_path):
     with pytest.raises(UserError, match="the train split has only one prompt, but loss.z0=batch needs several"):
         run(*options)
     assert logs_of(run(*options, "loss.z0=0"), "train")[0]["loss/train"] == pytest.approx(0.5)
+    write_lines(tmp_path / "rows.jsonl", [*rows, pair("q", " a", " b")])
+    with pytest.raises(
+        UserError, match="an epoch takes 4 train examples, which may be of one prompt, but loss.z0=batch needs several: take"
+    ):
+        run(*options, "datasets.jsonl.n_examples=4", f"local_run_dir={tmp_path}/part")
 
 
 def test_mismatched_tokens_are_the_prompt_with_the_partners_response(tmp_path, mini_tokenizer):
