@@ -308,8 +308,8 @@ def load_data(config: DictConfig, split: str, tokenizer, objective: Objective, c
         raise UserError(f"the {split} split has only one prompt, but loss.z0=batch needs several: use more data, or loss.z0=0")
     if objective.needs_kl_baseline and data.is_mixed and data.epoch_size <= data.examples_per_prompt.max():
         raise UserError(
-            f"an epoch takes {plural(data.epoch_size, 'train example')}, which may be of one prompt, but loss.z0=batch needs several: take more "
-            "(share, n_examples of the datasets), or set loss.z0=0"
+            f"an epoch takes {plural(data.epoch_size, 'train example')}, which may be of one prompt, but loss.z0=batch needs several: "
+            "take more (share, n_examples of the datasets), or set loss.z0=0"
         )
     if split == "train" and data.epoch_size // objective.stages < (config.batch_size if config.drop_last else 1):
         raise UserError(
