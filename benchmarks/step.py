@@ -8,8 +8,12 @@ scoring, and TRL's DPOTrainer if it is installed.
 
 All ways use the same weights and the same pairs: random tokens with the lengths of hh_lengths.txt. They take turns in each round, so that
 drift of the machine affects all of them. The learning rate is 0, so all must print the same loss. The reference is the policy plus noise.
-The script prints medians over the rounds, and medians of each round's speed-up over the first way. Memory is the peak above what the
-process holds before the step, models and optimizer included: resident memory on a CPU (Linux), memory allocated by PyTorch on a GPU.
+The script prints medians over the rounds, and medians of each round's speed-up over the first way. Memory is measured in a round of its
+own, after those that are timed, because it begins with giving freed memory back: the peak above what the process holds before the step,
+models and optimizer included: resident memory on a CPU (Linux), memory allocated by PyTorch on a GPU.
+
+TRL's head is chunked too. On a GPU it computes response positions alone; on a CPU prompts and padding as well, so that the ratio to TRL on
+a CPU says little about a GPU.
 
 Model-FLOP utilisation, on a GPU only: (6 N t + 2 N t_reference) / seconds / measured rate of a large matrix product. N is the number of
 parameters without input embeddings, t the number of unique tokens (a prompt once, no padding), whatever a way computes in addition.
@@ -34,12 +38,13 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import transformers  # noqa: E402
 
-from tdpo.data.batching import cut_into_microbatches  # noqa: E402
+from tdpo.data.microbatches import cut_into_microbatches  # noqa: E402
 from tdpo.losses import get_objective, tdpo_loss  # noqa: E402
+from tdpo.optimizers import make_optimizer  # noqa: E402
 from tdpo.scoring.logps import concatenated_inputs  # noqa: E402
+from tdpo.scoring.mixed_precision import cast_parameters  # noqa: E402
 from tdpo.scoring.prefix_sharing import shared_prefix_batch  # noqa: E402
 from tdpo.scoring.scorer import Scorer  # noqa: E402
-from tdpo.training.strategies import cast_parameters  # noqa: E402
 from tdpo.utils import DTYPES, IGNORED, disable_dropout  # noqa: E402
 
 MODELS = {
@@ -47,7 +52,8 @@ MODELS = {
     "pythia28": {"hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 10240},
 }
 LOSSES = {"tdpo2": {"beta": 0.1, "alpha": 0.5}, "dpo": {"beta": 0.1}, "sft": {}}
-TRL_MODES = {"cpu": {"": {}}, "cuda": {"": {}, ", padding-free": {"padding_free": True}, ", Liger": {"use_liger_kernel": True}}}
+# In TRL 1.16 padding_free falls back with a warning, and use_liger_kernel does not reach the DPO loss: both are this one mode.
+TRL_MODES = {"": {}, ", reference computed before": {"precompute_ref_log_probs": True}}
 Pair = tuple[list[int], list[list[int]]]  # prompt, (chosen, rejected)
 
 
@@ -182,67 +188,18 @@ class OwnStep:
         return float(total)
 
 
-class TrlStep:
-    """One optimizer step of TRL's DPOTrainer on the same pairs. `modes`: more options of DPOConfig, see TRL_MODES."""
-
-    def __init__(self, setting: Setting, model: torch.nn.Module, reference: torch.nn.Module, dtype: torch.dtype, **modes):
-        import datasets
-        import tokenizers
-        import trl
-
-        special = ["<end>", "<pad>", "<unk>"]
-        vocabulary = {name: i for i, name in enumerate([*special, *(f"t{i}" for i in range(3, model.config.vocab_size))])}
-        inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-        inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>", pad_token="<pad>", unk_token="<unk>")
-
-        def text(tokens: list[int]) -> str:
-            return "".join(f" t{i}" for i in tokens)
-
-        rows = [
-            {"prompt": text(prompt), "chosen": text(chosen[:-1]), "rejected": text(rejected[:-1])}  # TRL adds end-of-sequence
-            for prompt, (chosen, rejected) in setting.pairs
-        ]
-        arguments = trl.DPOConfig(
-            output_dir="/tmp/trl-benchmark",
-            per_device_train_batch_size=setting.microbatch,
-            gradient_accumulation_steps=len(rows) // setting.microbatch,
-            max_length=None,
-            beta=0.1,
-            optim="rmsprop",
-            learning_rate=0.0,
-            max_grad_norm=10.0,
-            bf16=dtype == torch.bfloat16,
-            use_cpu=setting.device.type == "cpu",
-            gradient_checkpointing=False,
-            report_to=[],
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-            max_steps=1,
-            **modes,
-        )
-        self.trainer = trl.DPOTrainer(
-            model, reference, args=arguments, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer
-        )
-        self.started = 0.0
-        self.trainer.add_callback(_StepClock(self))
-
-    def __call__(self) -> float:
-        return self.trainer.train().training_loss
-
-
-class _StepClock(transformers.TrainerCallback):
-    """A callback that measures the time of a step without TRL's preparations."""
-
-    def __init__(self, step: TrlStep):
-        self.step = step
-
-    def on_step_begin(self, *_, **__):
-        self.step.started = time.perf_counter()
-
-    def on_step_end(self, *_, **__):
-        self.step.seconds = time.perf_counter() - self.step.started
+def policy_and_reference(
+    config: transformers.PreTrainedConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Draw a policy in float32 and a reference in `dtype`, the policy plus noise, on the device. Neither has dropout."""
+    with device:
+        policy = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    disable_dropout(policy)
+    reference = copy.deepcopy(policy)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    return policy, reference.to(dtype).requires_grad_(False).eval()
 
 
 class Memory:
@@ -303,14 +260,8 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
     config = transformers.GPTNeoXConfig(vocab_size=arguments.vocabulary, max_position_embeddings=2048, **MODELS[arguments.model])
-    policy = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device)
-    disable_dropout(policy)
-    reference = copy.deepcopy(policy)
-    with torch.no_grad():
-        for parameter in reference.parameters():
-            parameter += 0.02 * torch.randn_like(parameter)
-    reference = reference.to(dtype).requires_grad_(False).eval()
-    optimizer = torch.optim.RMSprop(policy.parameters(), lr=0.0)
+    policy, reference = policy_and_reference(config, dtype, device)
+    optimizer = make_optimizer("RMSprop", [list(policy.parameters())], 0.0, {}, device=device)
     pairs = hh_pairs(arguments.pairs, arguments.vocabulary)
     steps: dict[str, Callable[[], float]] = {}
     for loss in arguments.loss:
@@ -321,7 +272,9 @@ def main() -> None:
             if way != "trl":
                 steps[f"{loss}: {way}"] = OwnStep(way, setting, optimizer, dtype)
             elif loss == "dpo":
-                for name, mode in TRL_MODES[device.type].items():
+                from benchmarks.trl_step import TrlStep  # here, because it is optional
+
+                for name, mode in TRL_MODES.items():
                     steps[f"dpo: TRL{name}"] = TrlStep(setting, copy.deepcopy(policy), reference, dtype, **mode)
 
     rate = matmul_rate(device, dtype) if device.type == "cuda" else None
@@ -335,7 +288,7 @@ def main() -> None:
 
 
 class Measured(NamedTuple):
-    """Measurements of one way: seconds and peak bytes of each round, and all distinct printed losses."""
+    """Measurements of one way: seconds of each round, peak bytes of the last, and all distinct printed losses."""
 
     seconds: list[float]
     peaks: list[int]
@@ -343,22 +296,25 @@ class Measured(NamedTuple):
 
 
 def measure(steps: dict[str, Callable[[], float]], rounds: int, device: torch.device) -> dict[str, Measured]:
-    """Run every way's step in each round, after a warm-up round that is not counted and creates the optimizer states."""
+    """Run every way's step in each round: a warm-up, which creates the optimizer states, `rounds` that are timed, one for memory."""
     measured = {name: Measured([], [], set()) for name in steps}
-    for round in range(rounds + 1):
+    for round in range(rounds + 2):
         for name, step in steps.items():
-            with Memory(device) as memory:
+            is_last = round == rounds + 1
+            with Memory(device) if is_last else contextlib.nullcontext() as memory:
                 started = time.perf_counter()
                 value = step()
                 if device.type == "cuda":
                     torch.cuda.synchronize()
                 elapsed = getattr(step, "seconds", time.perf_counter() - started)
             measured[name].losses.add(f"{value:.5f}")
-            if round > 0:
-                measured[name].seconds.append(elapsed)
+            if is_last:
                 measured[name].peaks.append(memory.peak)
-            when = f"round {round}" if round else "warm-up"
-            print(f"{when} {name}: {elapsed:.2f} s, {memory.peak / 2**30:.2f} GiB, loss {value:.6f}", file=sys.stderr)
+            elif round > 0:
+                measured[name].seconds.append(elapsed)
+            when = "memory" if is_last else f"round {round}" if round else "warm-up"
+            peak = f", {memory.peak / 2**30:.2f} GiB" if is_last else ""
+            print(f"{when} {name}: {elapsed:.2f} s{peak}, loss {value:.6f}", file=sys.stderr)
     return measured
 
 

@@ -7,11 +7,11 @@ measured peaks.
 
 from dataclasses import dataclass
 
+import torch
 import transformers
 from torch import nn
 
 from tdpo.distributed.sharding import find_blocks
-from tdpo.models.build import empty_model
 from tdpo.models.quantized import quantized_layers
 from tdpo.scoring.chunked_loss import CHUNK
 from tdpo.utils import UserError
@@ -50,7 +50,8 @@ class ModelShape:
     @classmethod
     def of(cls, config: transformers.PreTrainedConfig) -> "ModelShape":
         """Return the shape of a Transformers config's model, which is built on the meta device for this."""
-        return cls.of_model(empty_model(config))
+        with torch.device("meta"):
+            return cls.of_model(transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False))
 
     @classmethod
     def of_model(cls, model: nn.Module) -> "ModelShape":

@@ -7,7 +7,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from tdpo.data.batching import batches_of, cut_into_microbatches
+from tdpo.data.batching import batches_of
+from tdpo.data.microbatches import cut_into_microbatches
 from tdpo.data.split import TokenizedSplit
 from tdpo.losses import Objective
 from tdpo.models.build import compute_dtype

@@ -7,7 +7,7 @@ from typing import NamedTuple, Optional, Union
 
 import torch
 
-from tdpo.data.batching import cut_into_microbatches
+from tdpo.data.microbatches import cut_into_microbatches
 from tdpo.data.split import Example, TokenizedSplit
 from tdpo.scoring.prefix_sharing import SharedPrefixBatch, shared_prefix_batch
 from tdpo.training.reference_cache import ReferenceCache
@@ -42,7 +42,7 @@ class Feeder:
         collate: see batching.get_collate_fn.
         device: where batches are put.
         data_rank: (i, n): this rank works on the i-th of n shards of every batch.
-        microbatches, budget: how a train batch is cut, see batching.cut_into_microbatches.
+        microbatches, budget: how a train batch is cut, see microbatches.cut_into_microbatches.
         placeholders: by split, an example that is scored, but not counted, where this rank has none: sharded models need every rank in
             every forward pass.
         fast: make batches for fast scoring (SharedPrefixBatch); else collated ones.

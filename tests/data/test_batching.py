@@ -10,7 +10,8 @@ from helpers import MINI, compose, tokenized
 
 import train
 from preference_datasets import default_options, tokenize_batch_element
-from tdpo.data.batching import BatchStream, cut_into_microbatches, get_collate_fn, prefetched
+from tdpo.data.batching import BatchStream, get_collate_fn, prefetched
+from tdpo.data.microbatches import cut_into_microbatches
 from tdpo.data.split import TokenizedSplit
 from tdpo.data.tokenization import truncate
 from tdpo.losses import get_objective

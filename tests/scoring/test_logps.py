@@ -16,8 +16,8 @@ from tdpo.losses import get_objective
 from tdpo.models.build import Models, load_model_config
 from tdpo.models.tokenizer import load_tokenizer
 from tdpo.scoring.logps import _get_batch_logps, _tdpo_get_batch_logps, concatenated_inputs, forward_kl
+from tdpo.scoring.mixed_precision import cast_parameters
 from tdpo.scoring.scorer import Scorer
-from tdpo.training.strategies import cast_parameters
 
 
 def load(dtype: torch.dtype):

@@ -9,8 +9,9 @@ from transformers import AutoTokenizer
 
 import train
 from preference_datasets import default_options, load_split
-from tdpo.data.batching import BatchStream, cut_into_microbatches
+from tdpo.data.batching import BatchStream
 from tdpo.data.contract import PAIRS
+from tdpo.data.microbatches import cut_into_microbatches
 from tdpo.optimizers import bytes_per_weight
 from tdpo.scoring.prefix_sharing import shared_prefix_batch
 from tdpo.training.costs import gigabytes
