@@ -43,7 +43,7 @@ from tdpo.losses import get_objective, tdpo_loss  # noqa: E402
 from tdpo.optimizers import make_optimizer  # noqa: E402
 from tdpo.scoring.logps import concatenated_inputs  # noqa: E402
 from tdpo.scoring.mixed_precision import cast_parameters  # noqa: E402
-from tdpo.scoring.prefix_sharing import shared_prefix_batch  # noqa: E402
+from tdpo.scoring.prefix_sharing import row_multiple, shared_prefix_batch  # noqa: E402
 from tdpo.scoring.scorer import Scorer  # noqa: E402
 from tdpo.utils import DTYPES, IGNORED, disable_dropout  # noqa: E402
 
@@ -155,7 +155,8 @@ def fast(setting: Setting) -> list[Callable[[], torch.Tensor]]:
     rounds = cut_into_microbatches(lengths, 1, -(-len(pairs) // setting.microbatch))
 
     def loss(indices: list[int]) -> torch.Tensor:
-        return setting.scorer(shared_prefix_batch([pairs[i] for i in indices]).to(setting.device)).loss
+        rows = shared_prefix_batch([pairs[i] for i in indices], row_multiple(setting.device))
+        return setting.scorer(rows.to(setting.device)).loss
 
     return [lambda part=part: loss(part) for (part,) in rounds]
 

@@ -294,6 +294,12 @@ def time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor to a device without waiting for the device, which from the CPU to a GPU takes pinned memory."""
+    pinned = tensor.device.type == "cpu" and device.type == "cuda"
+    return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=True)
+
+
 def some_of(items: list, limit: int = 12) -> str:
     """Join the first `limit` items, such as 'a, b, c and 7 more'."""
     shown = ", ".join(str(x) for x in items[:limit])

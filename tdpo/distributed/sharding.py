@@ -52,11 +52,15 @@ def shard_scorer(
         for module in [*find_blocks(scorer.reference, block_name), scorer.reference]:
             fully_shard(module, mesh=mesh)
     mixed = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=gradient_dtype)
-    for module in [*find_blocks(scorer.policy, block_name), scorer]:
+    blocks = find_blocks(scorer.policy, block_name)
+    for module in [*blocks, scorer]:
         # The scorer's inputs are tokens, and possibly cached states of the reference, which must keep their dtype.
         fully_shard(module, mesh=mesh, mp_policy=replace(mixed, cast_forward_inputs=module is not scorer))
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # otherwise FSDP asks gloo for a scaled sum, which gloo lacks
+    # Left to itself FSDP gathers, during a block's backward pass, what was computed before it, the reference's blocks too.
+    for module, before in zip([scorer, *reversed(blocks)], [*reversed(blocks), scorer]):  # the scorer is gathered by then
+        module.set_modules_to_backward_prefetch([before])
     for method in ("reference_states", "logits_of_all", "both_ways"):
         register_fsdp_forward_method(scorer, method)
 

@@ -184,9 +184,9 @@ def head_memory(
     """Estimate the bytes that fast scoring needs for head and loss.
 
     They are the sum of (positions, vocabulary) tables of a chunk (log-probabilities of policy and reference and the reference's
-    probabilities, or without SeqKL one table for all; one more on a GPU, where log-softmax is not in place); the gradient of the head's
-    weight, and in half precision a chunk's contribution to it; and hidden states at response positions of policy and reference, and their
-    gradient. The additional table of soft-capped logits is not counted.
+    probabilities, or without SeqKL one table for all, two on a GPU, where log-softmax is not in place; in half precision one more for
+    matrix products); the gradient of the head's weight, and in half precision a chunk's contribution to it; and hidden states at response
+    positions of policy and reference, and their gradient. The additional table of soft-capped logits is not counted.
 
     Args:
         vocabulary, hidden: sizes of the head.
@@ -197,7 +197,7 @@ def head_memory(
         chunk: positions per chunk.
     """
     positions = min(chunk, response_tokens)
-    tables = 4 * (3 if needs_kl else 1) + (0 if chunk == CHUNK["cpu"] else 4)
+    tables = 4 * (3 if needs_kl else 1 if chunk == CHUNK["cpu"] else 2) + (compute_bytes if compute_bytes < 4 else 0)
     head = vocabulary * hidden * (weight_bytes + (compute_bytes if compute_bytes < 4 else 0)) if weight_bytes else 0
     states = hidden * response_tokens * compute_bytes * (3 if needs_reference else 2)
     return positions * vocabulary * tables + head + states

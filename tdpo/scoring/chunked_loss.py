@@ -52,23 +52,27 @@ class Head:
         weight, bias = (None if x is None else full_tensor(x) for x in (layer.weight, layer.bias))  # tensor parallelism shards them
         return cls(weight, bias, getattr(model.config.get_text_config(), "final_logit_softcapping", None), compiled)
 
-    def logits(self, states: torch.Tensor, out: Optional[torch.Tensor] = None) -> torch.Tensor:
+    def logits(self, states: torch.Tensor, out: Optional[torch.Tensor] = None, product: Optional[torch.Tensor] = None) -> torch.Tensor:
         """Compute logits in at least float32.
 
         Args:
             states: (C, H).
             out: (C, V), overwritten with the result (only without autograd); None: a new tensor.
+            product: (C, V), overwritten with the matrix product if it has the dtype of the states; it may be `out`.
 
         Returns:
             (C, V), unnormalised.
         """
-        if out is not None and out.dtype == states.dtype:
+        if product is not None and product.dtype == states.dtype:
             weight = self.weight.detach().t()
-            torch.mm(states, weight, out=out) if self.bias is None else torch.addmm(self.bias.detach(), states, weight, out=out)
-        else:  # in half precision the product is rounded before the cast, as in the model's own forward pass
-            logits = F.linear(states, self.weight, self.bias)
-            dtype = torch.promote_types(logits.dtype, torch.float32)
-            out = logits.to(dtype) if out is None else out.copy_(logits)
+            torch.mm(states, weight, out=product) if self.bias is None else torch.addmm(self.bias.detach(), states, weight, out=product)
+        else:
+            product = F.linear(states, self.weight, self.bias)
+        # In half precision the product is rounded before the cast, as in the model's own forward pass.
+        if out is None:
+            out = product.to(torch.promote_types(product.dtype, torch.float32))
+        elif product is not out:
+            out.copy_(product)
         return out if self.softcap is None else out.div_(self.softcap).tanh_().mul_(self.softcap)
 
 
@@ -174,7 +178,7 @@ class _LossOfRows(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         work = _Workspace(head, states, reference, objective.needs_kl)
         scores = _zero_scores(rows, objective)
-        gradients = _Gradients(head, states, ctx.needs_input_grad, work.dtype)
+        gradients = _Gradients(head, states, ctx.needs_input_grad, work)
         total = torch.zeros((), dtype=scores.logps.dtype, device=states.device)
         for group, chunks in _groups(rows.counts, work.size):
             for chunk in chunks:
@@ -252,7 +256,8 @@ class _Distributions:
         """
         for table, values in zip((scores.logps, scores.reference_logps, scores.kl), self.values):
             if table is not None:
-                table.view(-1).index_add_(0, responses, values.to(table.dtype))
+                # Not index_add_, which on a GPU adds in any order: equal values would get different sums.
+                table.view(-1).index_put_((responses,), values.to(table.dtype), accumulate=True)
 
     def logit_gradient(self, g: torch.Tensor, h: Optional[torch.Tensor]) -> torch.Tensor:
         """Compute the gradient of the chunk's logits, (C, V), in place of log p.
@@ -266,37 +271,56 @@ class _Distributions:
 
 
 class _Workspace:
-    """(C, V) tensors that all chunks of a pass reuse: on a CPU, allocating that much memory costs as much as the arithmetic on it."""
+    """(C, V) tensors that all chunks of a pass reuse: on a CPU, allocating that much memory costs as much as the arithmetic on it.
+
+    There are three with SeqKL, for log p, log q and q, else one for both models. On a GPU log_softmax needs an output of its own: logits
+    are in the tensor into which q is written later, or, without SeqKL, in a second one. `product` has the dtype in which the heads compute.
+    """
 
     def __init__(self, head: Head, states: torch.Tensor, reference: Optional[ReferenceStates], needs_kl: bool):
         self.head, self.states, self.reference, self.needs_kl = head, states.detach(), reference, needs_kl
         self.dtype = torch.promote_types(states.dtype, torch.float32)
         self.size = chunk_size(states.device)
         shape = min(self.size, len(states)), head.weight.shape[0]
-        self.buffers = [torch.empty(shape, dtype=self.dtype, device=states.device) for _ in range(3 if needs_kl else 1)]
+        self.in_place = states.device.type == "cpu"
+        self.tables = [_table(*shape, self.dtype, states.device) for _ in range(3 if needs_kl else 1 if self.in_place else 2)]
+        self.product = None if states.dtype == self.dtype else _table(*shape, states.dtype, states.device)
 
     def compute(self, chunk: slice, rows: SharedPrefixBatch) -> _Distributions:
         labels = rows.labels[chunk]
         reference_logps = kl = q = slope = None
-        buffers = [buffer[: len(labels)] for buffer in self.buffers]
+        tables = [table[: len(labels)] for table in self.tables]
         compiled = self.head.compiled
         label_logps = _kernel(_label_logps, compiled)
-        if self.reference is not None:  # first, because without KL the policy's log-probabilities overwrite its buffer
-            log_q, reference_logps = label_logps(self.reference.head.logits(self.reference.states[chunk], out=buffers[-1]), labels)
-        logits = self.head.logits(self.states[chunk], out=buffers[0])
+        if self.reference is not None:  # first, because without KL the policy's log-probabilities overwrite its table
+            logits = self._logits(self.reference.head, self.reference.states[chunk], tables, tables[-1 if self.needs_kl else 0])
+            log_q, reference_logps = label_logps(logits, labels, tables[-1 if self.needs_kl else 0])
+        logits = self._logits(self.head, self.states[chunk], tables, tables[0])
         if self.head.softcap is not None:
             slope = 1 - (logits / self.head.softcap) ** 2
-        log_p, logps = label_logps(logits, labels)
+        log_p, logps = label_logps(logits, labels, tables[0])
         if self.needs_kl:
-            q, kl = _kernel(_forward_kl_in_place, compiled)(log_q, log_p, buffers[1])
+            q, kl = _kernel(_forward_kl_in_place, compiled)(log_q, log_p, tables[1])
         return _Distributions(compiled, labels, (logps, reference_logps, kl), log_p, q, slope)
+
+    def _logits(self, head: Head, states: torch.Tensor, tables: Sequence[torch.Tensor], place: torch.Tensor) -> torch.Tensor:
+        """Compute logits, (C, V), in the tensor where their log-probabilities will be, or in the one that is free."""
+        out = place if self.in_place else tables[1]
+        return head.logits(states, out, out if self.product is None else self.product[: len(states)])
+
+
+def _table(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return an uninitialised (rows, vocabulary). On a GPU its rows begin at multiples of 64 numbers: cuBLAS multiplies rows that begin at
+    odd addresses several times slower, and GPT-2 has 50,257 entries."""
+    width = vocabulary if device.type == "cpu" else -(-vocabulary // 64) * 64
+    return torch.empty(rows, width, dtype=dtype, device=device)[:, :vocabulary]
 
 
 class _Gradients:
     """The gradients of hidden states, head weight and bias, filled chunk by chunk; None for those that are not needed."""
 
-    def __init__(self, head: Head, states: torch.Tensor, wanted: Sequence[bool], dtype: torch.dtype):
-        self.head, self.inputs = head, states.detach()
+    def __init__(self, head: Head, states: torch.Tensor, wanted: Sequence[bool], work: _Workspace):
+        self.head, self.inputs, self.product, dtype = head, states.detach(), work.product, work.dtype
         self.states = torch.empty_like(states) if wanted[0] else None
         self.weight = torch.zeros(head.weight.shape, dtype=dtype, device=states.device) if wanted[1] else None
         self.bias = torch.zeros(head.bias.shape, dtype=dtype, device=states.device) if head.bias is not None and wanted[2] else None
@@ -310,7 +334,8 @@ class _Gradients:
         """
         if self.bias is not None:
             self.bias += logits.sum(0)
-        logits = logits.to(self.inputs.dtype)
+        if self.product is not None:
+            logits = self.product[: len(logits)].copy_(logits)
         if self.states is not None:
             torch.mm(logits, self.head.weight.detach(), out=self.states[chunk])
         if self.weight is None:
@@ -324,10 +349,12 @@ class _Gradients:
 # Operations on logits. All three work in place, because allocation dominates on CPUs; torch.compile fuses each of them into one pass.
 
 
-def _label_logps(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return log-probabilities (C, V), computed in place, and those of the labels (C,)."""
-    # log_softmax(out=) is safe in place only on CPUs, where the copy is then a no-op.
-    logps = logits.copy_(torch.log_softmax(logits, -1, out=logits if logits.device.type == "cpu" else None))
+def _label_logps(logits: torch.Tensor, labels: torch.Tensor, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return log-probabilities (C, V), written into `out`, and those of the labels (C,). On a CPU `out` may be the logits themselves."""
+    if torch.compiler.is_compiling() or not out.is_contiguous():  # PyTorch does not say that out= may have strides
+        logps = out.copy_(torch.log_softmax(logits, -1))
+    else:
+        logps = torch.log_softmax(logits, -1, out=out)
     return logps, logps.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 

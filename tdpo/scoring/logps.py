@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from tdpo.utils import IGNORED, pad_to_length
+from tdpo.utils import IGNORED, pad_to_length, to_device
 
 
 def stack_roles(batch: Mapping[str, torch.Tensor], roles: tuple[str, ...]) -> dict[str, torch.Tensor]:
@@ -145,10 +145,10 @@ class _ResponsePositions:
         if logits.shape[:-1] != labels.shape:
             raise ValueError(f"logits {tuple(logits.shape)} do not match labels {tuple(labels.shape)}: pass (B, T, V) and (B, T)")
         targets = labels[:, 1:]  # position t predicts token t + 1
-        self.mask = (targets != IGNORED).to(logits.device)
-        rows, columns = (targets != IGNORED).nonzero(as_tuple=True)
-        self.labels = targets[rows, columns].to(logits.device)  # (N,)
-        self.index = rows.to(logits.device), columns.to(logits.device)
+        mask = targets != IGNORED
+        index = mask.nonzero(as_tuple=True)
+        found = mask, targets[index], *index
+        self.mask, self.labels, *self.index = (to_device(x, logits.device) for x in found)
 
     def select(self, logits: torch.Tensor) -> torch.Tensor:
         """Select the N positions.
@@ -156,7 +156,7 @@ class _ResponsePositions:
         Args:
             logits: (B, T, V); returns (N, V).
         """
-        return logits[self.index]
+        return logits[tuple(self.index)]
 
     def of_label(self, logps: torch.Tensor) -> torch.Tensor:
         """Pick the log-probability of each response token.
@@ -174,7 +174,7 @@ class _ResponsePositions:
             average: return the mean per response token.
         """
         values = widened(values)
-        table = values.new_zeros(self.mask.shape).index_put(self.index, values)
+        table = values.new_zeros(self.mask.shape).index_put(tuple(self.index), values)
         return table.sum(-1) / self.mask.sum(-1) if average else table.sum(-1)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def cast_parameters(module: nn.Module, dtype: Optional[torch.dtype]) -> Iterator[None]:
-    """Let the module compute, within the block, with copies of its parameters in `dtype`; gradients flow to the originals.
+    """Let the module compute, within the block, with copies of its parameters in `dtype`; gradients are added to the originals'.
 
     This is what FSDP's MixedPrecisionPolicy does: weights, gradients, optimizer state and buffers keep their own dtype. Autocast would
     round differently from the reference, so that log-ratio and KL would not start at 0.
@@ -36,8 +36,26 @@ def cast_parameters(module: nn.Module, dtype: Optional[torch.dtype]) -> Iterator
 
 
 def _cast(parameter: nn.Parameter, dtype: torch.dtype) -> torch.Tensor:
-    """Return a copy through which gradients flow; under no_grad a parameter, from which `generate` reads the module's dtype and device."""
+    """Return a copy; under no_grad a parameter, from which `generate` reads the module's dtype and device.
+
+    The copy is a leaf, and its gradient moves to the parameter as soon as it is complete. A copy that autograd makes would be among the
+    first nodes of the graph, whose gradients are passed on last: those of the whole model would live until the end of every backward pass.
+    """
     if not parameter.is_floating_point():  # quantised
         return parameter
-    copy = parameter.to(dtype)
-    return copy if torch.is_grad_enabled() else nn.Parameter(copy, requires_grad=False)
+    copy = parameter.detach().to(dtype)
+    if not torch.is_grad_enabled():
+        return nn.Parameter(copy, requires_grad=False)
+    if parameter.requires_grad:
+        copy.requires_grad_().register_post_accumulate_grad_hook(lambda copy: _move_gradient(copy, parameter))
+    return copy
+
+
+@torch.no_grad()
+def _move_gradient(copy: torch.Tensor, parameter: nn.Parameter) -> None:
+    """Add a copy's gradient to its parameter's, in the parameter's dtype, and free it."""
+    if parameter.grad is None:
+        parameter.grad = copy.grad.to(parameter.dtype)
+    else:
+        parameter.grad.add_(copy.grad)
+    copy.grad = None

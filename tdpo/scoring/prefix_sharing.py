@@ -69,13 +69,22 @@ class SharedPrefixBatch:
         return visible
 
 
-def shared_prefix_batch(examples: Sequence[tuple]) -> SharedPrefixBatch:
+def row_multiple(device: torch.device) -> int:
+    """Return the number that the length of rows is rounded up to a multiple of, in tokens.
+
+    On a GPU attention would otherwise pad the mask in every layer, and torch.compile would make graphs for aligned and other lengths.
+    """
+    return 1 if device.type == "cpu" else 8
+
+
+def shared_prefix_batch(examples: Sequence[tuple], multiple: int = 1) -> SharedPrefixBatch:
     """Build a batch with one row per example.
 
     Args:
         examples: tuples (prompt, responses[, masks[, annotations]]), as data.split.TokenizedExample. Prompt and responses are lists of
             token ids, none empty; every example has the same number R of responses. masks: the loss mask of each response (1 = in the
             loss); None: all tokens are. annotations: R numbers, the rating or label of each response; ignored if an example has none.
+        multiple: the length T of the rows is rounded up to a multiple of this, see `row_multiple`.
 
     Returns:
         a SharedPrefixBatch on the CPU.
@@ -86,7 +95,7 @@ def shared_prefix_batch(examples: Sequence[tuple]) -> SharedPrefixBatch:
     masks = [example[2] if len(example) > 2 else None for example in examples]
     annotations = [example[3] if len(example) > 3 else () for example in examples]
     lengths = [len(prompt) + sum(len(response) - 1 for response in responses) for prompt, responses in rows]
-    shape = len(rows), max(lengths)
+    shape = len(rows), -(-max(lengths) // multiple) * multiple
     input_ids, position_ids, segments = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.full(shape, -1)
     states, labels, owners, num_tokens = [], [], [], np.zeros((len(rows), len(rows[0][1])), np.int64)
     for b, (prompt, responses) in enumerate(rows):

@@ -21,8 +21,8 @@ from torch import nn
 from tdpo.losses import LossOutput, Objective, ResponseScores
 from tdpo.scoring.chunked_loss import Head, ReferenceStates, loss_of_rows, score_rows
 from tdpo.scoring.logps import _get_batch_logps, _tdpo_get_batch_logps, full_logits, label_logps, stack_roles
-from tdpo.scoring.prefix_sharing import SharedPrefixBatch, attention_masks, shared_prefix_batch
-from tdpo.utils import IGNORED
+from tdpo.scoring.prefix_sharing import SharedPrefixBatch, attention_masks, row_multiple, shared_prefix_batch
+from tdpo.utils import IGNORED, to_device
 
 
 class Scored(NamedTuple):
@@ -73,9 +73,10 @@ class Scorer(nn.Module):
 
     def _fast(self, rows: SharedPrefixBatch, counted: Optional[int]) -> Scored:
         masks = attention_masks(rows, self.policy.config)
-        states, head = hidden_states(self.policy, rows, masks), Head.of(self.policy, self.compiled)
         with _gathered(self.reference):
+            # Before the policy, whose activations are not in memory yet.
             reference = self._reference(rows, masks) if self.objective.needs_reference else None
+            states, head = hidden_states(self.policy, rows, masks), Head.of(self.policy, self.compiled)
             if torch.is_grad_enabled():
                 counted = len(rows.counts) if counted is None else counted
                 loss, output, table = loss_of_rows(states, head, reference, rows, self.objective, counted)
@@ -121,7 +122,8 @@ class Scorer(nn.Module):
             (fast, plain, dtype): the policy's log-probabilities of the last min(n, last) tokens of each response, (R, min(n, last)),
             nats; and the dtype in which the policy computes.
         """
-        rows = shared_prefix_batch([(prompt.tolist(), responses.tolist())]).to(responses.device)
+        device = responses.device
+        rows = shared_prefix_batch([(prompt.tolist(), responses.tolist())], row_multiple(device)).to(device)
         states = hidden_states(self.policy, rows, attention_masks(rows, self.policy.config))
         ids = torch.cat([prompt.expand(len(responses), -1), responses], dim=1)
         n = min(last, responses.shape[1])
@@ -158,12 +160,16 @@ def plain_scores(
         _, kl, logps = _tdpo_get_batch_logps(logits, reference_logits, labels)
     else:
         logps = _get_batch_logps(logits, labels)
-    num_tokens = (labels[:, 1:] != IGNORED).sum(-1).to(logps.device)
-    annotations = {role: batch.get(f"{role}_annotation") for role in objective.roles}
+    num_tokens = to_device((labels[:, 1:] != IGNORED).sum(-1), logps.device)
+    given = {role: batch.get(f"{role}_annotation") for role in objective.roles}
+    annotations = {
+        role: None if values is None else to_device(torch.tensor(values, dtype=torch.float64), logps.device)
+        for role, values in given.items()
+    }
     return {
         role: ResponseScores(
             *(None if x is None else x[own] for x in (logps, num_tokens, reference_logps, kl)),
-            None if annotations[role] is None else torch.tensor(annotations[role], dtype=torch.float64, device=logps.device),
+            annotations[role],
             batch.get("baseline"),
         )
         for role, own in _slices_by_role(batch, objective.roles)

@@ -8,7 +8,7 @@ from torch import nn
 
 from tdpo.scoring.chunked_loss import Head, chunk_size, pieces
 from tdpo.scoring.logps import forward_kl, full_logits, label_logps
-from tdpo.scoring.prefix_sharing import SharedPrefixBatch, attention_masks, shared_prefix_batch
+from tdpo.scoring.prefix_sharing import SharedPrefixBatch, attention_masks, row_multiple, shared_prefix_batch
 from tdpo.scoring.scorer import hidden_states
 
 
@@ -43,7 +43,7 @@ def token_statistics(
     """
     if not fast:
         examples = [alone for example in examples for alone in _one_by_one(*example)]
-    rows = shared_prefix_batch(examples).to(policy.device)
+    rows = shared_prefix_batch(examples, row_multiple(policy.device)).to(policy.device)
     logits_of = [_logits_at(model, rows, fast) for model in (policy, reference) if model is not None]
     parts = []
     for chunk in pieces(0, len(rows.labels), chunk_size(policy.device)):

@@ -9,8 +9,9 @@ import torch
 
 from tdpo.data.microbatches import cut_into_microbatches
 from tdpo.data.split import Example, TokenizedSplit
-from tdpo.scoring.prefix_sharing import SharedPrefixBatch, shared_prefix_batch
+from tdpo.scoring.prefix_sharing import SharedPrefixBatch, row_multiple, shared_prefix_batch
 from tdpo.training.reference_cache import ReferenceCache
+from tdpo.utils import to_device
 
 Batch = Union[SharedPrefixBatch, Mapping]  # what Scorer.forward takes, on the device
 
@@ -103,9 +104,9 @@ class Feeder:
             batch = self.collate([data.element(example) for example in examples])
             # Labels stay on the CPU: finding the response tokens then does not wait for the device. FSDP moves all tensors of a dict to
             # the device, but not those of a proxy.
-            moved = {k: v.to(self.device, non_blocking=True) for k, v in batch.items() if k.endswith(("_input_ids", "_mask"))}
+            moved = {k: to_device(v, self.device) for k, v in batch.items() if k.endswith(("_input_ids", "_mask"))}
             return MappingProxyType({**batch, **moved})
-        rows = shared_prefix_batch([data.example(example) for example in examples])
+        rows = shared_prefix_batch([data.example(example) for example in examples], row_multiple(self.device))
         if split in self.reference_caches:
             rows = self.reference_caches[split].add_to(rows, examples)
         return (rows.pin_memory() if self.device.type == "cuda" else rows).to(self.device)
