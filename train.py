@@ -321,12 +321,12 @@ def load_data(config: DictConfig, split: str, tokenizer, objective: Objective, c
 
 
 def seed_everything(config: DictConfig) -> None:
-    """Seed PyTorch and set its precision and determinism. Called before the model is built, which may have random weights."""
+    """Seed PyTorch and set its determinism. Called before the model is built, which may have random weights."""
     torch.manual_seed(config.seed)
-    torch.backends.cuda.matmul.allow_tf32 = True  # as published: float32 matrix products use TF32 on a GPU
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # no result depends on it, and it writes gigabytes in every microbatch
 
 
 def main() -> None:

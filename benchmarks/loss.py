@@ -13,12 +13,14 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
-from benchmarks.step import Memory  # noqa: E402
+from benchmarks.step import Memory, synchronize  # noqa: E402
+from tdpo.gpu import prepare_gpu  # noqa: E402
 from tdpo.losses import get_objective  # noqa: E402
 from tdpo.scoring.chunked_loss import CHUNK, Head, ReferenceStates, loss_of_rows  # noqa: E402
 from tdpo.scoring.prefix_sharing import shared_prefix_batch  # noqa: E402
@@ -33,8 +35,7 @@ def seconds(function, device: torch.device, rounds: int) -> float:
     for _ in range(rounds):
         started = time.perf_counter()
         function()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         times.append(time.perf_counter() - started)
     return statistics.median(times)
 
@@ -76,28 +77,46 @@ def main() -> None:
             print(row(arguments, vocabulary, positions, device, dtype), flush=True)
 
 
-def row(arguments: argparse.Namespace, vocabulary: int, positions: int, device: torch.device, dtype: torch.dtype) -> str:
-    """Measure one case. Returns its row of the Markdown table."""
+class Measured(NamedTuple):
+    """Measurements of one case: seconds with gradients, seconds of the matrix products alone, and peak bytes."""
+
+    seconds: float
+    products: float
+    peak: int
+
+
+def measured(
+    hidden: int, vocabulary: int, positions: int, device: torch.device, dtype: torch.dtype, compiled: bool, rounds: int, warm_up: bool
+) -> Measured:
+    """Measure one case. `warm_up`: run it once before."""
+    prepare_gpu()
     torch.manual_seed(0)
-    states = torch.randn(positions, arguments.hidden, device=device, dtype=dtype, requires_grad=True)
-    weights = [(0.02 * torch.randn(vocabulary, arguments.hidden, device=device)).to(dtype) for _ in range(2)]
+    states = torch.randn(positions, hidden, device=device, dtype=dtype, requires_grad=True)
+    weights = [(0.02 * torch.randn(vocabulary, hidden, device=device)).to(dtype) for _ in range(2)]
     weights[0].requires_grad_()
     rows = shared_prefix_batch([([1], [[2] * SIDE, [3] * SIDE])] * (positions // (2 * SIDE))).to(device)
-    reference = ReferenceStates(states.detach() + 0.1, Head(weights[1], None, compiled=arguments.compile))
+    reference = ReferenceStates(states.detach() + 0.1, Head(weights[1], None, compiled=compiled))
     states.grad, weights[0].grad = torch.zeros_like(states), torch.zeros_like(weights[0])
     objective = get_objective("tdpo2", beta=0.1, alpha=0.5)
 
     def run() -> None:
-        head = Head(weights[0], None, compiled=arguments.compile)
+        head = Head(weights[0], None, compiled=compiled)
         loss_of_rows(states, head, reference, rows, objective, len(rows.counts))[0].backward()
 
-    if positions == arguments.positions[0]:
-        run()  # warm-up
+    if warm_up:
+        run()
     with Memory(device) as memory:
-        elapsed = seconds(run, device, arguments.rounds)
-    least = floor(positions, arguments.hidden, vocabulary, device, dtype)
+        elapsed = seconds(run, device, rounds)
+    return Measured(elapsed, floor(positions, hidden, vocabulary, device, dtype), memory.peak)
+
+
+def row(arguments: argparse.Namespace, vocabulary: int, positions: int, device: torch.device, dtype: torch.dtype) -> str:
+    """Measure one case. Returns its row of the Markdown table."""
+    warm_up = positions == arguments.positions[0]
+    given = arguments.hidden, vocabulary, positions, device, dtype, arguments.compile, arguments.rounds, warm_up
+    elapsed, least, peak = measured(*given)
     whole = 2 * 4 * positions * vocabulary
-    cells = f"{elapsed:.2f} | {least:.2f} | {elapsed / least:.2f} | {memory.peak / 1e6:,.0f} | {whole / 1e6:,.0f}"
+    cells = f"{elapsed:.2f} | {least:.2f} | {elapsed / least:.2f} | {peak / 1e6:,.0f} | {whole / 1e6:,.0f}"
     return f"| {vocabulary:,} | {positions:,} | {cells} |"
 
 

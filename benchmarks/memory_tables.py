@@ -14,6 +14,7 @@ from tdpo.models.adapters import attach  # noqa: E402
 from tdpo.models.build import empty_model  # noqa: E402
 from tdpo.models.memory import ModelShape, device_memory  # noqa: E402
 from tdpo.models.quantized import emptied  # noqa: E402
+from tdpo.optimizers import copies_in_step  # noqa: E402
 
 LORA = OmegaConf.create({"rank": 16, "alpha": 32, "targets": "all-linear", "rslora": False, "init": "uniform"})
 MODELS = {
@@ -58,9 +59,11 @@ def tables() -> str:
         lines += [f"**{name}**, {shape.parameters / 1e9:.2f} billion parameters", ""]
         lines += [f"| GPUs | {' | '.join(parts)} | GB per GPU | with AdamW | with whole gradients |", "|" + "---:|" * (len(parts) + 4)]
         for n in GPUS:
-            memory = device_memory(shape, shards=n, **PAIR)
-            variants = ({"optimizer_states": 2}, {"accumulates_whole": True})
-            totals = [memory, *(device_memory(shape, shards=n, **PAIR, **variant) for variant in variants)]
+            copies = copies_in_step("RMSprop", {}, n > 1, True)  # AdamW's step is fused on a GPU
+            rmsprop = {"shards": n, "optimizer_copies": copies, **PAIR}
+            memory = device_memory(shape, **rmsprop)
+            adamw = device_memory(shape, shards=n, optimizer_states=2, **PAIR)
+            totals = [memory, adamw, device_memory(shape, accumulates_whole=True, **rmsprop)]
             cells = [*memory.values(), *(sum(total.values()) for total in totals)]
             lines.append(f"| {n} | {' | '.join(f'{cell / 1e9:.1f}' for cell in cells)} |")
         lines.append("")

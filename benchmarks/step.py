@@ -39,6 +39,7 @@ import torch.nn.functional as F  # noqa: E402
 import transformers  # noqa: E402
 
 from tdpo.data.microbatches import cut_into_microbatches  # noqa: E402
+from tdpo.gpu import prepare_gpu  # noqa: E402
 from tdpo.losses import get_objective, tdpo_loss  # noqa: E402
 from tdpo.optimizers import make_optimizer  # noqa: E402
 from tdpo.scoring.logps import concatenated_inputs  # noqa: E402
@@ -147,18 +148,23 @@ def plain(setting: Setting, to_global: bool) -> list[Callable[[], torch.Tensor]]
     return [lambda part=part: loss(part) for part in in_order(setting)]
 
 
-def fast(setting: Setting) -> list[Callable[[], torch.Tensor]]:
-    """Return one function per microbatch: fast scoring of the same number of microbatches, with about equal tokens."""
+def by_length(setting: Setting) -> list[list[Pair]]:
+    """Return the microbatches of fast scoring: as many as in the given order, with about equal tokens, and the objective's roles."""
     roles = len(setting.scorer.objective.roles)
     pairs = [(prompt, responses[:roles]) for prompt, responses in setting.pairs]
     lengths = [len(prompt) + sum(map(len, responses)) for prompt, responses in pairs]
     rounds = cut_into_microbatches(lengths, 1, -(-len(pairs) // setting.microbatch))
+    return [[pairs[i] for i in part] for (part,) in rounds]
 
-    def loss(indices: list[int]) -> torch.Tensor:
-        rows = shared_prefix_batch([pairs[i] for i in indices], row_multiple(setting.device))
+
+def fast(setting: Setting) -> list[Callable[[], torch.Tensor]]:
+    """Return one function per microbatch: fast scoring of the microbatches of `by_length`."""
+
+    def loss(pairs: list[Pair]) -> torch.Tensor:
+        rows = shared_prefix_batch(pairs, row_multiple(setting.device))
         return setting.scorer(rows.to(setting.device)).loss
 
-    return [lambda part=part: loss(part) for (part,) in rounds]
+    return [lambda part=part: loss(part) for part in by_length(setting)]
 
 
 WAYS = {
@@ -170,7 +176,7 @@ WAYS = {
 
 
 class OwnStep:
-    """One optimizer step, as in this project's trainer."""
+    """One optimizer step, as in this project's trainer. After a call, `norm` is the norm of its gradient, a scalar on the device."""
 
     def __init__(self, way: str, setting: Setting, optimizer: torch.optim.Optimizer, dtype: torch.dtype):
         self.losses, self.setting, self.optimizer, self.dtype = WAYS[way](setting), setting, optimizer, dtype
@@ -183,7 +189,7 @@ class OwnStep:
                 value = loss() / len(self.setting.pairs)
                 value.backward()
                 total = total + value.detach()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 10.0)
+        self.norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 10.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return float(total)
@@ -193,6 +199,7 @@ def policy_and_reference(
     config: transformers.PreTrainedConfig, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.nn.Module, torch.nn.Module]:
     """Draw a policy in float32 and a reference in `dtype`, the policy plus noise, on the device. Neither has dropout."""
+    prepare_gpu()
     with device:
         policy = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     disable_dropout(policy)
@@ -232,16 +239,22 @@ class Memory:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def matmul_rate(device: torch.device, dtype: torch.dtype, n: int = 8192) -> float:
-    """Return the FLOP/s of a large matrix product on a GPU."""
+    """Return the FLOP/s of a large matrix product."""
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     for _ in range(3):
         a @ b
-    torch.cuda.synchronize()
+    synchronize(device)
     started = time.perf_counter()
     for _ in range(20):
         a @ b
-    torch.cuda.synchronize()
+    synchronize(device)
     return 20 * 2 * n**3 / (time.perf_counter() - started)
 
 
@@ -305,8 +318,7 @@ def measure(steps: dict[str, Callable[[], float]], rounds: int, device: torch.de
             with Memory(device) if is_last else contextlib.nullcontext() as memory:
                 started = time.perf_counter()
                 value = step()
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
+                synchronize(device)
                 elapsed = getattr(step, "seconds", time.perf_counter() - started)
             measured[name].losses.add(f"{value:.5f}")
             if is_last:

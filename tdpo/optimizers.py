@@ -8,6 +8,7 @@ from typing import Any, Optional
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from tdpo.utils import UserError, nearest
 
@@ -19,6 +20,7 @@ OPTIMIZERS = sorted(
     for name, value in vars(torch.optim).items()
     if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and name not in UNSUITABLE
 )
+WHOLE = ("Adafactor", "Rprop")  # those that PyTorch cannot run on sharded weights
 # Those of bitsandbytes that have been trained with and resumed here.
 EIGHT_BIT = ("AdEMAMix8bit", "Adagrad8bit", "Adam8bit", "AdamW8bit", "LAMB8bit", "LARS8bit", "Lion8bit", "RMSprop8bit", "SGD8bit")
 
@@ -100,7 +102,7 @@ def make_optimizer(
     decays_vectors: bool = True,
     device: Optional[torch.device] = None,
 ) -> torch.optim.Optimizer:
-    """Build an optimizer; on a GPU its fused version, if there is one.
+    """Build an optimizer, in the implementation that suits the weights (see `_implementation`), if the options do not choose one.
 
     Args:
         name: of the optimizer.
@@ -114,13 +116,8 @@ def make_optimizer(
         UserError: the optimizer does not accept these parameters.
     """
     arguments = complete_options(name, options)
-    if (
-        device is not None
-        and device.type == "cuda"
-        and "fused" in _parameters(name)
-        and not {"fused", "foreach", "differentiable"} & set(options)
-    ):
-        arguments["fused"] = True
+    if not {"fused", "foreach", "differentiable"} & set(options):
+        arguments |= _implementation(name, [weight for group in groups for weight in group], device)
     split = [{"params": list(group)} for group in groups]
     if not decays_vectors and "weight_decay" in arguments:
         matrices = [{"params": [p for p in group if p.ndim > 1]} for group in groups]
@@ -128,8 +125,48 @@ def make_optimizer(
         split = [group for group in [*matrices, *vectors] if group["params"]]
     try:
         return optimizer_class(name)(split, lr=lr, **arguments)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"optimizer={name} does not accept this model's parameters: {error}") from None
+
+
+def _implementation(name: str, weights: Sequence[nn.Parameter], device: Optional[torch.device]) -> dict[str, bool]:
+    """Return the argument by which an optimizer works on many weights at once, or on one at a time; {} leaves the choice to PyTorch.
+
+    fused, where PyTorch has it, on a GPU. foreach for sharded weights, which PyTorch would take one at a time: launching a thousand small
+    kernels may be a quarter of a step on eight GPUs. One at a time on a GPU for 1 GB of weights or more: foreach computes in a copy of all
+    weights (4 bytes a parameter), and saves only the launching of kernels that are long by then.
+
+    Args:
+        name: of the optimizer.
+        weights: what it will update.
+        device: of the weights; None: the CPU.
+    """
+    known, on_gpu = _parameters(name), device is not None and device.type == "cuda"
+    if "fused" in known and on_gpu:
+        return {"fused": True}
+    if "foreach" not in known:
+        return {}
+    if is_sharded(weights):
+        return {"foreach": True}
+    return {"foreach": sum(weight.numel() * weight.element_size() for weight in weights) < 1e9} if on_gpu else {}
+
+
+def is_sharded(weights: Sequence[nn.Parameter]) -> bool:
+    """Whether a weight is one of several ranks'."""
+    return any(isinstance(weight, DTensor) for weight in weights)
+
+
+def copies_in_step(name: str, options: Mapping[str, Any], sharded: bool, on_gpu: bool) -> int:
+    """Return how many numbers per weight a step computes in, apart from the optimizer's state: 1 for foreach, see `_implementation`.
+
+    Args:
+        name, options: as for `make_optimizer`.
+        sharded: whether the weights are.
+        on_gpu: whether they are on a GPU.
+    """
+    known = _parameters(name)
+    fused = options.get("fused", on_gpu and "fused" in known)
+    return int(not fused and options.get("foreach", sharded and "foreach" in known))
 
 
 def bytes_per_weight(name: str, options: Mapping[str, Any], dtype: torch.dtype) -> float:

@@ -22,7 +22,7 @@ sys.path.insert(0, ".")
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("module", ["benchmarks.step", "benchmarks.loss"])
+@pytest.mark.parametrize("module", ["benchmarks.step", "benchmarks.loss", "benchmarks.gpu"])
 def test_steps_are_measured_where_only_torch_and_transformers_are_installed(module):
     """As on many GPU machines, whose images have PyTorch and Transformers but not what reads data and configs."""
     modules = f"import {module}, tdpo.models.memory, tdpo.optimizers, tdpo.scoring.mixed_precision"

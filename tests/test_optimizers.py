@@ -79,6 +79,7 @@ def test_lists_become_the_tuples_that_an_optimizer_takes():
         ("optimizer_options.weight_decay=.inf", "optimizer_options"),
         ("optimizer=SGD8bit", "SGD8bit refuses this"),
         ("optimizer=AdamW8bit trainer=FSDPTrainer", "trainer=FSDPTrainer does not split its state; use trainer=BasicTrainer"),
+        ("optimizer=Adafactor trainer=FSDPTrainer", "trainer=FSDPTrainer does not split its state; use trainer=BasicTrainer"),
         ("optimizer=AdamW9bit", "did you mean AdamW"),
     ],
 )
@@ -136,3 +137,42 @@ def test_sharded_and_whole_runs_decay_alike(ranks, tmp_path):
     one, two = run(*options, f"local_run_dir={tmp_path}/one"), ranks(2).run(*options, *SHARDED, f"local_run_dir={tmp_path}/two")
     for name, tensor in weights_of(one).items():
         torch.testing.assert_close(weights_of(two)[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def arguments_of(name: str, n: int, device: str, sharded: bool, monkeypatch) -> dict:
+    """Return by which implementation a weight of n numbers would be updated."""
+    monkeypatch.setattr("tdpo.optimizers.is_sharded", lambda weights: sharded)
+    found = {}
+
+    class Recorder(getattr(torch.optim, name)):
+        def __init__(self, params, **arguments):
+            found.update(arguments)
+
+    Recorder.__init__.__signature__ = inspect.signature(getattr(torch.optim, name).__init__)
+    monkeypatch.setattr(torch.optim, name, Recorder)
+    make_optimizer(name, [[torch.nn.Parameter(torch.empty(n, device="meta"))]], 0.1, {}, device=torch.device(device))
+    monkeypatch.undo()
+    return {key: value for key, value in found.items() if key in ("fused", "foreach")}
+
+
+@pytest.mark.parametrize(
+    "name,n,device,sharded,expected",
+    [
+        ("AdamW", 10, "cuda", False, {"fused": True}),
+        ("AdamW", 10, "cuda", True, {"fused": True}),
+        ("RMSprop", 10, "cuda", False, {"foreach": True}),
+        ("RMSprop", 10**9, "cuda", False, {"foreach": False}),
+        ("RMSprop", 10**9, "cuda", True, {"foreach": True}),
+        ("RMSprop", 10, "cpu", True, {"foreach": True}),
+        ("RMSprop", 10, "cpu", False, {}),
+    ],
+)
+def test_the_implementation_suits_the_weights(name, n, device, sharded, expected, monkeypatch):
+    """Sharded weights are updated many at once, where PyTorch by itself would take them one by one; large ones without a copy of all."""
+    assert arguments_of(name, n, device, sharded, monkeypatch) == expected
+
+
+def test_an_implementation_that_is_asked_for_is_used(monkeypatch):
+    monkeypatch.setattr("tdpo.optimizers.is_sharded", lambda weights: True)
+    optimizer = make_optimizer("RMSprop", [[torch.nn.Parameter(torch.ones(3))]], 0.1, {"foreach": False})
+    assert optimizer.defaults["foreach"] is False

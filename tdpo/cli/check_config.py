@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from tdpo.cli.schema import Config, loss_problems, resolved, schema_problems
 from tdpo.losses import Objective, objective_of
-from tdpo.optimizers import EIGHT_BIT, option_problems
+from tdpo.optimizers import EIGHT_BIT, WHOLE, option_problems
 from tdpo.utils import UserError
 
 
@@ -68,7 +68,7 @@ def _joint_problems(config: DictConfig) -> list[str]:
         if node.get("share") is not None and node.get("n_examples") is not None:
             problems.append(f"datasets.{name}.share and datasets.{name}.n_examples exclude each other: set one of them to null")
     problems += option_problems(config.optimizer, OmegaConf.to_container(config.optimizer_options))
-    if config.optimizer in EIGHT_BIT and config.trainer != "BasicTrainer":
+    if config.optimizer in (*EIGHT_BIT, *WHOLE) and config.trainer != "BasicTrainer":
         problems.append(f"optimizer={config.optimizer}: trainer={config.trainer} does not split its state; use trainer=BasicTrainer")
     if config.min_lr > config.lr:
         problems.append(f"min_lr={config.min_lr} is more than lr={config.lr}")

@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tdpo.distributed.launch import is_supervised, own_rank
 from tdpo.files import reason_of
+from tdpo.gpu import allocate_in_segments
 from tdpo.utils import CONFIG_DIR, PeerError, RunError, Stopped, UserError, flat_keys, lenient_console, nearest, plural
 
 GROUPS = ("model", "datasets", "loss")
@@ -49,6 +50,7 @@ def run_command(config_name: str, job: Callable[[DictConfig, Sequence[str]], Any
                 failed.append(overrides)  # the other jobs of a sweep continue
                 print(f"error: {' '.join(overrides)}: {error}", file=sys.stderr, flush=True)
 
+    allocate_in_segments()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints its errors itself and exits with code 1
     with lenient_console(), reported_errors(config_name):
         try:

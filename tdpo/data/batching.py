@@ -155,7 +155,9 @@ class StagedBatchStream(BatchStream):
 
 def prefetched(prepare: Callable[[Item], Prepared], items: Iterable[Item]) -> Iterator[tuple[Item, Prepared]]:
     """Yield (item, prepare(item)) of each item; a thread prepares the next item while the caller uses this one."""
-    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as pool:
+    # A thread begins on the first GPU, whichever its process uses.
+    device = {"initializer": torch.cuda.set_device, "initargs": (torch.cuda.current_device(),)} if torch.cuda.is_initialized() else {}
+    with ThreadPoolExecutor(1, thread_name_prefix="ahead", **device) as pool:
         waiting = None
         for item in items:
             ready, waiting = waiting, (item, pool.submit(prepare, item))

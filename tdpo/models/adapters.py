@@ -85,7 +85,8 @@ def attach(model: nn.Module, adapter: DictConfig, dtype: torch.dtype, seed: int,
     _activate(model, TRAINED)  # peft has activated the one that was added last
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(_is_of(TRAINED, name))
-    adapted = sorted(name for name, module in model.named_modules() if module in set(_layers(model)))
+    layers = set(_layers(model))
+    adapted = sorted(name for name, module in model.named_modules() if module in layers)
     if adapted != names:
         raise UserError(f"peft has given adapters to {some_of(sorted(set(adapted) ^ set(names)), 3)}: name other layers as adapter.targets")
     trained, whole = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True))

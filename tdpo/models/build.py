@@ -11,6 +11,7 @@ import transformers
 from omegaconf import DictConfig, OmegaConf
 from safetensors import safe_open
 
+from tdpo.gpu import prepare_gpu
 from tdpo.models.adapters import attach, base_of, check_peft, is_adapter, merge_folder
 from tdpo.models.archive import LEGACY_BUFFERS, check_archive, find_archive, read_archive
 from tdpo.models.generation import own_settings, source_of
@@ -112,7 +113,7 @@ def empty_model(model_config, dtype: torch.dtype = torch.float32) -> torch.nn.Mo
         UserError: no model can be built from the config.
     """
     try:
-        no_cudnn_attention()
+        prepare_gpu()
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=False)
     except Exception as error:  # models reject inconsistent sizes in their own ways
@@ -147,7 +148,7 @@ def build_model(
     Raises:
         UserError: the weights cannot be loaded, or do not fit the model.
     """
-    no_cudnn_attention()
+    prepare_gpu()
     folder = model.archive if archive is None else None
     files = folder or model.name_or_path
     if archive is not None:
@@ -226,11 +227,6 @@ def _take_weights(model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> 
     if all(torch.equal(state[target], state[source]) for target, source in tied.items() if target in state and source in state):
         model.tie_weights()
         model.all_tied_weights_keys = tied
-
-
-def no_cudnn_attention() -> None:
-    """Keep PyTorch from using cuDNN's attention, which gives NaN gradients at some lengths with masks (pytorch#196678), as ours all are."""
-    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def compute_dtype(model: DictConfig) -> torch.dtype:

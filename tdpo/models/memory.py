@@ -109,6 +109,7 @@ def device_memory(
     weight_bytes: int = 4,
     compute_bytes: int = 2,
     optimizer_states: float = 1,
+    optimizer_copies: int = 0,
     activation_checkpointing: bool = True,
     accumulates_whole: bool = False,
     plain: bool = False,
@@ -125,6 +126,7 @@ def device_memory(
         weight_bytes: bytes per number of model.policy_dtype, in which trained weights are kept.
         compute_bytes: bytes per number of model.fsdp_policy_mp, which is also the dtype of the reference, and of weights below adapters.
         optimizer_states: numbers of weight_bytes per parameter: 1 for RMSprop, 2 for AdamW.
+        optimizer_copies: numbers of weight_bytes per parameter in which the optimizer computes, see optimizers.copies_in_step.
         activation_checkpointing: only the inputs of each block are kept.
         accumulates_whole: unsharded gradients on every device, as with parallel.reduce_once_a_step and gradient_accumulation_steps > 1.
         plain: scoring=plain.
@@ -132,7 +134,7 @@ def device_memory(
 
     Returns:
         bytes by purpose: weights, gradients, optimizer, reference, gathered (temporarily unsharded or dequantised copies), activations,
-        logits.
+        logits, update (what the optimizer's step needs beyond the three parts before, which are free by then).
     """
     frozen = compute_bytes * (shape.parameters - shape.quantized) + shape.quantized_bytes if shape.adapter else 0
     trained = weight_bytes * shape.trained
@@ -155,6 +157,8 @@ def device_memory(
         needs = needs_reference, needs_kl, compute_bytes
         head = weight_bytes if not shape.adapter else 0
         memory["logits"] = head_memory(shape.vocabulary, shape.hidden, response_tokens, *needs, weight_bytes=head, chunk=chunk)
+    free_in_update = memory["gathered"] + memory["activations"] + memory["logits"]
+    memory["update"] = max(0.0, optimizer_copies * trained / shards - free_in_update)
     return {name: int(value) for name, value in memory.items()}
 
 
@@ -165,7 +169,9 @@ def _gathered(shape: ModelShape, shards: int, weight_bytes: int, compute_bytes: 
     reference's copies are freed by then. On one device: all parameters, if the policy computes in another dtype.
     """
     if shards == 1:
-        return compute_bytes * shape.trained if compute_bytes != weight_bytes else 0
+        # A copy's gradient lives until it is added to the parameter's, so at most the largest one, the head's.
+        gradient = 0 if shape.adapter else shape.vocabulary * shape.hidden
+        return compute_bytes * (shape.trained + gradient) if compute_bytes != weight_bytes else 0
     largest = max(shape.block, shape.rest)
     gradient = shape.adapter / shape.blocks if shape.adapter else largest
     return compute_bytes * (shape.rest + 2 * shape.block + largest) + weight_bytes * gradient
@@ -184,9 +190,10 @@ def head_memory(
     """Estimate the bytes that fast scoring needs for head and loss.
 
     They are the sum of (positions, vocabulary) tables of a chunk (log-probabilities of policy and reference and the reference's
-    probabilities, or without SeqKL one table for all, two on a GPU, where log-softmax is not in place; in half precision one more for
-    matrix products); the gradient of the head's weight, and in half precision a chunk's contribution to it; and hidden states at response
-    positions of policy and reference, and their gradient. The additional table of soft-capped logits is not counted.
+    probabilities, or without SeqKL one table for all, two on a GPU, where log-softmax is not in place; one more for matrix products in half
+    precision, and on a GPU for an odd vocabulary); the gradient of the head's weight, and in half precision a chunk's contribution to it;
+    and hidden states at response positions of policy and reference, and their gradient. The additional table of soft-capped logits is not
+    counted.
 
     Args:
         vocabulary, hidden: sizes of the head.
@@ -197,7 +204,9 @@ def head_memory(
         chunk: positions per chunk.
     """
     positions = min(chunk, response_tokens)
-    tables = 4 * (3 if needs_kl else 1 if chunk == CHUNK["cpu"] else 2) + (compute_bytes if compute_bytes < 4 else 0)
+    on_gpu = chunk != CHUNK["cpu"]
+    product = compute_bytes if compute_bytes < 4 or (on_gpu and vocabulary % 64) else 0
+    tables = 4 * (3 if needs_kl else 2 if on_gpu else 1) + product
     head = vocabulary * hidden * (weight_bytes + (compute_bytes if compute_bytes < 4 else 0)) if weight_bytes else 0
     states = hidden * response_tokens * compute_bytes * (3 if needs_reference else 2)
     return positions * vocabulary * tables + head + states

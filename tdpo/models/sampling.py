@@ -44,6 +44,20 @@ def _settings_of(model: nn.Module, settings: transformers.GenerationConfig) -> I
         model.generation_config = own
 
 
+@contextmanager
+def _plain_attention(model: nn.Module) -> Iterator[None]:
+    """Within the block, let a model with FlexAttention use another: FlexAttention would be compiled for the lengths of the cache."""
+    model = getattr(model, "policy", model)  # a reference that is the policy without its adapters
+    if model.config._attn_implementation != "flex_attention":
+        yield
+        return
+    model.set_attn_implementation("sdpa" if getattr(model, "_supports_sdpa", False) else "eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation("flex_attention")
+
+
 def _ids(ids: Union[int, Sequence[int], None]) -> list[int]:
     listed = [] if ids is None else [ids] if isinstance(ids, (int, str)) else list(ids)
     return [end for end in listed if isinstance(end, int)]
@@ -73,7 +87,7 @@ def continuations(
     longest = max(map(len, prompts))
     ids = torch.tensor([[settings.pad_token_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
-    with _settings_of(model, settings) as ends:
+    with _settings_of(model, settings) as ends, _plain_attention(model):
         length = min(settings.max_length, longest + (max_new_tokens or settings.max_length))
         options = {"num_return_sequences": n, "max_length": length, "synced_gpus": synced}
         output = model.generate(input_ids=ids, attention_mask=mask, **options)[:, longest:].tolist()

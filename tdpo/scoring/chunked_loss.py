@@ -274,7 +274,8 @@ class _Workspace:
     """(C, V) tensors that all chunks of a pass reuse: on a CPU, allocating that much memory costs as much as the arithmetic on it.
 
     There are three with SeqKL, for log p, log q and q, else one for both models. On a GPU log_softmax needs an output of its own: logits
-    are in the tensor into which q is written later, or, without SeqKL, in a second one. `product` has the dtype in which the heads compute.
+    are in the tensor into which q is written later, or, without SeqKL, in a second one. `product` is one more, for matrix products: where
+    heads compute in half precision, and on a GPU for rows that would begin at odd addresses.
     """
 
     def __init__(self, head: Head, states: torch.Tensor, reference: Optional[ReferenceStates], needs_kl: bool):
@@ -283,8 +284,10 @@ class _Workspace:
         self.size = chunk_size(states.device)
         shape = min(self.size, len(states)), head.weight.shape[0]
         self.in_place = states.device.type == "cpu"
-        self.tables = [_table(*shape, self.dtype, states.device) for _ in range(3 if needs_kl else 1 if self.in_place else 2)]
-        self.product = None if states.dtype == self.dtype else _table(*shape, states.dtype, states.device)
+        count = 3 if needs_kl else 1 if self.in_place else 2
+        self.tables = [torch.empty(shape, dtype=self.dtype, device=states.device) for _ in range(count)]
+        own = states.dtype != self.dtype or needs_alignment(shape[1], states.device)
+        self.product = _aligned(*shape, states.dtype, states.device) if own else None
 
     def compute(self, chunk: slice, rows: SharedPrefixBatch) -> _Distributions:
         labels = rows.labels[chunk]
@@ -309,10 +312,15 @@ class _Workspace:
         return head.logits(states, out, out if self.product is None else self.product[: len(states)])
 
 
-def _table(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return an uninitialised (rows, vocabulary). On a GPU its rows begin at multiples of 64 numbers: cuBLAS multiplies rows that begin at
-    odd addresses several times slower, and GPT-2 has 50,257 entries."""
-    width = vocabulary if device.type == "cpu" else -(-vocabulary // 64) * 64
+def needs_alignment(vocabulary: int, device: torch.device) -> bool:
+    """Whether rows of logits that follow each other without a gap are slow in matrix products: cuBLAS multiplies rows that begin at odd
+    addresses several times slower, and GPT-2 has 50,257 entries."""
+    return device.type != "cpu" and vocabulary % 64 != 0
+
+
+def _aligned(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return an uninitialised (rows, vocabulary); see `needs_alignment`."""
+    width = -(-vocabulary // 64) * 64 if needs_alignment(vocabulary, device) else vocabulary
     return torch.empty(rows, width, dtype=dtype, device=device)[:, :vocabulary]
 
 
@@ -351,10 +359,7 @@ class _Gradients:
 
 def _label_logps(logits: torch.Tensor, labels: torch.Tensor, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return log-probabilities (C, V), written into `out`, and those of the labels (C,). On a CPU `out` may be the logits themselves."""
-    if torch.compiler.is_compiling() or not out.is_contiguous():  # PyTorch does not say that out= may have strides
-        logps = out.copy_(torch.log_softmax(logits, -1))
-    else:
-        logps = torch.log_softmax(logits, -1, out=out)
+    logps = torch.log_softmax(logits, -1, out=out)
     return logps, logps.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 

@@ -159,7 +159,7 @@ def _additive(rows: SharedPrefixBatch, window: Optional[int]) -> torch.Tensor:
     return torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, torch.finfo(torch.float32).min)
 
 
-def _blocks(rows: SharedPrefixBatch, window: Optional[int]):
+def block_mask(rows: SharedPrefixBatch, window: Optional[int]):
     """Return a BlockMask for FlexAttention, which skips blocks in which nothing is visible."""
     from torch.nn.attention.flex_attention import create_block_mask  # imported here, because that takes a second
 
@@ -175,7 +175,7 @@ def _blocks(rows: SharedPrefixBatch, window: Optional[int]):
 
 
 # By attention implementation of Transformers. FlashAttention is missing: it takes no such mask.
-FORMS = {"sdpa": _boolean, "eager": _additive, "flex_attention": _blocks}
+FORMS = {"sdpa": _boolean, "eager": _additive, "flex_attention": block_mask}
 
 
 def unsupported_attention(config) -> Optional[str]:

@@ -3,15 +3,20 @@
 from typing import Optional
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from tdpo.scoring.chunked_loss import unsupported_head
-from tdpo.scoring.prefix_sharing import unsupported_attention
+from tdpo.scoring.prefix_sharing import block_mask, row_multiple, shared_prefix_batch, unsupported_attention
 from tdpo.utils import UserError, get_logger, reason_of
 
 log = get_logger(__name__)
 
 PROBED = 24  # tokens compared per response when fast scoring is tested
+# Errors that say nothing about the model: no memory, a lost process, a GPU that can no longer be used.
+UNRELATED = (torch.OutOfMemoryError, torch.distributed.DistError, torch.AcceleratorError)
+LONG = 1024  # tokens of prompt and response from which FlexAttention is tried: of shorter ones attention is a few percent of a step
+SHORT_TRIAL = 256  # tokens of the texts by which FlexAttention's gradient is tested
 SHORT = 16  # tokens of the texts by which a model is tested for what it sees
 
 
@@ -34,7 +39,7 @@ def check_predictions(scorer: nn.Module, max_length: int) -> None:
     other[0, later:] = (ids[0, later:] + 1) % vocabulary
     try:
         first, again, changed = (scorer.logits_of_all(x)[0, :later] for x in (ids, ids, other))
-    except (torch.OutOfMemoryError, torch.distributed.DistError):
+    except UNRELATED:
         raise
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:  # models that are no plain language models
         raise UserError(f"{name} cannot compute a text of {ids.shape[1]} tokens: {reason_of(error, 120)}") from None
@@ -69,22 +74,90 @@ def fast_scoring_problem(scorer: nn.Module, max_length: int) -> Optional[str]:
     config = scorer.policy.config
     if problem := unsupported_attention(config) or unsupported_head(scorer.policy):
         return problem
-    prompt = max(1, max_length // 8)
-    response = max_length - prompt
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = config.get_text_config().vocab_size
-    tokens = torch.randint(vocabulary, (prompt + 2 * response,), generator=generator).to(scorer.policy.device)
     try:
-        fast, plain, dtype = scorer.both_ways(tokens[:prompt], tokens[prompt:].view(2, response), PROBED)
-    except (torch.OutOfMemoryError, torch.distributed.DistError):
+        fast, plain, dtype = scorer.both_ways(*_random_texts(scorer, max_length), PROBED)
+    except UNRELATED:
         raise
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:  # models reject unknown masks in their own ways
+        getattr(scorer, "reset_iter_state", lambda: None)()  # FSDP's, which the error has left in the midst of a pass
         return f"it cannot compute several responses in one row: {reason_of(error, 120)}"
     # The tolerance is relative to the spread of log-probabilities over random tokens, which is far larger than rounding errors.
     difference, spread = (fast - plain).square().mean().sqrt().item(), plain.std().item()
     rounding = 2**-10 if dtype == torch.float32 and torch.cuda.is_available() else torch.finfo(dtype).eps  # TF32 on a GPU
     tolerance = max(1e-3, 16 * rounding) * spread + 1e-6
     return None if difference <= tolerance else f"its log-probabilities would differ by {difference:.2g} nats per token"
+
+
+def _random_texts(scorer: nn.Module, max_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a prompt and two responses, (P,) and (2, n), of random tokens; prompt and response have max_length tokens."""
+    prompt = max(1, max_length // 8)
+    vocabulary = scorer.policy.config.get_text_config().vocab_size
+    tokens = torch.randint(vocabulary, (2 * max_length - prompt,), generator=torch.Generator().manual_seed(0)).to(scorer.policy.device)
+    return tokens[:prompt], tokens[prompt:].view(2, max_length - prompt)
+
+
+def head_size(text) -> int:
+    """Return the numbers of an attention head, of a Transformers config of a text model; 0 if it names no heads."""
+    heads = getattr(text, "num_attention_heads", None)
+    return getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
+
+
+def flex_attention_suits(config, max_length: int) -> bool:
+    """Whether FlexAttention can be faster than a mask. It skips blocks of 128 positions that see nothing of each other; short rows have few
+    such blocks. It pads heads to a power of two.
+
+    Args:
+        config: the model's.
+        max_length: tokens of prompt and response.
+    """
+    text = config.get_text_config()
+    size = head_size(text)
+    return max_length >= LONG and size >= 16 and size & (size - 1) == 0
+
+
+def set_attention(scorer: nn.Module, implementation: str) -> None:
+    """Give policy and reference another attention implementation of Transformers."""
+    for model in (scorer.policy, scorer.reference):
+        if hasattr(model, "set_attn_implementation"):
+            model.set_attn_implementation(implementation)
+
+
+def flex_attention_problem(scorer: nn.Module, max_length: int) -> Optional[str]:
+    """Test FlexAttention alone, with the model's heads and a mask as fast scoring has, forward and backward, against attention with a mask.
+
+    The model's own weights and FSDP have no part in it: if the compiler fails, nothing of them has changed.
+
+    Args:
+        scorer: a Scorer on its device.
+        max_length: tokens of prompt and response.
+
+    Returns:
+        the problem, as a clause; None if there is none.
+    """
+    from torch.nn.attention.flex_attention import flex_attention  # imported here, because that takes a second
+
+    text = scorer.policy.config.get_text_config()
+    heads, size = text.num_attention_heads, head_size(text)
+    groups = heads // (getattr(text, "num_key_value_heads", None) or heads)
+    device, dtype = scorer.policy.device, scorer.policy.dtype
+    prompt, responses = _random_texts(scorer, min(SHORT_TRIAL, max_length))
+    rows = shared_prefix_batch([(prompt.tolist(), responses.tolist())], row_multiple(device)).to(device)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, heads, rows.input_ids.shape[1], size)] + [(1, heads // groups, rows.input_ids.shape[1], size)] * 2
+    inputs = [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
+    try:
+        flex = torch.compile(flex_attention, dynamic=True)
+        found = flex(*inputs, block_mask=block_mask(rows, None), enable_gqa=groups > 1)
+        masked = F.scaled_dot_product_attention(*inputs, attn_mask=rows.visible().unsqueeze(1), enable_gqa=groups > 1)
+        weights = torch.randn(found.shape, generator=generator).to(device, dtype)
+        pairs = [(found, masked), *zip(*(torch.autograd.grad((x * weights).sum(), inputs) for x in (found, masked)))]
+        tolerance = 16 * max(torch.finfo(dtype).eps, 2**-10)
+        worst = max(((a - b).norm() / b.norm()).item() for a, b in pairs)
+    except UNRELATED:
+        raise
+    except Exception as error:  # PyTorch's compiler may fail in any way
+        return reason_of(error, 120)
+    return None if worst <= tolerance else f"attention or its gradient would differ by {worst:.1g}"
 
 
 def _most(differences: torch.Tensor) -> float:

@@ -1,6 +1,9 @@
 """What a run will cost, before its weights are loaded: memory of a device, tokens of a step, disk of a checkpoint."""
 
+import bisect
 import os
+from collections.abc import Callable
+from typing import Optional
 
 import numpy as np
 import torch
@@ -13,12 +16,13 @@ from tdpo.data.split import TokenizedSplit
 from tdpo.losses import Objective
 from tdpo.models.build import compute_dtype
 from tdpo.models.memory import ModelShape, device_memory
-from tdpo.optimizers import bytes_per_weight
+from tdpo.optimizers import bytes_per_weight, copies_in_step
 from tdpo.scoring.chunked_loss import chunk_size
 from tdpo.scoring.prefix_sharing import unsupported_attention
 from tdpo.training.saver import policy_saved
 from tdpo.utils import DTYPES
 
+FILLED = 0.9  # of a device's memory: what the estimate may fill when it proposes tokens_per_microbatch
 BATCHES = 500  # of the first epoch, from which tokens are counted
 
 
@@ -46,35 +50,44 @@ def costs(
     plain = config.scoring == "plain" or bool(unsupported_attention(model.config))
     sharded = config.trainer == "FSDPTrainer"
     tokens, responses, computed = _tokens(config, objective, data, ranks if sharded else 1, plain)
-    sizes = {"weight_bytes": DTYPES[config.model.policy_dtype].itemsize, "compute_bytes": compute_dtype(config.model).itemsize}
-    dtype = DTYPES[config.model.policy_dtype]
-    states = bytes_per_weight(config.optimizer, OmegaConf.to_container(config.optimizer_options), dtype) / dtype.itemsize
-    memory = device_memory(
-        shape,
-        tokens=tokens,
-        response_tokens=responses,
-        shards={"FSDPTrainer": ranks // config.parallel.replicas, "TensorParallelTrainer": ranks}.get(config.trainer, 1),
-        needs_reference=objective.needs_reference,
-        needs_kl=objective.needs_kl,
-        optimizer_states=states,
-        activation_checkpointing=config.activation_checkpointing,
-        accumulates_whole=sharded and config.parallel.reduce_once_a_step and config.gradient_accumulation_steps > 1,
-        plain=plain,
-        chunk=chunk_size(device),
-        **sizes,
-    )
-    if config.reference_cache and memory["reference"]:
-        memory["reference"] = sizes["compute_bytes"] * shape.vocabulary * shape.hidden  # its head
-    needed, has = sum(memory.values()), device_total(device)
+    dtype, options = DTYPES[config.model.policy_dtype], OmegaConf.to_container(config.optimizer_options)
+    sizes = {"weight_bytes": dtype.itemsize, "compute_bytes": compute_dtype(config.model).itemsize}
+    states = bytes_per_weight(config.optimizer, options, dtype) / dtype.itemsize
+
+    def memory_of(tokens: int, responses: int, several: bool) -> dict[str, int]:
+        memory = device_memory(
+            shape,
+            tokens=tokens,
+            response_tokens=responses,
+            shards={"FSDPTrainer": ranks // config.parallel.replicas, "TensorParallelTrainer": ranks}.get(config.trainer, 1),
+            needs_reference=objective.needs_reference,
+            needs_kl=objective.needs_kl,
+            optimizer_states=states,
+            optimizer_copies=copies_in_step(config.optimizer, options, config.trainer != "BasicTrainer", device.type == "cuda"),
+            activation_checkpointing=config.activation_checkpointing,
+            accumulates_whole=sharded and config.parallel.reduce_once_a_step and several,
+            plain=plain,
+            chunk=chunk_size(device),
+            **sizes,
+        )
+        if config.reference_cache and memory["reference"]:
+            memory["reference"] = sizes["compute_bytes"] * shape.vocabulary * shape.hidden  # its head
+        return memory
+
+    several = config.gradient_accumulation_steps > 1 or config.tokens_per_microbatch is not None
+    memory, has = memory_of(tokens, responses, several), device_total(device)
+    needed = sum(memory.values())
     parts = ", ".join(f"{name} {gigabytes(part)}" for name, part in memory.items() if part >= 0.005 * needed)
     kind = "GPU" if device.type == "cuda" else "machine" if ranks == 1 else f"process of {ranks}"
     lines = [f"memory: about {gigabytes(needed)} GB per {kind} at the peak ({parts}); this one has {gigabytes(has)} GB"]
     if needed > has:
+        # Scored plain, the key counts otherwise; with mismatched responses (kto) the longest row is not known here.
+        longest = tokens if plain or objective.needs_kl_baseline else max(data.lengths(next(data.epochs(0))))
+        fitting = _most_tokens(lambda n: sum(memory_of(n, responses * n // tokens, True).values()), longest, tokens, FILLED * has)
         smaller = "adapter.rank=16" if not shape.adapter else "model.quantize=nf4" if not shape.quantized else "a smaller max_length"
-        lines.append(
-            f"warning: that is more than there is; try {smaller}, activation_checkpointing=true, more gradient_accumulation_steps, "
-            "or more devices"
-        )
+        more = f"{smaller}, activation_checkpointing=true, or more devices"
+        remedy = f"set tokens_per_microbatch={fitting}, which would fit, or try {more}" if fitting else f"try {more}"
+        lines.append(f"warning: that is more than there is; {remedy}")
     lines.append(f"tokens: about {computed:,.0f} computed a step, padding included; at most {tokens:,} in a microbatch")
     trained = sizes["weight_bytes"] * shape.trained
     frozen = sizes["compute_bytes"] * shape.parameters if shape.adapter else trained
@@ -84,6 +97,20 @@ def costs(
     base = f", and {gigabytes(frozen)} GB base/, once" if own_base else ""
     lines.append(f"disk: about {gigabytes(usual)} GB a checkpoint, {gigabytes(last)} GB the last one{base}")
     return lines
+
+
+def _most_tokens(memory_of: Callable[[int], int], longest: int, tokens: int, limit: float) -> Optional[int]:
+    """Return the most tokens of a microbatch, in hundreds, that fit; None if one example, or all the microbatch's tokens, do not decide it.
+
+    Args:
+        memory_of: returns the bytes that a device needs with so many tokens.
+        longest: tokens of the longest example, which a microbatch must hold.
+        tokens: of the largest microbatch, which does not fit.
+        limit: bytes that may be used.
+    """
+    candidates = range(-(-longest // 100) * 100, tokens, 100)
+    fitting = bisect.bisect_right(candidates, limit, key=memory_of)
+    return candidates[fitting - 1] if fitting else None
 
 
 def gigabytes(size: float) -> str:

@@ -10,8 +10,9 @@ from omegaconf import DictConfig
 from tdpo.checkpointing.training_state import Progress
 from tdpo.data.split import Example, TokenizedSplit
 from tdpo.distributed.world import World
-from tdpo.scoring.probes import check_predictions, fast_scoring_problem
+from tdpo.scoring.probes import check_predictions, fast_scoring_problem, flex_attention_problem, flex_attention_suits, set_attention
 from tdpo.scoring.scorer import Scorer
+from tdpo.training.compiling import allow_graphs
 from tdpo.training.metrics import start_difference
 from tdpo.training.saver import Saver
 from tdpo.training.strategies import SingleDevice, without_randomness
@@ -77,7 +78,36 @@ class Guards:
             raise UserError(f"scoring=fast: {name} does not support it: {problems[0]}; use scoring=plain")
         slow = f"plain, several times slower, because of {name}: {problems[0]}" if problems else ""
         log.info(f"scoring: {slow or 'fast'}")
+        if not problems:
+            try:
+                self.choose_attention(scorer)
+            except torch.OutOfMemoryError as error:
+                raise self.out_of_memory("FlexAttention's trial", "model.attn_implementation=sdpa") from error
         return not problems
+
+    def choose_attention(self, scorer: Scorer) -> None:
+        """Give policy and reference FlexAttention on a GPU, where it can be faster and passes a test, unless the config names another."""
+        config = self.config
+        if config.model.attn_implementation == "flex_attention":
+            allow_graphs()
+        named = config.model.attn_implementation is not None or config.deterministic
+        if named or self.world.device.type != "cuda" or not flex_attention_suits(scorer.policy.config, config.max_length):
+            return
+        allow_graphs()
+        before = scorer.policy.config._attn_implementation
+        try:
+            problem = flex_attention_problem(scorer, config.max_length)
+        except torch.OutOfMemoryError:
+            problem = "there is too little memory"
+        problem = next(filter(None, self.world.gather(problem)), None)
+        if problem is None:
+            set_attention(scorer, "flex_attention")
+            with torch.no_grad(), self.strategy.forward_context():
+                problem = fast_scoring_problem(scorer, config.max_length)
+            problem = next(filter(None, self.world.gather(problem)), None)
+        if problem is not None:
+            set_attention(scorer, before)
+        log.info(f"attention: {before}, because with flex_attention: {problem}" if problem else "attention: flex_attention")
 
     def may_take_step(
         self,
@@ -154,7 +184,8 @@ class Guards:
         """
         worst = start_difference(metrics, "train", reward_scale)
         if worst is not None and worst > STEP_ZERO_TOLERANCE:
-            log.warning(f"policy and reference differ before the first step, by {worst:.2g} nats: check their dtypes and weights")
+            why = "compile=true rounds their graphs differently" if self.config.compile else "check their dtypes and weights"
+            log.warning(f"policy and reference differ before the first step, by {worst:.2g} nats: {why}")
 
     def out_of_memory(self, what: str, remedy: str) -> RunError:
         """Return an error that says what did not fit, and what to change.

@@ -16,6 +16,7 @@ from tdpo.models.adapters import has_adapters
 from tdpo.models.quantized import follow
 from tdpo.scoring.mixed_precision import cast_parameters
 from tdpo.scoring.scorer import Scorer
+from tdpo.training.compiling import compile_blocks
 from tdpo.utils import DTYPES, full_tensor
 
 Weights = Mapping[str, Callable[[], nn.Module]]  # {"policy", "reference"}: functions that build the models, called on rank 0
@@ -187,8 +188,7 @@ def prepare_blocks(config: DictConfig, policy: nn.Module, reference_model: Optio
         enable({"use_reentrant": False})
     if config.compile:
         models = [model for model in (policy, reference_model) if model is not None and not hasattr(model, "is_policy")]
-        for block in [block for model in models for block in find_blocks(model, config.model.block_name)]:
-            block.compile(dynamic=True)
+        compile_blocks(block for model in models for block in find_blocks(model, config.model.block_name))
 
 
 def without_randomness(policy: nn.Module) -> None:

@@ -24,6 +24,7 @@ from tdpo.cli import schema as config_schema
 from tdpo.cli.check_config import check_config
 from tdpo.cli.command_line import override
 from tdpo.cli.schema import check_tool_config
+from tdpo.gpu import allocate_in_segments
 from tdpo.utils import Console, UserError, lenient_console
 
 MODELS = sorted(file.stem for file in (ROOT / "config" / "model").glob("*.yaml"))
@@ -307,13 +308,34 @@ def test_ctrl_c_while_an_error_is_reported_changes_nothing(monkeypatch, command)
     assert command("exp_name=x")[0] == 130
 
 
-def test_no_command_uses_cudnns_attention(tmp_path):
-    torch.backends.cuda.enable_cudnn_sdp(True)
+def test_every_command_computes_alike_on_a_gpu(tmp_path):
+    """Without cuDNN's attention, and with TF32: otherwise the numbers of one checkpoint would differ between commands."""
+
+    def begin() -> None:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+    def as_they_should() -> bool:
+        return not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.matmul.allow_tf32
+
+    begin()
     run("loss=sft", "batch_size=8", "n_examples=8", "n_eval_examples=8", f"local_run_dir={tmp_path}/run")
-    assert not torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(True)
+    assert as_they_should()
+    begin()
     sample.run(compose(f"run={tmp_path}/run", f"out={tmp_path}/out", "n_prompts=1", name="sample"))
-    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert as_they_should()
+
+
+def test_memory_of_a_gpu_grows_in_place_unless_the_user_set_it(monkeypatch):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:native")
+    allocate_in_segments()
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    allocate_in_segments()
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
 
 
 # --- lines that help ---

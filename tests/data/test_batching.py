@@ -233,3 +233,12 @@ def test_the_next_item_is_prepared_while_this_one_is_used():
     assert list(prefetched(prepare, [])) == []
     with pytest.raises(ZeroDivisionError):  # raised when the item is used
         list(prefetched(lambda item: 1 / item, [1, 0]))
+
+
+def test_the_thread_that_prepares_uses_the_gpu_of_its_process(monkeypatch):
+    """PyTorch gives every new thread GPU 0, where a batch of another rank would make a context of its own."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert [value for _, value in prefetched(lambda item: (item, list(chosen)), [1, 2])] == [(1, [3]), (2, [3])]

@@ -1,14 +1,24 @@
 """Trials of a model before it is trained."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
-from helpers import DATA, FAMILIES, MINI, run
+import torch.nn.functional as F
+import transformers
+from helpers import DATA, FAMILIES, MINI, compose, run
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from tdpo.distributed.world import World
 from tdpo.losses import get_objective
-from tdpo.scoring.probes import check_predictions
+from tdpo.models.adapters import OwnReference
+from tdpo.models.sampling import _plain_attention, continuations
+from tdpo.scoring.probes import check_predictions, flex_attention_suits
 from tdpo.scoring.scorer import Scorer
+from tdpo.training.compiling import GRAPHS
+from tdpo.training.guards import Guards
 from tdpo.utils import UserError
 
 BERT = {"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -58,3 +68,104 @@ def test_a_run_of_an_encoder_ends_in_a_line(scoring, tmp_path):
     tokenizer.save_pretrained(tmp_path / "base")
     with pytest.raises(UserError, match="no causal language model"):
         run(*DATA, f"model.name_or_path={tmp_path}/base", f"scoring={scoring}", f"local_run_dir={tmp_path}/run")
+
+
+# --- FlexAttention, of which PyTorch has no backward pass on CPUs ---
+
+LLAMA = {**FAMILIES["llama"], "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}
+
+
+@pytest.mark.parametrize("max_length,head,expected", [(1024, 16, True), (1023, 16, False), (4096, 80, False), (4096, 8, False)])
+def test_flex_attention_is_for_long_rows_and_heads_of_a_power_of_two(max_length, head, expected):
+    config = AutoConfig.for_model("llama", hidden_size=4 * head, num_attention_heads=4, head_dim=head)
+    assert flex_attention_suits(config, max_length) == expected
+
+
+def guards_on_a_gpu(*options) -> Guards:
+    """Return the checks of a run whose device is a GPU."""
+    config = compose("exp_name=x", "max_length=1024", *options)
+    return Guards(config, {}, SimpleNamespace(forward_context=nullcontext, sharded=False), World(device=torch.device("cuda")))
+
+
+def two_llamas() -> Scorer:
+    return Scorer(*(scorer_of("llama", **LLAMA).policy for _ in range(2)), get_objective("tdpo2", beta=0.1))
+
+
+def eager(monkeypatch, change=lambda output: output) -> None:
+    """Compute FlexAttention in plain operations, which have gradients on a CPU too, and change its output."""
+
+    def attention(query, key, value, block_mask, enable_gqa):
+        length = query.shape[2]
+        steps = torch.arange(length)
+        visible = block_mask.mask_mod(0, 0, steps[:, None], steps[None, :])
+        return change(F.scaled_dot_product_attention(query, key, value, attn_mask=visible, enable_gqa=enable_gqa))
+
+    monkeypatch.setattr("tdpo.scoring.probes.torch.compile", lambda function, **_: attention)
+    monkeypatch.setattr("tdpo.training.guards.fast_scoring_problem", lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    "change,why",
+    [(lambda x: 1.1 * x, "would differ"), (lambda x: x + (x - x.detach()), "would differ"), (lambda x: x.sum() / 0 * x, "would differ")],
+    ids=["output", "gradient", "not finite"],
+)
+def test_attention_with_other_results_is_not_taken(change, why, monkeypatch, caplog):
+    eager(monkeypatch, change)
+    scorer = two_llamas()
+    with caplog.at_level("INFO"):
+        guards_on_a_gpu().choose_attention(scorer)
+    assert [model.config._attn_implementation for model in (scorer.policy, scorer.reference)] == ["sdpa", "sdpa"]
+    assert "attention: sdpa, because with flex_attention: " in caplog.text and why in caplog.text
+
+
+@pytest.mark.parametrize("error,why", [(RuntimeError("no valid config"), "no valid config"), (torch.OutOfMemoryError(), "memory")])
+def test_where_it_cannot_be_compiled_the_model_keeps_its_attention(error, why, monkeypatch, caplog):
+    def fail(*_, **__):
+        raise error
+
+    eager(monkeypatch, fail)
+    scorer = two_llamas()
+    with caplog.at_level("INFO"):
+        guards_on_a_gpu().choose_attention(scorer)
+    assert scorer.policy.config._attn_implementation == "sdpa" and why in caplog.text
+
+
+def test_where_the_model_differs_with_it_it_is_taken_back(monkeypatch, caplog):
+    eager(monkeypatch)
+    tried = []
+
+    def other(scorer, _) -> str:
+        tried.append(scorer.policy.config._attn_implementation)
+        return "its log-probabilities would differ"
+
+    monkeypatch.setattr("tdpo.training.guards.fast_scoring_problem", other)
+    scorer = two_llamas()
+    guards_on_a_gpu().choose_attention(scorer)
+    assert tried == ["flex_attention"] and scorer.policy.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("supports_sdpa", [True, False])
+def test_where_it_passes_policy_and_reference_keep_it(supports_sdpa, caplog, monkeypatch):
+    """Sampling takes another, also of a reference that is the policy without adapters."""
+    eager(monkeypatch)
+    scorer = two_llamas()
+    with caplog.at_level("INFO"):
+        guards_on_a_gpu().choose_attention(scorer)
+    assert [model.config._attn_implementation for model in (scorer.policy, scorer.reference)] == ["flex_attention"] * 2
+    assert "attention: flex_attention" in caplog.text and torch._dynamo.config.recompile_limit >= GRAPHS
+    settings = transformers.GenerationConfig(max_length=5, do_sample=False, pad_token_id=0, eos_token_id=1)
+    used = []
+    monkeypatch.setattr(type(scorer.policy), "_supports_sdpa", supports_sdpa)
+    scorer.policy.register_forward_pre_hook(lambda model, _: used.append(model.config._attn_implementation))
+    continuations(scorer.policy, [[3, 4, 5]], 1, settings)
+    assert set(used) == {"sdpa" if supports_sdpa else "eager"} and scorer.policy.config._attn_implementation == "flex_attention"
+    with _plain_attention(OwnReference(scorer.policy)):
+        assert scorer.policy.config._attn_implementation == ("sdpa" if supports_sdpa else "eager")
+
+
+@pytest.mark.parametrize("option", ["deterministic=true", "model.attn_implementation=sdpa", "max_length=512"])
+def test_what_is_asked_for_is_kept(option, monkeypatch):
+    monkeypatch.setattr("tdpo.training.guards.flex_attention_problem", None)  # calling it would fail
+    scorer = scorer_of("llama", **LLAMA)
+    guards_on_a_gpu(option).choose_attention(scorer)
+    assert scorer.policy.config._attn_implementation == "sdpa"

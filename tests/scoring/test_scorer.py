@@ -108,6 +108,45 @@ def test_fast_scoring_equals_plain_scoring(case, dtype, tolerance, chunk, monkey
                 assert difference < tolerance, f"{name} {parameter}: {difference}"
 
 
+@pytest.mark.parametrize("vocabulary", [64, 50])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reference_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("loss", ["tdpo2", "dpo", "sft"])
+def test_the_tables_of_a_gpu_give_the_same(loss, softcap, reference_dtype, dtype, vocabulary, monkeypatch):
+    """There log_softmax is not in place and rows are aligned. What is not written before it is read would be NaN."""
+
+    def computed() -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        objective = get_objective(loss, **LOSSES[loss])
+        examples = [([1], [[2] * 4, [3] * 3]), ([1], [[2] * 14, [3] * 12]), ([4], [[2] * 2, [5]])]
+        rows = shared_prefix_batch([(prompt, responses[: len(objective.roles)]) for prompt, responses in examples])
+        states = torch.randn(len(rows.labels), 16).to(dtype).requires_grad_()
+        weights = [torch.randn(vocabulary, 16).to(x).requires_grad_() for x in (dtype, reference_dtype)]
+        biases = [torch.randn(vocabulary).to(x).requires_grad_() for x in (dtype, reference_dtype)]
+        reference = ReferenceStates(torch.randn(len(rows.labels), 16).to(reference_dtype), Head(weights[1], biases[1], softcap))
+        head = Head(weights[0], biases[0], softcap)
+        total, _, scores = loss_of_rows(states, head, reference if objective.needs_reference else None, rows, objective, 3)
+        total.backward()
+        return [total.detach(), states.grad, weights[0].grad, biases[0].grad, scores.logps]
+
+    monkeypatch.setitem(chunked_head.CHUNK, "cpu", 9)
+    expected = computed()
+    init, empty = chunked_head._Workspace.__init__, torch.empty
+    monkeypatch.setattr(chunked_head, "needs_alignment", lambda vocabulary, device: vocabulary % 64 != 0)
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
+
+    def as_on_a_gpu(self, *arguments):
+        init(self, *arguments)
+        self.in_place = False
+        if len(self.tables) == 1:
+            self.tables = [torch.empty_like(self.tables[0]) for _ in range(2)]
+
+    monkeypatch.setattr(chunked_head._Workspace, "__init__", as_on_a_gpu)
+    for found, value in zip(computed(), expected):
+        assert (found.double() - value.double()).norm() <= 1e-5 * value.double().norm()
+
+
 def test_gradients_in_half_precision_are_summed_over_chunks(monkeypatch):
     """The result agrees with plain scoring in the same dtype, up to rounding."""
     scorer = Scorer(build("phi", 0, torch.bfloat16), build("phi", 1, torch.bfloat16), get_objective("tdpo2", beta=0.5))

@@ -65,6 +65,19 @@ def test_a_run_that_does_not_fit_is_told_so(capsys, monkeypatch):
     assert "warning: that is more than there is; try adapter.rank=16" in capsys.readouterr().out
 
 
+def test_a_cut_that_fits_is_proposed(capsys, monkeypatch):
+    """Not more than fits by the estimate itself, and no less than a tenth below."""
+    monkeypatch.setattr("tdpo.training.costs.device_total", lambda device: 60 * 10**6)
+    options = [*LARGER, "batch_size=64", "n_examples=64", "eval_every=64", "loss=tdpo2"]
+    train.run(compose("exp_name=x", "dry_run=true", *options))
+    tokens = int(re.search(r"set tokens_per_microbatch=(\d+), which would fit, or try", capsys.readouterr().out).group(1))
+    needed, *_, has = said(capsys, *options, f"tokens_per_microbatch={tokens}")["memory"]
+    assert 0.75 * has < needed < has
+    monkeypatch.setattr("tdpo.training.costs.device_total", lambda device: 10**6)
+    train.run(compose("exp_name=x", "dry_run=true", *options))
+    assert "tokens_per_microbatch=" not in capsys.readouterr().out.partition("warning: that is more")[2]
+
+
 def test_what_is_tried_next_depends_on_what_was_tried(capsys, monkeypatch):
     monkeypatch.setattr("tdpo.training.costs.device_total", lambda device: 10**3)
     for more, remedy in ((["adapter.rank=4"], "model.quantize=nf4"), (QUANTIZED, "a smaller max_length")):
