@@ -8,7 +8,7 @@ arXiv 2404.12358): the reward of a response is the sum of beta (log pi - log pi_
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Optional
+from typing import Optional, Union
 
 import numpy as np
 from omegaconf import DictConfig
@@ -20,6 +20,7 @@ from tdpo.cli.command_line import run_command
 from tdpo.cli.schema import TokenReport, check_tool_config
 from tdpo.data.split import EVAL_SEED, Example, TokenizedExample, TokenizedSplit
 from tdpo.distributed.world import World
+from tdpo.microbatches import Packing
 from tdpo.scoring.token_statistics import token_statistics
 from tdpo.utils import UserError, batched
 
@@ -124,13 +125,15 @@ def _shared_piece(tokenizer, text: str, longer: str, ids: Sequence[int]) -> list
     return [piece, *[None] * (len(ids) - 1)]
 
 
-def by_pair(policy, reference, tokens: Sequence[TokenizedExample], fast: bool, batch_size: int) -> list[dict[str, dict[str, list[float]]]]:
+def by_pair(
+    policy, reference, tokens: Sequence[TokenizedExample], fast: Union[bool, Packing], batch_size: int
+) -> list[dict[str, dict[str, list[float]]]]:
     """Compute the numbers of the page for one model.
 
     Args:
         policy, reference: models on the same device.
         tokens: the pairs.
-        fast: score both responses in one packed row, see `token_statistics`.
+        fast: score both responses in one row, see `token_statistics`.
         batch_size: pairs at a time.
 
     Returns:

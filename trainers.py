@@ -96,6 +96,7 @@ class BasicTrainer(PublishedMethods):
         self.schedule = Schedule.of(config, len(self.batches))
         self.pace = Pace(self.world.device, len(self.batches) * config.batch_size)
         self.eval_examples = next(eval_data.epochs(EVAL_SEED))[: config.n_eval_examples]
+        fast, packing = self.guards.choose_scoring(self.scorer)
         self.feeder = Feeder(
             self.data,
             get_collate_fn(tokenizer),
@@ -104,7 +105,8 @@ class BasicTrainer(PublishedMethods):
             microbatches=config.gradient_accumulation_steps,
             budget=config.tokens_per_microbatch,
             placeholders={"train": next(iter(self.batches))[0], "eval": self.eval_examples[0]},
-            fast=self.guards.choose_scoring(self.scorer),
+            fast=fast,
+            packing=packing,
             mismatched=objective.needs_kl_baseline,
         )
         self.signals = StopSignals(self.world)

@@ -38,9 +38,9 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import transformers  # noqa: E402
 
-from tdpo.data.microbatches import cut_into_microbatches  # noqa: E402
 from tdpo.gpu import prepare_gpu  # noqa: E402
 from tdpo.losses import get_objective, tdpo_loss  # noqa: E402
+from tdpo.microbatches import Packing, attention_cost, cut_into_microbatches, cut_into_rows  # noqa: E402
 from tdpo.optimizers import make_optimizer  # noqa: E402
 from tdpo.scoring.logps import concatenated_inputs  # noqa: E402
 from tdpo.scoring.mixed_precision import cast_parameters  # noqa: E402
@@ -52,6 +52,7 @@ MODELS = {
     "small": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024},
     "pythia28": {"hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 10240},
 }
+MOST = 1024  # tokens of a row, twice the default max_length, as in a run
 LOSSES = {"tdpo2": {"beta": 0.1, "alpha": 0.5}, "dpo": {"beta": 0.1}, "sft": {}}
 # In TRL 1.16 padding_free falls back with a warning, and use_liger_kernel does not reach the DPO loss: both are this one mode.
 TRL_MODES = {"": {}, ", reference computed before": {"precompute_ref_log_probs": True}}
@@ -157,20 +158,32 @@ def by_length(setting: Setting) -> list[list[Pair]]:
     return [[pairs[i] for i in part] for (part,) in rounds]
 
 
-def fast(setting: Setting) -> list[Callable[[], torch.Tensor]]:
-    """Return one function per microbatch: fast scoring of the microbatches of `by_length`."""
+def in_rows(setting: Setting) -> list[tuple[list[Pair], list[int]]]:
+    """Return the same number of microbatches as the trainer makes them: pairs, and how many of them are in each row."""
+    roles = len(setting.scorer.objective.roles)
+    pairs = [(prompt, responses[:roles]) for prompt, responses in setting.pairs]
+    lengths = [len(prompt) + sum(len(response) - 1 for response in responses) for prompt, responses in pairs]
+    hidden = setting.scorer.policy.get_input_embeddings().weight.shape[-1]
+    rounds = cut_into_rows(lengths, 1, -(-len(pairs) // setting.microbatch), Packing(attention_cost(hidden), MOST))
+    return [([pairs[i] for row in rows for i in row], list(map(len, rows))) for (rows,) in rounds]
 
-    def loss(pairs: list[Pair]) -> torch.Tensor:
-        rows = shared_prefix_batch(pairs, row_multiple(setting.device))
+
+def fast(setting: Setting, packed: bool = True) -> list[Callable[[], torch.Tensor]]:
+    """Return one function per microbatch: fast scoring, with several pairs in a row or one."""
+    parts = in_rows(setting) if packed else [(part, None) for part in by_length(setting)]
+
+    def loss(pairs: list[Pair], per_row: Optional[list[int]]) -> torch.Tensor:
+        rows = shared_prefix_batch(pairs, row_multiple(setting.device), per_row)
         return setting.scorer(rows.to(setting.device)).loss
 
-    return [lambda part=part: loss(part) for part in by_length(setting)]
+    return [lambda part=part: loss(*part) for part in parts]
 
 
 WAYS = {
     "published": published,
     "plain-global": lambda setting: plain(setting, to_global=True),
     "plain": lambda setting: plain(setting, to_global=False),
+    "unpacked": lambda setting: fast(setting, packed=False),
     "fast": fast,
 }
 

@@ -32,9 +32,11 @@ sys.path.insert(0, str(ROOT))
 
 import transformers  # noqa: E402
 
-from tdpo.data.microbatches import cut_into_microbatches  # noqa: E402
+from tdpo.microbatches import Packing, attention_cost, cut_into_rows  # noqa: E402
 from tdpo.models.memory import ModelShape, device_memory  # noqa: E402
 from tdpo.scoring.chunked_loss import CHUNK  # noqa: E402
+
+MOST = 1024  # tokens of a row, twice the default max_length, as in a run
 
 
 @dataclass(frozen=True)
@@ -480,20 +482,25 @@ def hh_lengths() -> list[tuple[int, int, int]]:
 
 
 @functools.cache
-def hh_batch(pairs: int, gpus: int, microbatches: int) -> Batch:
-    """Cut a batch of HH pairs as the trainer does, and return what the GPU with most tokens computes.
+def hh_batch(pairs: int, gpus: int, microbatches: int, hidden: int) -> Batch:
+    """Cut a batch of HH pairs into packed rows as the trainer does, and return what the GPU with most tokens computes.
 
     Args:
         pairs: per step; the 256 known lengths are repeated.
         gpus: GPUs that share the pairs.
         microbatches: of each GPU.
+        hidden: width of the model, on which the width of the rows depends.
     """
     lengths = [hh_lengths()[i % len(hh_lengths())] for i in range(pairs)]
-    rounds = cut_into_microbatches([sum(each) for each in lengths], gpus, microbatches)
-    rows = [max(sum(lengths[i]) - 2 for i in part) for round in rounds for part in round if part]  # a response's last token is no input
-    assert len(rows) == len(rounds) * gpus, "a GPU has no pairs"
-    cuts = [(len(part), width, sum(sum(lengths[i][1:]) for i in part)) for part, width in zip(sum(rounds, []), rows)]
-    ranks = [cuts[rank::gpus] for rank in range(gpus)]
+    computed = [sum(each) - 2 for each in lengths]  # a response's last token is no input
+    rounds = cut_into_rows(computed, gpus, microbatches, Packing(attention_cost(hidden), MOST))
+
+    def cut(rows: list[list[int]]) -> tuple[int, int, int]:
+        """Return (rows, tokens of the longest one, response positions)."""
+        return len(rows), max(sum(computed[i] for i in row) for row in rows), sum(sum(lengths[i][1:]) for row in rows for i in row)
+
+    assert all(rows for round in rounds for rows in round), "a GPU has no pairs"
+    ranks = [[cut(round[rank]) for round in rounds] for rank in range(gpus)]
     slowest = max(ranks, key=lambda parts: sum(n * width for n, width, _ in parts))
     n, width, positions = max(slowest, key=lambda part: part[0] * part[1])
     return Batch(
@@ -523,7 +530,7 @@ def fastest(model: Model, gpus: int, pairs: int, card: Card, link: Link) -> Opti
     """
     found = []
     for microbatches in (n for n in MICROBATCHES if n <= pairs // gpus):
-        batch = hh_batch(pairs, gpus, microbatches)
+        batch = hh_batch(pairs, gpus, microbatches, model.shape.hidden)
         replicas = [n for n in (1, 2, 4, 8, 16, 32, 64) if n == 1 or gpus // n >= link.gpus]
         several = gpus > 1 and microbatches > 1
         for replica, again, once in ((r, a, o) for r in replicas for a in (False, True) for o in ((True, False) if several else (True,))):

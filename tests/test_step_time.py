@@ -277,10 +277,10 @@ def test_a_step_takes_what_its_slowest_resource_takes():
 def test_the_cut_of_a_batch():
     """All pairs are in it, and every number of GPUs computes the same pairs."""
     for gpus, microbatches in ((1, 1), (1, 4), (8, 1), (8, 8)):
-        batch = step_time.hh_batch(64, gpus, microbatches)
+        batch = step_time.hh_batch(64, gpus, microbatches, 2560)
         assert batch.unique == sum(map(sum, step_time.hh_lengths()[:64])) and batch.microbatches == microbatches
         assert batch.unique - 2 * 64 <= batch.tokens * gpus  # without the last token of each response; with padding
-    assert step_time.hh_batch(64, 1, 1).positions == sum(b + c for _, b, c in step_time.hh_lengths()[:64])
+    assert step_time.hh_batch(64, 1, 1, 2560).positions == sum(b + c for _, b, c in step_time.hh_lengths()[:64])
 
 
 def test_tables_in_docs_are_up_to_date():

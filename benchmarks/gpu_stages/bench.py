@@ -11,7 +11,19 @@ import transformers
 from torch import nn
 
 from benchmarks.gpu_stages.rows import Measurement, Row, Sizes
-from benchmarks.step import LOSSES, OwnStep, Pair, Setting, by_length, hh_pairs, matmul_rate, measure, policy_and_reference, synchronize
+from benchmarks.step import (
+    LOSSES,
+    OwnStep,
+    Pair,
+    Setting,
+    by_length,
+    hh_pairs,
+    in_rows,
+    matmul_rate,
+    measure,
+    policy_and_reference,
+    synchronize,
+)
 from tdpo.losses import get_objective
 from tdpo.models.memory import ModelShape, device_memory
 from tdpo.optimizers import copies_in_step, make_optimizer
@@ -87,6 +99,7 @@ class Bench:
     def __init__(self, policy: nn.Module, reference: nn.Module, dtype: torch.dtype, device: torch.device, sizes: Sizes):
         self.policy, self.reference, self.dtype, self.device, self.rounds = policy, reference, dtype, device, sizes.rounds
         self.compiled = False  # whether the operations on logits are
+        self.packed = True  # whether a row holds several pairs
         pairs = hh_pairs(sizes.pairs * (sizes.rounds + 1), policy.config.vocab_size)
         self.batches = [pairs[i : i + sizes.pairs] for i in range(0, len(pairs), sizes.pairs)]
         self.rate = matmul_rate(device, torch.bfloat16, sizes.product)
@@ -126,7 +139,7 @@ class Bench:
         copies = copies_in_step(options.get("name", "RMSprop"), options, sharded=False, on_gpu=self.device.type == "cuda")
         settings = [self.setting(pairs, microbatch) for pairs in self.batches]
         optimizer = self.optimizer(options)
-        step = Rotation([OwnStep("fast", setting, optimizer, self.dtype) for setting in settings])
+        step = Rotation([OwnStep("fast" if self.packed else "unpacked", setting, optimizer, self.dtype) for setting in settings])
         for _ in self.batches if compiles else ():
             step()
         times, peaks, _ = measure({"fast": step}, self.rounds, self.device)["fast"]
@@ -151,9 +164,10 @@ class Bench:
     def estimate(self, settings: list[Setting], states: int, copies: int) -> int:
         """Return the peak that memory.py estimates for these batches; the optimizer keeps `states` numbers per weight, and computes in
         `copies`."""
-        parts = [part for setting in settings for part in by_length(setting)]
-        tokens = max(shared_prefix_batch(part, row_multiple(self.device)).input_ids.numel() for part in parts)
-        responses = max(sum(len(r) for _, responses in part for r in responses) for part in parts)
+        alone = [(part, None) for setting in settings for part in by_length(setting)]
+        parts = [part for setting in settings for part in in_rows(setting)] if self.packed else alone
+        tokens = max(shared_prefix_batch(part, row_multiple(self.device), per_row).input_ids.numel() for part, per_row in parts)
+        responses = max(sum(len(r) for _, responses in part for r in responses) for part, _ in parts)
         sizes = {"weight_bytes": self.trained[0].dtype.itemsize, "compute_bytes": self.dtype.itemsize}
         sizes |= {"optimizer_states": states, "optimizer_copies": copies}
         given = {"tokens": tokens, "response_tokens": responses, "activation_checkpointing": False, "chunk": chunk_size(self.device)}

@@ -15,7 +15,7 @@ from tdpo.distributed.sharding import find_blocks
 from tdpo.losses import get_objective
 from tdpo.scoring.mixed_precision import cast_parameters
 from tdpo.scoring.prefix_sharing import row_multiple, shared_prefix_batch
-from tdpo.scoring.probes import check_predictions, fast_scoring_problem
+from tdpo.scoring.probes import check_predictions, fast_scoring_problem, packing_problem
 from tdpo.scoring.scorer import Scorer
 from tdpo.utils import disable_dropout
 
@@ -72,11 +72,17 @@ def tuple_of(parts: list[list[int]]) -> Pair:
     return parts[0], parts[1:]
 
 
-def step_of(scorer: Scorer, pairs: list[Pair], device: torch.device, fast: bool, dtype: Optional[torch.dtype] = None) -> Step:
-    """Compute loss and gradients of pairs. `dtype`: in which the policy computes, if not in its own."""
+def step_of(scorer: Scorer, pairs: list[Pair], device: torch.device, way: str, dtype: Optional[torch.dtype] = None) -> Step:
+    """Compute loss and gradients of pairs.
+
+    Args:
+        way: fast (one pair a row), packed (all pairs in two rows) or plain.
+        dtype: in which the policy computes, if not in its own.
+    """
     scorer.zero_grad(set_to_none=True)
-    if fast:
-        batch = shared_prefix_batch(pairs, row_multiple(device)).to(device)
+    if way != "plain":
+        half = len(pairs) // 2
+        batch = shared_prefix_batch(pairs, row_multiple(device), [half, len(pairs) - half] if way == "packed" else None).to(device)
     else:
         batch = {k: v if k.endswith("_labels") else v.to(device) for k, v in collated(pairs, width_of(pairs)).items()}
     with nullcontext() if dtype is None else cast_parameters(scorer.policy, dtype):
@@ -88,28 +94,29 @@ def step_of(scorer: Scorer, pairs: list[Pair], device: torch.device, fast: bool,
 def compared(family: str, device: torch.device) -> Iterator[Row]:
     """Compare a family's fast and plain scoring, in float32 and bfloat16, with plain scoring in float64 on the CPU; in float32 if the
     family has attention of its own ("eager"), which adds the lowest float64 to masked scores and takes their softmax in float32: NaN."""
-    wide, pairs, ways = drawn(config_of(family)), drawn_pairs(), (True, False)
+    wide, pairs, ways = drawn(config_of(family)), drawn_pairs(), ("fast", "packed", "plain")
     if wide.policy.config._attn_implementation == "eager":
         wide.to(torch.float32)
     exact = str(wide.policy.dtype).removeprefix("torch.")
-    expected = step_of(wide, pairs, torch.device("cpu"), fast=False)
+    expected = step_of(wide, pairs, torch.device("cpu"), "plain")
     scorer = copy.deepcopy(wide).to(device, torch.float32)
     worst = Worst()
-    for fast in ways:
-        found = step_of(scorer, pairs, device, fast)
+    for way in ways:
+        found = step_of(scorer, pairs, device, way)
         for part, value, correct in zip(Step._fields, found, expected):
-            worst.add(distance(value, correct), f"{'fast' if fast else 'plain'}, {part}")
+            worst.add(distance(value, correct), f"{way}, {part}")
     yield worst.check(f"{family}: float32 as {exact} on the CPU", 1e-4)
     with torch.no_grad():
         problem = fast_scoring_problem(scorer, 64)
+        problem = problem or packing_problem(scorer, 64)
         check_predictions(scorer, 64)
-    yield judged(f"{family}: the trial accepts fast scoring", problem is None, problem or "")
+    yield judged(f"{family}: the trials accept fast scoring and packed rows", problem is None, problem or "")
     scorer.reference.to(torch.bfloat16)
     worst = Worst()
-    for fast in ways:
-        found = step_of(scorer, pairs, device, fast, torch.bfloat16)
+    for way in ways:
+        found = step_of(scorer, pairs, device, way, torch.bfloat16)
         for part, value, correct in zip(Step._fields, found, expected):
-            worst.add(distance(value, correct), f"{'fast' if fast else 'plain'}, {part}")
+            worst.add(distance(value, correct), f"{way}, {part}")
     yield worst.check(f"{family}: bfloat16 as {exact} on the CPU", 5e-2)  # of differences of two sums of rounded log-probabilities
 
 
@@ -143,7 +150,7 @@ def compiled(sizes: Sizes, device: torch.device) -> Iterator[Row]:
         block.compile(dynamic=True, backend=backend)
     worst = Worst()
     for i, pairs in enumerate(batches):
-        for part, value, correct in zip(Step._fields, *(step_of(each, pairs, device, fast=True) for each in (scorer, eager))):
+        for part, value, correct in zip(Step._fields, *(step_of(each, pairs, device, "fast") for each in (scorer, eager))):
             worst.add(distance(value, correct), f"batch {i}, {part}")
         with torch.no_grad():
             rows = shared_prefix_batch(pairs, row_multiple(device)).to(device)

@@ -140,6 +140,16 @@ def in_float32(bench: Bench) -> Iterator[None]:
 
 
 @contextmanager
+def one_a_row(bench: Bench) -> Iterator[None]:
+    """Put one pair into each row."""
+    bench.packed = False
+    try:
+        yield
+    finally:
+        bench.packed = True
+
+
+@contextmanager
 def with_cudnn(bench: Bench) -> Iterator[None]:
     """Let PyTorch take cuDNN's attention."""
     torch.backends.cuda.enable_cudnn_sdp(True)
@@ -185,6 +195,7 @@ def variants(sizes: Sizes) -> list[Variant]:
     usual, smallest = sizes.microbatches[-2:]
     return [
         *(Variant(f"microbatches of {n}, {kind}", n, as_it_is) for n in sizes.microbatches),
+        Variant(f"one pair a row, {kind}", usual, one_a_row),
         Variant(f"RMSprop, foreach=True, {kind}", usual, as_it_is, {"foreach": True}),
         Variant(f"AdamW, {kind}", usual, as_it_is, {"name": "AdamW"}),
         *(Variant(f"microbatches of {smallest}, {other}", smallest, in_float32, tolerance=BETWEEN_DTYPES) for other in others),

@@ -5,7 +5,7 @@ log-ratio r = log pi(y|x) - log pi_ref(y|x); SeqKL = sum_t KL(pi_ref || pi); bot
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, Union
 
 import numpy as np
 import sacrebleu
@@ -17,6 +17,7 @@ from torch import nn
 from tdpo.analysis.rewards import Reward
 from tdpo.data.split import Example, TokenizedSplit
 from tdpo.losses import Objective, ResponseScores
+from tdpo.microbatches import Packing
 from tdpo.scoring.token_statistics import TokenStatistics, token_statistics
 from tdpo.utils import batched
 
@@ -123,7 +124,7 @@ def measure_pairs(
     objective: Optional[Objective],
     split: TokenizedSplit,
     examples: Sequence[Example],
-    fast: bool,
+    fast: Union[bool, Packing],
     batch_size: int,
 ) -> dict[str, np.ndarray]:
     """Compute accuracies and divergences on pairs.
@@ -133,7 +134,7 @@ def measure_pairs(
         objective: the loss that the policy was trained with; None if unknown or not a loss on pairs: accuracy/logit is then left out.
         split: the tokenized data.
         examples: pairs of it.
-        fast: score the responses of a prompt in one packed row, see `token_statistics`.
+        fast: score the responses of a prompt in one row, see `token_statistics`.
         batch_size: pairs at a time.
 
     Returns:
@@ -165,7 +166,12 @@ def measure_pairs(
 
 
 def measure_samples(
-    policy: nn.Module, reference: Optional[nn.Module], rows: Sequence[Mapping], reward: Optional[Reward], fast: bool, batch_size: int
+    policy: nn.Module,
+    reference: Optional[nn.Module],
+    rows: Sequence[Mapping],
+    reward: Optional[Reward],
+    fast: Union[bool, Packing],
+    batch_size: int,
 ) -> dict[str, tuple[np.ndarray, Optional[np.ndarray]]]:
     """Compute entropy, length, KL and reward of the policy's samples, averaged over the texts of each prompt.
 
@@ -174,7 +180,7 @@ def measure_samples(
         reference: None: samples/kl is left out.
         rows: output of sampling.sample_batch, drawn from the policy's own distribution, equally many per prompt.
         reward: None: samples/reward is left out.
-        fast: score the texts of a prompt in one packed row, see `token_statistics`.
+        fast: score the texts of a prompt in one row, see `token_statistics`.
         batch_size: prompts at a time.
 
     Returns:
@@ -202,7 +208,7 @@ def measure_samples(
 
 
 def measure_whole_texts(
-    policy: nn.Module, rows: Sequence[Mapping], fast: bool, batch_size: int
+    policy: nn.Module, rows: Sequence[Mapping], fast: Union[bool, Packing], batch_size: int
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Compute the entropy as f-DPO's code (its metrics/imdb) averages it: over all tokens of all texts together, prompts included.
 

@@ -16,13 +16,14 @@ from tdpo.cli.run_config import load_run_config, objective_of_run
 from tdpo.data.contract import PAIRS, SFT
 from tdpo.distributed.sharding import fingerprint
 from tdpo.losses import Objective, get_objective
+from tdpo.microbatches import Packing
 from tdpo.models.adapters import base_of, is_adapter
 from tdpo.models.archive import find_archive
 from tdpo.models.build import build_model, check_model, compute_dtype, is_hugging_face, load_model_config, reference_dtype
 from tdpo.models.places import find_file, prepare_hub
 from tdpo.models.positions import hold_scaling
 from tdpo.models.tokenizer import adds_bos, load_tokenizer
-from tdpo.scoring.probes import fast_scoring_problem
+from tdpo.scoring.probes import scoring_of
 from tdpo.scoring.scorer import Scorer
 from tdpo.utils import CONFIG_DIR, UserError, get_local_dir, get_logger, looks_local
 
@@ -255,7 +256,7 @@ class Loaded(NamedTuple):
     policy: torch.nn.Module
     reference: Optional[torch.nn.Module]
     tokenizer: Any
-    fast: bool  # whether several responses can be scored in one packed row, see `token_statistics`
+    fast: Union[bool, Packing]  # whether several responses, and several prompts, can be scored in one row, see `token_statistics`
 
 
 def load_compared(trained: Trained, archive: Optional[str], device: torch.device, max_length: int) -> Loaded:
@@ -285,7 +286,7 @@ def load_compared(trained: Trained, archive: Optional[str], device: torch.device
                 "give reference=<weights>"
             )
         reference.to(device)
-    return Loaded(policy, reference, tokenizer, fast_scoring_problem(Scorer(policy, None, get_objective("sft")), max_length) is None)
+    return Loaded(policy, reference, tokenizer, scoring_of(Scorer(policy, None, get_objective("sft")), max_length))
 
 
 def load_trained(trained: Trained, device: torch.device, max_length: int = 1) -> tuple[torch.nn.Module, Any]:

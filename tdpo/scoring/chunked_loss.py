@@ -9,7 +9,7 @@ g and h are known once all responses of a row are scored. Rows are therefore pro
 memory, the objective gives g and h, and the gradients of hidden states and head weight are computed within the forward pass. No logits are
 computed twice, and no tensor of size (positions, vocabulary) outlives its chunk. Only a row that is longer than a chunk is recomputed.
 
-Shapes: N response tokens, C positions of a chunk, V vocabulary entries, H hidden size, B rows (one per prompt), R responses per row.
+Shapes: N response tokens, C positions of a chunk, V vocabulary entries, H hidden size, B examples (one per prompt), R responses each.
 """
 
 import functools

@@ -1,6 +1,7 @@
 """Batches in which each prompt is computed once for all its responses, and the attention masks that keep the responses apart.
 
-Shapes: B rows (one per prompt), R responses per row, T tokens of the longest row, N response tokens of all rows, H hidden size.
+Shapes: B rows, E examples (prompts; a row may hold several), R responses per example, T tokens of the longest row, N response tokens of all
+rows, H hidden size.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,22 +16,23 @@ LAYER_TYPES = {"full_attention", "sliding_attention"}  # layer types of a Transf
 
 @dataclass(frozen=True)
 class SharedPrefixBatch:
-    """Rows of [prompt | response | response ...], padded on the right.
+    """Rows of [prompt | response | response ...], padded on the right. A row may hold several examples, one after another.
 
     The last token of each response is dropped from the inputs, because nothing is predicted from it. The first token of every response is
     predicted from the prompt's last position, so `states` contains that position once per response.
     """
 
     input_ids: torch.Tensor  # (B, T)
-    position_ids: torch.Tensor  # (B, T): in every response they continue from the prompt's end
+    position_ids: torch.Tensor  # (B, T): they start anew with every prompt; in every response they continue from the prompt's end
+    prompts: torch.Tensor  # (B, T): index of the example; -1 padding
     segments: torch.Tensor  # (B, T): 0 prompt, 1 ... R responses, -1 padding
-    states: torch.Tensor  # (N,): indices b * T + t of the positions that predict a response token, by row, then by response
+    states: torch.Tensor  # (N,): indices b * T + t of the positions that predict a response token, by example, then by response
     labels: torch.Tensor  # (N,): the tokens predicted at `states`
-    responses: torch.Tensor  # (N,): index b * R + r of the response that the token belongs to
-    num_tokens: torch.Tensor  # (B, R): tokens in the loss of each response
-    counts: tuple[int, ...]  # tokens in the loss of each row, on the host: reading them does not wait for the device
+    responses: torch.Tensor  # (N,): index e * R + r of the response that the token belongs to
+    num_tokens: torch.Tensor  # (E, R): tokens in the loss of each response
+    counts: tuple[int, ...]  # tokens in the loss of each example, on the host: reading them does not wait for the device
     reference_states: Optional[torch.Tensor] = None  # (N, H): the reference's hidden states at `states`, if cached
-    annotations: Optional[torch.Tensor] = None  # (B, R), float64: rating or label of each response
+    annotations: Optional[torch.Tensor] = None  # (E, R), float64: rating or label of each response
     baseline: Optional[torch.Tensor] = None  # z0 of kto, a scalar, nats
 
     def to(self, device: torch.device) -> "SharedPrefixBatch":
@@ -63,7 +65,7 @@ class SharedPrefixBatch:
         """
         steps = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
         seen, own = self.segments[:, None, :], self.segments[:, :, None]
-        visible = (steps[:, None] >= steps) & ((seen == 0) | (seen == own))
+        visible = (steps[:, None] >= steps) & (self.prompts[:, None, :] == self.prompts[:, :, None]) & ((seen == 0) | (seen == own))
         if window is not None:
             visible &= self.position_ids[:, :, None] - self.position_ids[:, None, :] < window
         return visible
@@ -77,30 +79,35 @@ def row_multiple(device: torch.device) -> int:
     return 1 if device.type == "cpu" else 8
 
 
-def shared_prefix_batch(examples: Sequence[tuple], multiple: int = 1) -> SharedPrefixBatch:
-    """Build a batch with one row per example.
+def shared_prefix_batch(examples: Sequence[tuple], multiple: int = 1, per_row: Optional[Sequence[int]] = None) -> SharedPrefixBatch:
+    """Build a batch.
 
     Args:
         examples: tuples (prompt, responses[, masks[, annotations]]), as data.split.TokenizedExample. Prompt and responses are lists of
             token ids, none empty; every example has the same number R of responses. masks: the loss mask of each response (1 = in the
             loss); None: all tokens are. annotations: R numbers, the rating or label of each response; ignored if an example has none.
         multiple: the length T of the rows is rounded up to a multiple of this, see `row_multiple`.
+        per_row: number of consecutive examples in each row; None: one.
 
     Returns:
         a SharedPrefixBatch on the CPU.
 
     Example: shared_prefix_batch([([5, 6], [[7, 8], [9]])]) has input_ids [[5, 6, 7]], states [1, 2, 1] and labels [7, 8, 9].
     """
-    rows = [example[:2] for example in examples]
-    masks = [example[2] if len(example) > 2 else None for example in examples]
-    annotations = [example[3] if len(example) > 3 else () for example in examples]
-    lengths = [len(prompt) + sum(len(response) - 1 for response in responses) for prompt, responses in rows]
-    shape = len(rows), -(-max(lengths) // multiple) * multiple
-    input_ids, position_ids, segments = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.full(shape, -1)
-    states, labels, owners, num_tokens = [], [], [], np.zeros((len(rows), len(rows[0][1])), np.int64)
-    for b, (prompt, responses) in enumerate(rows):
-        n = end = len(prompt)
-        input_ids[b, :n], position_ids[b, :n], segments[b, :n] = prompt, np.arange(n), 0
+    per_row = [1] * len(examples) if per_row is None else per_row
+    lengths = [len(prompt) + sum(len(response) - 1 for response in responses) for prompt, responses, *_ in examples]
+    starts = np.cumsum([0, *per_row])
+    longest = max(sum(lengths[a:b]) for a, b in zip(starts, starts[1:]))
+    shape = len(per_row), -(-longest // multiple) * multiple
+    input_ids, position_ids = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    prompts, segments = np.full(shape, -1), np.full(shape, -1)
+    states, labels, owners, num_tokens = [], [], [], np.zeros((len(examples), len(examples[0][1])), np.int64)
+    for e, (prompt, responses, *more) in enumerate(examples):
+        b = int(np.searchsorted(starts, e, "right")) - 1
+        begin = sum(lengths[starts[b] : e])
+        n, end = len(prompt), begin + len(prompt)
+        prompts[b, begin : begin + lengths[e]] = e
+        input_ids[b, begin:end], position_ids[b, begin:end], segments[b, begin:end] = prompt, np.arange(n), 0
         for r, response in enumerate(responses):
             start, end = end, end + len(response) - 1
             input_ids[b, start:end], position_ids[b, start:end], segments[b, start:end] = (
@@ -108,14 +115,15 @@ def shared_prefix_batch(examples: Sequence[tuple], multiple: int = 1) -> SharedP
                 np.arange(n, n + end - start),
                 r + 1,
             )
-            keep = slice(None) if masks[b] is None else np.array(masks[b][r], bool)
+            keep = np.array(more[0][r], bool) if more and more[0] is not None else slice(None)
             labels.append(np.array(response)[keep])
-            states.append(b * shape[1] + np.concatenate([[n - 1], np.arange(start, end)])[keep])
-            num_tokens[b, r] = len(labels[-1])
-            owners.append(np.full(num_tokens[b, r], b * len(responses) + r))
-    tensors = (input_ids, position_ids, segments, *(np.concatenate(parts).astype(np.int64) for parts in (states, labels, owners)))
+            states.append(b * shape[1] + np.concatenate([[begin + n - 1], np.arange(start, end)])[keep])
+            num_tokens[e, r] = len(labels[-1])
+            owners.append(np.full(num_tokens[e, r], e * len(responses) + r))
+    annotations = [example[3] if len(example) > 3 else () for example in examples]
+    flat = (np.concatenate(parts).astype(np.int64) for parts in (states, labels, owners))
     return SharedPrefixBatch(
-        *map(torch.from_numpy, tensors),
+        *map(torch.from_numpy, (input_ids, position_ids, prompts, segments, *flat)),
         torch.from_numpy(num_tokens),
         tuple(num_tokens.sum(-1).tolist()),
         annotations=torch.tensor(annotations, dtype=torch.float64) if all(annotations) else None,
@@ -163,11 +171,11 @@ def block_mask(rows: SharedPrefixBatch, window: Optional[int]):
     """Return a BlockMask for FlexAttention, which skips blocks in which nothing is visible."""
     from torch.nn.attention.flex_attention import create_block_mask  # imported here, because that takes a second
 
-    segments, positions = rows.segments, rows.position_ids
+    prompts, segments, positions = rows.prompts, rows.segments, rows.position_ids
     batch, length = segments.shape
 
     def visible(b, _, query, key):
-        same = (segments[b, key] == 0) | (segments[b, key] == segments[b, query])
+        same = (prompts[b, key] == prompts[b, query]) & ((segments[b, key] == 0) | (segments[b, key] == segments[b, query]))
         near = positions[b, query] - positions[b, key] < (window or length)
         return (query >= key) & same & near
 

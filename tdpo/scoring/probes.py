@@ -1,11 +1,12 @@
 """Trials of a model before it is trained: whether it predicts each token from earlier ones only, and whether fast scoring fits it."""
 
-from typing import Optional
+from typing import Optional, Union
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tdpo.microbatches import Packing, attention_cost
 from tdpo.scoring.chunked_loss import unsupported_head
 from tdpo.scoring.prefix_sharing import block_mask, row_multiple, shared_prefix_batch, unsupported_attention
 from tdpo.utils import UserError, get_logger, reason_of
@@ -74,8 +75,18 @@ def fast_scoring_problem(scorer: nn.Module, max_length: int) -> Optional[str]:
     config = scorer.policy.config
     if problem := unsupported_attention(config) or unsupported_head(scorer.policy):
         return problem
+    return _difference(scorer, max_length)
+
+
+def _difference(scorer: nn.Module, max_length: int, packed: bool = False) -> Optional[str]:
+    """Return how the policy's log-probabilities in rows differ from its own, or why it has none there, as a clause; None if they agree.
+
+    Args:
+        scorer, max_length: see fast_scoring_problem.
+        packed: with another prompt and its responses before them in the row.
+    """
     try:
-        fast, plain, dtype = scorer.both_ways(*_random_texts(scorer, max_length), PROBED)
+        fast, plain, dtype = scorer.both_ways(*_random_texts(scorer, max_length), PROBED, packed)
     except UNRELATED:
         raise
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:  # models reject unknown masks in their own ways
@@ -86,6 +97,36 @@ def fast_scoring_problem(scorer: nn.Module, max_length: int) -> Optional[str]:
     rounding = 2**-10 if dtype == torch.float32 and torch.cuda.is_available() else torch.finfo(dtype).eps  # TF32 on a GPU
     tolerance = max(1e-3, 16 * rounding) * spread + 1e-6
     return None if difference <= tolerance else f"its log-probabilities would differ by {difference:.2g} nats per token"
+
+
+def packing_problem(scorer: nn.Module, max_length: int) -> Optional[str]:
+    """Test whether a row may hold several prompts. Must be called on all ranks, without gradient.
+
+    Args:
+        scorer: a Scorer on its device, for which fast_scoring_problem returns None.
+        max_length: tokens of prompt and response. Texts are half as long, so that the row is as long as in the test of fast scoring.
+
+    Returns:
+        the reason why it may not, as a clause; None if it may.
+    """
+    return _difference(scorer, max(2, max_length // 2), packed=True)
+
+
+def scoring_of(scorer: nn.Module, max_length: int) -> Union[bool, Packing]:
+    """Return how a model can be scored, as `token_statistics` takes it. Must be called without gradient.
+
+    Args:
+        scorer: a Scorer on its device.
+        max_length: tokens of prompt and response.
+    """
+    fast = fast_scoring_problem(scorer, max_length) is None
+    return packing_of(scorer, max_length) if fast and packing_problem(scorer, max_length) is None else fast
+
+
+def packing_of(scorer: nn.Module, max_length: int) -> Packing:
+    """Return how rows are filled for a model for which packing_problem returns None: no wider than those of the trials."""
+    hidden = scorer.policy.get_input_embeddings().weight.shape[-1]
+    return Packing(attention_cost(hidden), 2 * max_length)
 
 
 def _random_texts(scorer: nn.Module, max_length: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -55,7 +55,7 @@ class Scorer(nn.Module):
         """Compute scores and loss of a batch.
 
         Args:
-            batch: for fast scoring a SharedPrefixBatch with one row per example. For plain scoring the collate function's output:
+            batch: for fast scoring a SharedPrefixBatch. For plain scoring the collate function's output:
                 `<role>_{input_ids,attention_mask,labels}`, each (B, T), and, if the objective needs them, `<role>_annotation` (a list of B
                 numbers) and `baseline` (a scalar). Labels may stay on the CPU: finding the response tokens then does not wait for the
                 device.
@@ -110,21 +110,25 @@ class Scorer(nn.Module):
         """
         return self.policy(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
 
-    def both_ways(self, prompt: torch.Tensor, responses: torch.Tensor, last: int) -> tuple[torch.Tensor, torch.Tensor, torch.dtype]:
+    def both_ways(
+        self, prompt: torch.Tensor, responses: torch.Tensor, last: int, packed: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.dtype]:
         """Score the last tokens of each response by fast scoring, and by the model's own forward pass.
 
         Args:
             prompt: (P,), token ids.
             responses: (R, n), token ids; equal lengths, so that nothing is padded.
             last: tokens of each response to compare.
+            packed: put another prompt with its responses before them, into the same row.
 
         Returns:
             (fast, plain, dtype): the policy's log-probabilities of the last min(n, last) tokens of each response, (R, min(n, last)),
             nats; and the dtype in which the policy computes.
         """
         device = responses.device
-        rows = shared_prefix_batch([(prompt.tolist(), responses.tolist())], row_multiple(device)).to(device)
-        states = hidden_states(self.policy, rows, attention_masks(rows, self.policy.config))
+        examples = [(prompt.flip(0).tolist(), responses.flip(1).tolist())] * packed + [(prompt.tolist(), responses.tolist())]
+        rows = shared_prefix_batch(examples, row_multiple(device), [len(examples)]).to(device)
+        states = hidden_states(self.policy, rows, attention_masks(rows, self.policy.config))[-responses.numel() :]
         ids = torch.cat([prompt.expand(len(responses), -1), responses], dim=1)
         n = min(last, responses.shape[1])
         fast = Head.of(self.policy).logits(states.view(*responses.shape, -1)[:, -n:])

@@ -1,11 +1,12 @@
 """Statistics of every response token for evaluation: log-probabilities, entropy and both KL divergences."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, Union
 
 import torch
 from torch import nn
 
+from tdpo.microbatches import Packing, pack
 from tdpo.scoring.chunked_loss import Head, chunk_size, pieces
 from tdpo.scoring.logps import forward_kl, full_logits, label_logps
 from tdpo.scoring.prefix_sharing import SharedPrefixBatch, attention_masks, row_multiple, shared_prefix_batch
@@ -30,7 +31,7 @@ def token_statistics(
     policy: nn.Module,
     reference: Optional[nn.Module],
     examples: Sequence[tuple],
-    fast: bool,
+    fast: Union[bool, Packing],
 ) -> TokenStatistics:
     """Compute the statistics of every response token, without gradient.
 
@@ -38,12 +39,15 @@ def token_statistics(
         policy: a causal language model of Transformers, on its device.
         reference: likewise; None: no statistics that need a reference.
         examples: prompts with their responses, as for `shared_prefix_batch`.
-        fast: put the responses of a prompt into one row, which requires that fast_scoring_problem returned None; else score each response
-            separately.
+        fast: True: put the responses of a prompt into one row, which requires that fast_scoring_problem returned None; a Packing: put
+            several prompts into a row, which requires that packing_problem did too; False: score each response separately.
     """
     if not fast:
         examples = [alone for example in examples for alone in _one_by_one(*example)]
-    rows = shared_prefix_batch(examples, row_multiple(policy.device)).to(policy.device)
+    lengths = [len(prompt) + sum(len(response) - 1 for response in responses) for prompt, responses, *_ in examples]
+    in_rows = pack(lengths, fast) if isinstance(fast, Packing) else [[i] for i in range(len(examples))]
+    order, per_row = [i for row in in_rows for i in row], list(map(len, in_rows))
+    rows = shared_prefix_batch([examples[i] for i in order], row_multiple(policy.device), per_row).to(policy.device)
     logits_of = [_logits_at(model, rows, fast) for model in (policy, reference) if model is not None]
     parts = []
     for chunk in pieces(0, len(rows.labels), chunk_size(policy.device)):
@@ -52,7 +56,9 @@ def token_statistics(
         log_q = rest[0] if rest else None
         others = (None, None, None) if log_q is None else (label_logps(log_q, labels), forward_kl(log_q, log_p), forward_kl(log_p, log_q))
         parts.append((label_logps(log_p, labels), torch.special.entr(log_p.exp()).sum(-1), *others))
-    return TokenStatistics(*(None if values[0] is None else torch.cat(values) for values in zip(*parts)))
+    as_given = sorted(range(len(order)), key=order.__getitem__)  # the place of each example in the batch
+    found = (None if values[0] is None else torch.cat(values).split(list(rows.counts)) for values in zip(*parts))
+    return TokenStatistics(*(None if each is None else torch.cat([each[place] for place in as_given]) for each in found))
 
 
 def _one_by_one(prompt, responses, masks=None, _=()) -> list[tuple]:

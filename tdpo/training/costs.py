@@ -11,9 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from tdpo.data.batching import batches_of
-from tdpo.data.microbatches import cut_into_microbatches
 from tdpo.data.split import TokenizedSplit
 from tdpo.losses import Objective
+from tdpo.microbatches import Packing, attention_cost, cut_into_microbatches, cut_into_rows
 from tdpo.models.build import compute_dtype
 from tdpo.models.memory import ModelShape, device_memory
 from tdpo.optimizers import bytes_per_weight, copies_in_step
@@ -49,7 +49,8 @@ def costs(
     shape = ModelShape.of_model(model)
     plain = config.scoring == "plain" or bool(unsupported_attention(model.config))
     sharded = config.trainer == "FSDPTrainer"
-    tokens, responses, computed = _tokens(config, objective, data, ranks if sharded else 1, plain)
+    packing = None if plain else Packing(attention_cost(shape.hidden), 2 * config.max_length)
+    tokens, responses, computed = _tokens(config, objective, data, ranks if sharded else 1, packing)
     dtype, options = DTYPES[config.model.policy_dtype], OmegaConf.to_container(config.optimizer_options)
     sizes = {"weight_bytes": dtype.itemsize, "compute_bytes": compute_dtype(config.model).itemsize}
     states = bytes_per_weight(config.optimizer, options, dtype) / dtype.itemsize
@@ -126,20 +127,29 @@ def device_total(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _tokens(config: DictConfig, objective: Objective, data: TokenizedSplit, ranks: int, plain: bool) -> tuple[int, int, float]:
+def _tokens(
+    config: DictConfig, objective: Objective, data: TokenizedSplit, ranks: int, packing: Optional[Packing]
+) -> tuple[int, int, float]:
     """Return, of the train batches: most tokens of a microbatch, most response tokens of one, and the mean tokens of a batch.
 
-    Padding counts; a prompt counts once, or, scored plain, once per response.
+    Padding counts; a prompt counts once, or, scored plain (packing is None), once per response.
     """
     most, responses, computed, batches = 0, 0, 0, 0
     for batch, examples in zip(range(BATCHES), batches_of(config, objective.stages, data)):
         batches, parts = batch + 1, data.parts(examples)
-        rows = parts.sum(-1)
-        counts = parts[:, 1:].sum(-1)  # some may not be in the loss
-        longest = (parts[:, :1] + parts[:, 1:]).max(-1) if plain else rows
-        rounds = cut_into_microbatches(rows.tolist(), ranks, config.gradient_accumulation_steps, config.tokens_per_microbatch)
+        lengths, counts = parts.sum(-1), parts[:, 1:].sum(-1)  # some may not be in the loss
+        longest = (parts[:, :1] + parts[:, 1:]).max(-1)
+        cut = config.gradient_accumulation_steps
+        if packing is None:
+            rounds = cut_into_microbatches(lengths.tolist(), ranks, cut, config.tokens_per_microbatch)
+        else:
+            rounds = cut_into_rows(lengths.tolist(), ranks, cut, packing, config.tokens_per_microbatch)
         for microbatch in (m for microbatches in rounds for m in microbatches if m):
-            tokens = len(microbatch) * int(np.max(longest[microbatch])) * (parts.shape[1] - 1 if plain else 1)
-            most, responses = max(most, tokens), max(responses, int(counts[microbatch].sum()))
+            if packing is None:
+                examples, tokens = microbatch, len(microbatch) * int(np.max(longest[microbatch])) * (parts.shape[1] - 1)
+            else:
+                examples = [i for row in microbatch for i in row]
+                tokens = len(microbatch) * max(int(lengths[row].sum()) for row in microbatch)
+            most, responses = max(most, tokens), max(responses, int(counts[examples].sum()))
             computed += tokens
     return most, responses, computed / max(1, batches)

@@ -7,8 +7,8 @@ from typing import NamedTuple, Optional, Union
 
 import torch
 
-from tdpo.data.microbatches import cut_into_microbatches
 from tdpo.data.split import Example, TokenizedSplit
+from tdpo.microbatches import Packing, cut_into_microbatches, cut_into_rows, pack
 from tdpo.scoring.prefix_sharing import SharedPrefixBatch, row_multiple, shared_prefix_batch
 from tdpo.training.reference_cache import ReferenceCache
 from tdpo.utils import to_device
@@ -47,6 +47,7 @@ class Feeder:
         placeholders: by split, an example that is scored, but not counted, where this rank has none: sharded models need every rank in
             every forward pass.
         fast: make batches for fast scoring (SharedPrefixBatch); else collated ones.
+        packing: fill rows for fast scoring with several examples; None: one a row.
         mismatched: also pair each prompt with a response to another prompt.
     """
 
@@ -61,11 +62,12 @@ class Feeder:
         budget: Optional[int],
         placeholders: Mapping[str, Example],
         fast: bool,
+        packing: Optional[Packing],
         mismatched: bool,
     ):
         self.data, self.collate, self.device, self.data_rank = data, collate, device, data_rank
         self.microbatches, self.budget, self.placeholders = microbatches, budget, placeholders
-        self.fast, self.mismatched = fast, mismatched
+        self.fast, self.packing, self.mismatched = fast, packing if fast else None, mismatched
         self.reference_caches: dict[str, ReferenceCache] = {}  # by split, once they are filled
 
     def shard(self, items: list) -> list:
@@ -85,20 +87,37 @@ class Feeder:
         A rank may get an empty one; it must still run forward and backward, because FSDP's collectives involve every rank.
         """
         rank, ranks = self.data_rank
-        data = self.data["train"]
-        lengths = data.lengths(examples)
-        if self.mismatched:  # an example has two rows: the longer one counts
-            lengths = list(map(max, lengths, data.lengths([example._replace(mismatched=True) for example in examples])))
-        rounds = cut_into_microbatches(lengths, ranks, self.microbatches, self.budget)
-        return [self.as_microbatch("train", [examples[i] for i in microbatches[rank]]) for microbatches in rounds]
+        lengths = self._lengths(examples, "train")
+        if self.packing is None:
+            rounds = cut_into_microbatches(lengths, ranks, self.microbatches, self.budget)
+            own = [[[i] for i in microbatches[rank]] for microbatches in rounds]
+        else:
+            own = [round[rank] for round in cut_into_rows(lengths, ranks, self.microbatches, self.packing, self.budget)]
+        return [self._in_rows([[examples[i] for i in row] for row in rows], "train") for rows in own]
 
     def as_microbatch(self, split: str, examples: list[Example]) -> Microbatch:
-        """Return these examples as one microbatch; the split's placeholder stands in if there are none."""
-        scored = examples or [self.placeholders[split]]
-        others = self._batch([example._replace(mismatched=True) for example in scored], split) if self.mismatched else None
-        return Microbatch(examples, self._batch(scored, split), others)
+        """Return these examples as one microbatch, in which they may be in another order; the split's placeholder stands in if there are
+        none."""
+        rows = [[i] for i in range(len(examples))]
+        if self.packing is not None and examples:
+            rows = pack(self._lengths(examples, split), self.packing)
+        return self._in_rows([[examples[i] for i in row] for row in rows], split)
 
-    def _batch(self, examples: list[Example], split: str) -> Batch:
+    def _lengths(self, examples: Sequence[Example], split: str) -> list[int]:
+        """Return the tokens of each example."""
+        lengths = self.data[split].lengths(examples)
+        if self.mismatched:  # an example is in two batches: the longer one counts
+            lengths = list(map(max, lengths, self.data[split].lengths([example._replace(mismatched=True) for example in examples])))
+        return lengths
+
+    def _in_rows(self, rows: list[list[Example]], split: str) -> Microbatch:
+        """Return a microbatch of these rows; the split's placeholder stands in if there are none."""
+        examples = [example for row in rows for example in row]
+        scored, per_row = (examples, [len(row) for row in rows]) if rows else ([self.placeholders[split]], [1])
+        others = self._batch([example._replace(mismatched=True) for example in scored], per_row, split) if self.mismatched else None
+        return Microbatch(examples, self._batch(scored, per_row, split), others)
+
+    def _batch(self, examples: list[Example], per_row: list[int], split: str) -> Batch:
         data = self.data[split]
         if not self.fast:
             batch = self.collate([data.element(example) for example in examples])
@@ -106,7 +125,7 @@ class Feeder:
             # the device, but not those of a proxy.
             moved = {k: to_device(v, self.device) for k, v in batch.items() if k.endswith(("_input_ids", "_mask"))}
             return MappingProxyType({**batch, **moved})
-        rows = shared_prefix_batch([data.example(example) for example in examples], row_multiple(self.device))
+        rows = shared_prefix_batch([data.example(example) for example in examples], row_multiple(self.device), per_row)
         if split in self.reference_caches:
             rows = self.reference_caches[split].add_to(rows, examples)
         return (rows.pin_memory() if self.device.type == "cuda" else rows).to(self.device)

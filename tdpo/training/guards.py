@@ -10,7 +10,16 @@ from omegaconf import DictConfig
 from tdpo.checkpointing.training_state import Progress
 from tdpo.data.split import Example, TokenizedSplit
 from tdpo.distributed.world import World
-from tdpo.scoring.probes import check_predictions, fast_scoring_problem, flex_attention_problem, flex_attention_suits, set_attention
+from tdpo.microbatches import Packing
+from tdpo.scoring.probes import (
+    check_predictions,
+    fast_scoring_problem,
+    flex_attention_problem,
+    flex_attention_suits,
+    packing_of,
+    packing_problem,
+    set_attention,
+)
 from tdpo.scoring.scorer import Scorer
 from tdpo.training.compiling import allow_graphs
 from tdpo.training.metrics import start_difference
@@ -54,8 +63,10 @@ class Guards:
     def __init__(self, config: DictConfig, data: Mapping[str, TokenizedSplit], strategy: SingleDevice, world: World):
         self.config, self.data, self.strategy, self.world = config, data, strategy, world
 
-    def choose_scoring(self, scorer: Scorer) -> bool:
-        """Test the policy's predictions, and return whether to use fast scoring, the same on all ranks. `auto` and `fast` test it too.
+    def choose_scoring(self, scorer: Scorer) -> tuple[bool, Optional[Packing]]:
+        """Test the policy's predictions, and return whether to use fast scoring, and how its rows are filled, the same on all ranks.
+
+        `auto` and `fast` test fast scoring too.
 
         Raises:
             UserError, RunError: the model's predictions depend on later tokens; scoring=fast, but the model does not support it; the test
@@ -71,19 +82,30 @@ class Guards:
             what = f"two sequences of max_length={self.config.max_length} tokens (the trial of fast scoring)"
             raise self.out_of_memory(what, "more devices") from error
         if plain:
-            return False
+            return False, None
         problems = [x for x in self.world.gather(problem) if x]
         name = type(scorer.policy).__name__
         if problems and self.config.scoring == "fast":
             raise UserError(f"scoring=fast: {name} does not support it: {problems[0]}; use scoring=plain")
         slow = f"plain, several times slower, because of {name}: {problems[0]}" if problems else ""
         log.info(f"scoring: {slow or 'fast'}")
-        if not problems:
-            try:
-                self.choose_attention(scorer)
-            except torch.OutOfMemoryError as error:
-                raise self.out_of_memory("FlexAttention's trial", "model.attn_implementation=sdpa") from error
-        return not problems
+        if problems:
+            return False, None
+        try:
+            self.choose_attention(scorer)
+            return True, self.choose_packing(scorer)
+        except torch.OutOfMemoryError as error:
+            what = "the trials of attention and of several prompts in a row"
+            raise self.out_of_memory(what, "model.attn_implementation=sdpa, more devices") from error
+
+    def choose_packing(self, scorer: Scorer) -> Optional[Packing]:
+        """Return how to fill rows with several examples; None if the model cannot have several in a row."""
+        with torch.no_grad(), self.strategy.forward_context():
+            problem = packing_problem(scorer, self.config.max_length)
+        if problem := next(filter(None, self.world.gather(problem)), None):
+            log.info(f"rows: one prompt each, because with several {problem}")
+            return None
+        return packing_of(scorer, self.config.max_length)
 
     def choose_attention(self, scorer: Scorer) -> None:
         """Give policy and reference FlexAttention on a GPU, where it can be faster and passes a test, unless the config names another."""

@@ -26,6 +26,7 @@ from tdpo.analysis.rewards import gold_reward_of, reward_model
 from tdpo.data.reviews import gold_reward
 from tdpo.data.split import TokenizedExample
 from tdpo.losses import get_objective
+from tdpo.microbatches import Packing
 from tdpo.scoring.token_statistics import token_statistics
 from tdpo.utils import UserError, disable_dropout
 
@@ -172,9 +173,9 @@ def test_fast_and_plain_statistics_agree():
     torch.manual_seed(0)
     models = [AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **FAMILIES["llama"])).eval() for _ in range(2)]
     examples = [([3, 4, 5], [[6, 7], [8]]), ([9], [[10], [11, 12, 13, 14]])]
-    fast, plain = (token_statistics(*models, examples, fast=x) for x in (True, False))
-    for ours, theirs in zip(fast, plain):
-        assert torch.allclose(ours, theirs, atol=1e-5)
+    fast, packed, plain = (token_statistics(*models, examples, fast=x) for x in (True, Packing(1e-6, 1000), False))
+    for ours, rows, theirs in zip(fast, packed, plain):
+        assert torch.allclose(ours, theirs, atol=1e-5) and torch.allclose(rows, theirs, atol=1e-5)
 
 
 def test_intervals():

@@ -11,10 +11,10 @@ from helpers import MINI, compose, tokenized
 import train
 from preference_datasets import default_options, tokenize_batch_element
 from tdpo.data.batching import BatchStream, get_collate_fn, prefetched
-from tdpo.data.microbatches import cut_into_microbatches
 from tdpo.data.split import TokenizedSplit
 from tdpo.data.tokenization import truncate
 from tdpo.losses import get_objective
+from tdpo.microbatches import cut_into_microbatches
 from tdpo.models.tokenizer import embedded_tokenizer
 from tdpo.utils import UserError
 

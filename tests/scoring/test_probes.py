@@ -15,7 +15,7 @@ from tdpo.distributed.world import World
 from tdpo.losses import get_objective
 from tdpo.models.adapters import OwnReference
 from tdpo.models.sampling import _plain_attention, continuations
-from tdpo.scoring.probes import check_predictions, flex_attention_suits
+from tdpo.scoring.probes import check_predictions, fast_scoring_problem, flex_attention_suits, packing_problem
 from tdpo.scoring.scorer import Scorer
 from tdpo.training.compiling import GRAPHS
 from tdpo.training.guards import Guards
@@ -169,3 +169,18 @@ def test_what_is_asked_for_is_kept(option, monkeypatch):
     scorer = scorer_of("llama", **LLAMA)
     guards_on_a_gpu(option).choose_attention(scorer)
     assert scorer.policy.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError(), torch.distributed.DistError("lost"), torch.AcceleratorError("dead")], ids=repr)
+@pytest.mark.parametrize("trial", [check_predictions, fast_scoring_problem, packing_problem])
+def test_what_says_nothing_about_the_model_is_not_taken_for_its_fault(trial, error, monkeypatch):
+    """A GPU that can no longer be used, for example, does not make a run score plain."""
+    scorer = scorer_of("llama", **FAMILIES["llama"])
+
+    def fail(*_):
+        raise error
+
+    for name in ("both_ways", "logits_of_all"):
+        monkeypatch.setattr(scorer, name, fail)
+    with pytest.raises(type(error)):
+        trial(scorer, 32)

@@ -17,7 +17,7 @@ from tdpo.models.memory import head_memory
 from tdpo.scoring import chunked_loss as chunked_head
 from tdpo.scoring.chunked_loss import Head, HeadOnly, ReferenceStates, loss_of_rows, score_rows
 from tdpo.scoring.prefix_sharing import attention_masks, shared_prefix_batch
-from tdpo.scoring.probes import fast_scoring_problem
+from tdpo.scoring.probes import fast_scoring_problem, packing_problem
 from tdpo.scoring.scorer import Scorer
 from tdpo.training.metrics import example_metrics
 from tdpo.utils import UserError, disable_dropout
@@ -83,10 +83,10 @@ def results(scorer: Scorer, batch) -> tuple[torch.Tensor, dict, dict]:
     return scored.loss.detach(), example_metrics(scored.scores, scored.output, "train"), gradients
 
 
-@pytest.mark.parametrize("chunk", [512, 5], ids=["one chunk", "rows of several chunks"])
+@pytest.mark.parametrize("chunk,per_row", [(512, [3, 1, 2]), (5, None)], ids=["packed rows, one chunk", "examples of several chunks"])
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["float64", "float32"])
 @pytest.mark.parametrize("case", CASES)
-def test_fast_scoring_equals_plain_scoring(case, dtype, tolerance, chunk, monkeypatch):
+def test_fast_scoring_equals_plain_scoring(case, dtype, tolerance, chunk, per_row, monkeypatch):
     """Gradients are compared relative to their norm, or to 1/1000 of the total norm if they are only rounding, such as a key's bias."""
     monkeypatch.setitem(chunked_head.CHUNK, "cpu", chunk)
     policy, reference = build(case, 0, dtype), build(case, 1, dtype)
@@ -96,7 +96,7 @@ def test_fast_scoring_equals_plain_scoring(case, dtype, tolerance, chunk, monkey
             scorer = Scorer(policy, reference if objective.needs_reference else None, objective)
             rows = [(prompt, responses[: len(objective.roles)]) for prompt, responses in token_pairs()]
             loss, metrics, gradients = results(scorer, padded(token_pairs()))
-            fast_loss, fast_metrics, fast_gradients = results(scorer, shared_prefix_batch(rows))
+            fast_loss, fast_metrics, fast_gradients = results(scorer, shared_prefix_batch(rows, per_row=per_row))
             torch.testing.assert_close(fast_loss, loss, rtol=tolerance, atol=0)
             for metric, values in metrics.items():
                 if metric.endswith("/accuracies"):  # for the pair with equal responses the sign is rounding
@@ -225,9 +225,20 @@ def test_a_response_sees_only_the_prompt_and_itself():
     assert rows.visible(window=1).any(-1).all()  # every position, even padding, sees something: else NaN
 
 
+def test_an_example_sees_nothing_of_the_others_in_its_row():
+    examples = [([3], [[4], [11, 12]]), ([5, 6], [[7, 8, 9], [10, 11, 12]]), ([8, 8], [[1, 1], [2, 2]])]
+    rows = shared_prefix_batch(examples, multiple=8, per_row=[2, 1])
+    yes = [[j for j in range(8) if visible[j]] for visible in rows.visible()[0].tolist()]
+    assert yes == [[0], [0, 1], [2], [2, 3], [2, 3, 4], [2, 3, 4, 5], [2, 3, 6], [2, 3, 6, 7]]
+    assert rows.input_ids.shape == (2, 8) and rows.position_ids[0].tolist() == [0, 1, 0, 1, 2, 3, 2, 3]
+    assert rows.labels.tolist() == [4, 11, 12, 7, 8, 9, 10, 11, 12, 1, 1, 2, 2]
+    assert rows.states.tolist() == [0, 0, 1, 3, 4, 5, 3, 6, 7, 9, 10, 9, 11]
+    assert rows.responses.tolist() == [0, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 5, 5] and rows.counts == (3, 6, 4)
+
+
 def test_flex_attention_masks_agree():
     """FlexAttention's block masks define the same visibility."""
-    rows = shared_prefix_batch(token_pairs())
+    rows = shared_prefix_batch(token_pairs(), per_row=[2, 3, 1])
     config = build("qwen2", 0).config
     config._attn_implementation = "flex_attention"
     blocks = attention_masks(rows, config)
@@ -242,9 +253,9 @@ def test_flex_attention_masks_agree():
 def test_fast_scoring_is_accepted_for_every_family(case):
     objective = get_objective("sft")
     with torch.no_grad():
-        assert fast_scoring_problem(Scorer(build(case, 0), None, objective), max_length=30) is None
-        half = Scorer(build(case, 0, torch.bfloat16), None, objective)
-        assert fast_scoring_problem(half, max_length=30) is None
+        for dtype in (torch.float32, torch.bfloat16):
+            scorer = Scorer(build(case, 0, dtype), None, objective)
+            assert fast_scoring_problem(scorer, max_length=30) is None and packing_problem(scorer, max_length=30) is None
 
 
 @pytest.mark.parametrize(
@@ -281,6 +292,23 @@ def test_fast_scoring_is_refused_if_the_mask_lacks_a_window(dtype):
         hidden.sliding_window = None
         scorer.policy.config = hidden  # the model's layers and its own mask keep the window
         assert "differ" in fast_scoring_problem(scorer, max_length=30)
+
+
+def test_rows_of_several_examples_are_refused_if_the_model_mixes_them(monkeypatch):
+    """As if a part of the model counted places in the row: the first example of a row is right, those after it are not."""
+    scorer = Scorer(build("llama", 0), None, get_objective("sft"))
+    forward = scorer.policy.base_model.forward
+
+    def by_place(position_ids=None, **others):
+        if position_ids is not None:
+            later = (position_ids == 0).cumsum(-1) > 1
+            position_ids = position_ids + 7 * later * (position_ids % 2)
+        return forward(position_ids=position_ids, **others)
+
+    monkeypatch.setattr(scorer.policy.base_model, "forward", by_place)
+    with torch.no_grad():
+        assert fast_scoring_problem(scorer, max_length=30) is None
+        assert "differ" in packing_problem(scorer, max_length=30)
 
 
 def test_scoring_is_chosen_and_printed(tmp_path, capsys, monkeypatch):

@@ -19,6 +19,7 @@ import train
 from tdpo.distributed import launch
 from tdpo.distributed.world import World
 from tdpo.losses import get_objective
+from tdpo.microbatches import Packing, attention_cost
 from tdpo.scoring.chunked_loss import Head, ReferenceStates, loss_of_rows
 from tdpo.scoring.mixed_precision import cast_parameters
 from tdpo.scoring.prefix_sharing import row_multiple, shared_prefix_batch
@@ -26,6 +27,7 @@ from tdpo.scoring.scorer import Scorer
 from trainers import BasicTrainer
 
 META = torch.device("meta")
+PACKING = Packing(attention_cost(64), 1024)
 KERNELS = 950  # see test_kernels_of_a_step
 ANSWERED = ("_local_scalar_dense", "is_nonzero", "equal")  # operations that return a number of Python
 READING = (*ANSWERED, "nonzero", "masked_select", "_unique2")
@@ -95,7 +97,7 @@ def waits_of_steps(monkeypatch, tmp_path, *options) -> tuple[list[Waits], list[W
     monkeypatch.setattr(BasicTrainer, "train_step", counted(BasicTrainer.train_step, steps, 0))
     monkeypatch.setattr(BasicTrainer, "log_train", counted(BasicTrainer.log_train, logs, 1))
     monkeypatch.setattr(BasicTrainer, "evaluate", lambda self: None)
-    monkeypatch.setattr("tdpo.training.guards.Guards.choose_scoring", lambda self, scorer: self.config.scoring != "plain")
+    monkeypatch.setattr("tdpo.training.guards.Guards.choose_scoring", lambda self, scorer: (self.config.scoring != "plain", PACKING))
     monkeypatch.setattr("tdpo.training.guards.Guards.check_last_eval", lambda *_: None)
     monkeypatch.setattr("tdpo.training.strategies.fingerprint", lambda model: "")
     options = [

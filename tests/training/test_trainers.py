@@ -204,9 +204,10 @@ def test_blocks_of_a_policy_that_is_also_the_reference_are_compiled_once():
 def test_deterministic_turns_on_pytorchs_deterministic_algorithms(tmp_path):
     try:
         run(*PREFERENCE, "n_examples=8", "deterministic=true", f"local_run_dir={tmp_path}/run")
-        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.are_deterministic_algorithms_enabled() and not torch.utils.deterministic.fill_uninitialized_memory
     finally:
         torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 def test_samples_are_drawn_from_the_models_own_distribution(tmp_path, monkeypatch):
