@@ -7,7 +7,7 @@ import torch
 
 def prepare_gpu() -> None:
     """Set how GPUs compute attention and float32 matrix products. Called before a model is built."""
-    # It gives NaN gradients at some lengths with masks (pytorch#196678), as ours all are, and makes a plan for every new shape.
+    # cuDNN's attention gives NaN gradients at some lengths if there is a mask (pytorch#196678), and makes a plan for every new shape.
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.backends.cuda.matmul.allow_tf32 = True  # as published: float32 matrix products use TF32
 

@@ -132,9 +132,9 @@ def make_optimizer(
 def _implementation(name: str, weights: Sequence[nn.Parameter], device: Optional[torch.device]) -> dict[str, bool]:
     """Return the argument by which an optimizer works on many weights at once, or on one at a time; {} leaves the choice to PyTorch.
 
-    fused, where PyTorch has it, on a GPU. foreach for sharded weights, which PyTorch would take one at a time: launching a thousand small
-    kernels may be a quarter of a step on eight GPUs. One at a time on a GPU for 1 GB of weights or more: foreach computes in a copy of all
-    weights (4 bytes a parameter), and saves only the launching of kernels that are long by then.
+    On a GPU it is `fused` where PyTorch has that. Sharded weights take `foreach`: PyTorch would take them one at a time, and to launch a
+    thousand small kernels may be a quarter of a step on eight GPUs. On a GPU weights of 1 GB or more are taken one at a time: `foreach`
+    computes in a copy of all weights (4 bytes a parameter), and large kernels take longer than their launch.
 
     Args:
         name: of the optimizer.

@@ -16,7 +16,7 @@ GRAPHS = 64
 
 
 def allow_graphs() -> None:
-    """Raise PyTorch's limit of graphs, and warn in a line where it is reached, from which on a function runs uncompiled."""
+    """Raise PyTorch's limit of graphs, and warn in a line where a function reaches it, which then runs uncompiled."""
     torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
     logger = logging.getLogger("torch._dynamo.convert_frame")
     for old in [each for each in logger.filters if isinstance(each, _Fallback)]:
