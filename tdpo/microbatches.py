@@ -1,6 +1,7 @@
 """How a batch is cut into microbatches of about equal cost, and packed into rows. This file imports nothing but Python's library."""
 
 import bisect
+import heapq
 from collections.abc import Sequence
 from typing import NamedTuple, Optional
 
@@ -148,14 +149,16 @@ def _fill(lengths: Sequence[int], order: Sequence[int], microbatches: int, packi
     """
     longest, total = lengths[order[0]], sum(lengths[i] for i in order)
     each, best = max(1, -(-total // (microbatches * max(packing.most, longest)))), None
-    while True:
+
+    def cost(width: int) -> float:
+        return each * width * (1 + packing.attention * width)
+
+    while best is None or cost(longest) < best.cost:  # else more rows cost more, however narrow they are
         rows, width = _narrowest(lengths, order, each * microbatches)
-        cost = each * width * (1 + packing.attention * width)
-        if (width <= max(packing.most, longest)) and (best is None or cost < best.cost):
-            best = _Filled(rows, each, width, cost)
-        if width == longest:  # more rows are not narrower
-            return best
-        each += 1
+        if (width <= max(packing.most, longest)) and (best is None or cost(width) < best.cost):
+            best = _Filled(rows, each, width, cost(width))
+        each = max(each + 1, int(1.1 * each))  # large batches have too many possibilities to try them all
+    return best
 
 
 def _narrowest(lengths: Sequence[int], order: Sequence[int], count: int) -> tuple[Rows, int]:
@@ -167,16 +170,21 @@ def _narrowest(lengths: Sequence[int], order: Sequence[int], count: int) -> tupl
     while rows is None:
         low, high = high, 2 * high
         rows = _best_fit(lengths, order, count, high)
-    while low < high:
+    while high - low > low // 256:  # a search that is exact for small numbers, and within half a percent for others
         middle = (low + high) // 2
         found = _best_fit(lengths, order, count, middle)
         if found is None:
             low = middle + 1
         else:
             rows, high = found, middle
+    fullest = [(-sum(lengths[i] for i in row), k) for k, row in enumerate(rows) if len(row) > 1]
+    heapq.heapify(fullest)
     while len(rows) < min(count, len(order)):  # so that no microbatch is left without a row
-        fullest = max((row for row in rows if len(row) > 1), key=lambda row: sum(lengths[i] for i in row))
-        rows.append([fullest.pop() for _ in range(len(fullest) // 2)])
+        _, k = heapq.heappop(fullest)
+        rows.append([rows[k].pop() for _ in range(len(rows[k]) // 2)])
+        for half in (k, len(rows) - 1):
+            if len(rows[half]) > 1:
+                heapq.heappush(fullest, (-sum(lengths[i] for i in rows[half]), half))
     return rows, max(sum(lengths[i] for i in row) for row in rows)
 
 

@@ -5,6 +5,7 @@ import random
 import pytest
 from helpers import ROOT
 
+from tdpo import microbatches as packing_module
 from tdpo.microbatches import Packing, attention_cost, cut_into_microbatches, cut_into_rows, pack
 
 PYTHIA = Packing(attention_cost(2560), 1024)
@@ -75,3 +76,23 @@ def test_packing_computes_less_than_one_example_a_row():
     alone = sum(len(part) * max(lengths[i] for i in part) for (part,) in cut_into_microbatches(lengths, 1, 2))
     packed = sum(len(rows) * width(lengths, rows) for (rows,) in cut_into_rows(lengths, 1, 2, PYTHIA))
     assert packed < 0.7 * alone
+
+
+@pytest.mark.parametrize("case", ["equal", "short", "ones", "one long", "many"])
+def test_large_batches_are_cut_with_few_trials(case, monkeypatch):
+    """Batches are cut in Python while a step runs: each example may be put into a row only some hundred times, whatever the batch."""
+    numbers, placed = random.Random(0), []
+    lengths = {
+        "equal": [100] * 512,
+        "short": [numbers.randint(50, 100) for _ in range(512)],
+        "ones": [1] * 512,
+        "one long": [1000] + [3] * 511,
+        "many": [numbers.randint(50, 900) for _ in range(4096)],
+    }[case]
+    fit = packing_module._best_fit
+    monkeypatch.setattr(packing_module, "_best_fit", lambda *arguments: placed.append(len(arguments[1])) or fit(*arguments))
+    for ranks, cuts, budget in ((1, 1, None), (8, 4, None), (1, 1, 2000)):
+        placed.clear()
+        rounds = cut_into_rows(lengths, ranks, cuts, Packing(attention_cost(768), 1024), budget)
+        assert sorted(i for round in rounds for rows in round for row in rows for i in row) == list(range(len(lengths)))
+        assert sum(placed) <= 700 * len(lengths)

@@ -120,13 +120,28 @@ def scoring_of(scorer: nn.Module, max_length: int) -> Union[bool, Packing]:
         max_length: tokens of prompt and response.
     """
     fast = fast_scoring_problem(scorer, max_length) is None
-    return packing_of(scorer, max_length) if fast and packing_problem(scorer, max_length) is None else fast
+    return packing_of(hidden_size(scorer), max_length) if fast and packing_problem(scorer, max_length) is None else fast
 
 
-def packing_of(scorer: nn.Module, max_length: int) -> Packing:
-    """Return how rows are filled for a model for which packing_problem returns None: no wider than those of the trials."""
-    hidden = scorer.policy.get_input_embeddings().weight.shape[-1]
-    return Packing(attention_cost(hidden), 2 * max_length)
+def hidden_size(scorer: nn.Module) -> int:
+    """Return the width of the policy."""
+    return scorer.policy.get_input_embeddings().weight.shape[-1]
+
+
+def packing_of(hidden: int, max_length: int) -> Packing:
+    """Return how rows are filled for a model for which packing_problem returns None: no wider than the rows of the trials.
+
+    Args:
+        hidden: width of the model.
+        max_length: tokens of prompt and response.
+    """
+
+    def tried(length: int) -> int:
+        """Return the tokens of a prompt with two responses of a trial, without the last token of each response."""
+        prompt = max(1, length // 8)
+        return prompt + 2 * (length - prompt - 1)
+
+    return Packing(attention_cost(hidden), max(1, min(tried(max_length), 2 * tried(max(2, max_length // 2)))))
 
 
 def _random_texts(scorer: nn.Module, max_length: int) -> tuple[torch.Tensor, torch.Tensor]:

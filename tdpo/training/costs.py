@@ -13,17 +13,18 @@ from torch import nn
 from tdpo.data.batching import batches_of
 from tdpo.data.split import TokenizedSplit
 from tdpo.losses import Objective
-from tdpo.microbatches import Packing, attention_cost, cut_into_microbatches, cut_into_rows
+from tdpo.microbatches import Packing, cut_into_microbatches, cut_into_rows
 from tdpo.models.build import compute_dtype
 from tdpo.models.memory import ModelShape, device_memory
 from tdpo.optimizers import bytes_per_weight, copies_in_step
 from tdpo.scoring.chunked_loss import chunk_size
 from tdpo.scoring.prefix_sharing import unsupported_attention
+from tdpo.scoring.probes import packing_of
 from tdpo.training.saver import policy_saved
 from tdpo.utils import DTYPES
 
 FILLED = 0.9  # of a device's memory: what the estimate may fill when it proposes tokens_per_microbatch
-BATCHES = 500  # of the first epoch, from which tokens are counted
+EXAMPLES = 10_000  # of the first batches, from which tokens are counted
 
 
 def costs(
@@ -49,7 +50,7 @@ def costs(
     shape = ModelShape.of_model(model)
     plain = config.scoring == "plain" or bool(unsupported_attention(model.config))
     sharded = config.trainer == "FSDPTrainer"
-    packing = None if plain else Packing(attention_cost(shape.hidden), 2 * config.max_length)
+    packing = None if plain else packing_of(shape.hidden, config.max_length)
     tokens, responses, computed = _tokens(config, objective, data, ranks if sharded else 1, packing)
     dtype, options = DTYPES[config.model.policy_dtype], OmegaConf.to_container(config.optimizer_options)
     sizes = {"weight_bytes": dtype.itemsize, "compute_bytes": compute_dtype(config.model).itemsize}
@@ -135,7 +136,7 @@ def _tokens(
     Padding counts; a prompt counts once, or, scored plain (packing is None), once per response.
     """
     most, responses, computed, batches = 0, 0, 0, 0
-    for batch, examples in zip(range(BATCHES), batches_of(config, objective.stages, data)):
+    for batch, examples in zip(range(-(-EXAMPLES // config.batch_size)), batches_of(config, objective.stages, data)):
         batches, parts = batch + 1, data.parts(examples)
         lengths, counts = parts.sum(-1), parts[:, 1:].sum(-1)  # some may not be in the loss
         longest = (parts[:, :1] + parts[:, 1:]).max(-1)

@@ -16,6 +16,7 @@ from tdpo.scoring.probes import (
     fast_scoring_problem,
     flex_attention_problem,
     flex_attention_suits,
+    hidden_size,
     packing_of,
     packing_problem,
     set_attention,
@@ -100,12 +101,15 @@ class Guards:
 
     def choose_packing(self, scorer: Scorer) -> Optional[Packing]:
         """Return how to fill rows with several examples; None if the model cannot have several in a row."""
-        with torch.no_grad(), self.strategy.forward_context():
-            problem = packing_problem(scorer, self.config.max_length)
+        try:
+            with torch.no_grad(), self.strategy.forward_context():
+                problem = packing_problem(scorer, self.config.max_length)
+        except torch.OutOfMemoryError:
+            problem = "there is too little memory"
         if problem := next(filter(None, self.world.gather(problem)), None):
             log.info(f"rows: one prompt each, because with several {problem}")
             return None
-        return packing_of(scorer, self.config.max_length)
+        return packing_of(hidden_size(scorer), self.config.max_length)
 
     def choose_attention(self, scorer: Scorer) -> None:
         """Give policy and reference FlexAttention on a GPU, where it can be faster and passes a test, unless the config names another."""

@@ -25,7 +25,7 @@ from tdpo.utils import RunError, UserError, as_bytes, get_logger, plural, try_lo
 log = get_logger(__name__)
 
 DIGEST = 64  # bytes of the hash at the end of the file
-FORMAT = 1  # version of the file's format, and of how states are computed
+FORMAT = 2  # version of the file's format, and of how states are computed
 IRRELEVANT_KEYS = ("_name_or_path", "transformers_version", "dtype", "architectures")  # of a model's config: they do not affect states
 
 

@@ -15,7 +15,7 @@ from tdpo.distributed.world import World
 from tdpo.losses import get_objective
 from tdpo.models.adapters import OwnReference
 from tdpo.models.sampling import _plain_attention, continuations
-from tdpo.scoring.probes import check_predictions, fast_scoring_problem, flex_attention_suits, packing_problem
+from tdpo.scoring.probes import check_predictions, fast_scoring_problem, flex_attention_suits, packing_of, packing_problem
 from tdpo.scoring.scorer import Scorer
 from tdpo.training.compiling import GRAPHS
 from tdpo.training.guards import Guards
@@ -184,3 +184,14 @@ def test_what_says_nothing_about_the_model_is_not_taken_for_its_fault(trial, err
         monkeypatch.setattr(scorer, name, fail)
     with pytest.raises(type(error)):
         trial(scorer, 32)
+
+
+@pytest.mark.parametrize("max_length", [2, 3, 33, 512, 4096])
+def test_rows_are_no_wider_than_those_of_the_trials(max_length, monkeypatch):
+    scorer, widths = scorer_of("llama", **{**FAMILIES["llama"], "max_position_embeddings": 8192}), []
+    monkeypatch.setattr("tdpo.scoring.scorer.hidden_states", lambda model, rows, masks: widths.append(rows.input_ids.shape[1]) or 1 / 0)
+    monkeypatch.setattr("tdpo.scoring.scorer.attention_masks", lambda *_: None)
+    for trial in (fast_scoring_problem, packing_problem):
+        with pytest.raises(ZeroDivisionError):
+            trial(scorer, max_length)
+    assert packing_of(16, max_length).most == max(1, min(widths))

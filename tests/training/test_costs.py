@@ -11,9 +11,10 @@ import train
 from preference_datasets import default_options, load_split
 from tdpo.data.batching import BatchStream
 from tdpo.data.contract import PAIRS
-from tdpo.microbatches import Packing, attention_cost, cut_into_rows
+from tdpo.microbatches import cut_into_rows
 from tdpo.optimizers import bytes_per_weight
 from tdpo.scoring.prefix_sharing import shared_prefix_batch
+from tdpo.scoring.probes import packing_of
 from tdpo.training.costs import gigabytes
 
 LARGER = ["model=tiny", "model.from_config.hidden_size=256", "batch_size=8", "n_examples=16", "eval_every=8", "n_eval_examples=8"]
@@ -44,7 +45,7 @@ def test_the_tokens_of_steps_and_microbatches(capsys):
     split = load_split(data, "train", AutoTokenizer.from_pretrained(MINI / "model"), 64, 32, PAIRS, silent=True)
     sizes = []
     for examples in BatchStream(split, 8, seed=0, n_epochs=1):
-        rounds = cut_into_rows(split.lengths(examples), 1, 4, Packing(attention_cost(32), 128))
+        rounds = cut_into_rows(split.lengths(examples), 1, 4, packing_of(32, 64))
         in_order = [([split.example(examples[i]) for row in rows for i in row], list(map(len, rows))) for (rows,) in rounds]
         sizes.append([shared_prefix_batch(some, per_row=per_row).input_ids.numel() for some, per_row in in_order])
     assert computed == pytest.approx(sum(map(sum, sizes)) / len(sizes), rel=0.05)
