@@ -26,7 +26,8 @@ def logs_of(run_dir, split):
 
 def test_sft_learns_the_grammar(sft):
     first, last = logs_of(sft, "eval")[0], logs_of(sft, "eval")[-1]
-    assert first["loss/eval"] > 80 and last["loss/eval"] < 28  # nats per review; 84.8 and 26.4 when this was written
+    # Nats per review: 84.8, and 25.3 to 28.1, depending on how the batch is cut and on the processor, whose rounding this lr magnifies.
+    assert first["loss/eval"] > 80 and last["loss/eval"] < 32
 
 
 @pytest.mark.parametrize("loss,beta", [("ipo", 0.1), ("tdpo2", 0.5)])
