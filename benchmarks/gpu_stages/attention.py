@@ -242,5 +242,6 @@ def trial(device: torch.device) -> Iterator[Row]:
     torch.backends.cuda.matmul.allow_tf32 = True  # as in train.py
     sizes = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64, "num_hidden_layers": 1}
     scorer = drawn(transformers.LlamaConfig(vocab_size=61, max_position_embeddings=LONG, **sizes)).to(device, torch.float32)
-    problem = flex_attention_problem(scorer, LONG)
-    yield judged(TRIAL, problem is None, problem or "")
+    for dtype in (torch.float32, torch.bfloat16):
+        problem = flex_attention_problem(scorer, LONG, dtype)
+        yield judged(f"{TRIAL}, {dtype}", problem is None, problem or "")

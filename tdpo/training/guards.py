@@ -122,7 +122,7 @@ class Guards:
         allow_graphs()
         before = scorer.policy.config._attn_implementation
         try:
-            problem = flex_attention_problem(scorer, config.max_length)
+            problem = flex_attention_problem(scorer, config.max_length, self.strategy.compute_dtype or scorer.policy.dtype)
         except torch.OutOfMemoryError:
             problem = "there is too little memory"
         problem = next(filter(None, self.world.gather(problem)), None)

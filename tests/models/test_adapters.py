@@ -46,7 +46,7 @@ def with_adapters(family: str, dtype: torch.dtype = torch.float64, **changed):
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("scoring", ["fast", "plain"])
-@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-10), (torch.float32, 5e-5)])
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-10), (torch.float32, 5e-5)])  # measured: 1e-5 to 2e-5, by processor
 @pytest.mark.parametrize("rslora", [False, True])
 def test_loss_and_gradients_are_those_of_the_merged_model(family, loss, scoring, dtype, tolerance, rslora):
     """With G = dL/dW of the model with weights W + s B A: dL/dB = s G A^T and dL/dA = s B^T G. Relative to each gradient's norm."""

@@ -62,7 +62,7 @@ def test_sharded_runs_have_the_same_logs(name, n, more, runs, ranks, tmp_path):
     assert_close_logs(logs_of(runs[name]), logs_of(sharded))
     ours, theirs = (load_file(folder / "LATEST" / "adapter" / "adapter_model.safetensors") for folder in (runs[name], sharded))
     for key, tensor in ours.items():
-        torch.testing.assert_close(theirs[key], tensor, rtol=1e-2, atol=1e-5)
+        torch.testing.assert_close(theirs[key], tensor, rtol=5e-3, atol=1e-5)  # RMSprop magnifies rounding: 1.2e-3 measured
 
 
 def test_the_first_step_is_at_the_reference_exactly(runs, tmp_path):

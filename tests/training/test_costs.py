@@ -55,7 +55,7 @@ def test_the_tokens_of_steps_and_microbatches(capsys):
 def test_memory_is_that_of_the_whole_run_and_its_adapters(capsys):
     some = ([], ["adapter.rank=4"], ["adapter.rank=4", "model.quantize=nf4"], TWO)
     full, lora, packed, halved = (said(capsys, *LARGER, "loss=tdpo2", *more)["memory"][0] for more in some)
-    assert packed < lora < 0.75 * full and halved < 0.8 * full
+    assert packed < lora < 0.75 * full and halved < 0.8 * full  # halved: 0.77, because activations are not sharded
 
 
 TWO = ["trainer=FSDPTrainer", "nproc_per_node=2"]
