@@ -40,11 +40,12 @@ import transformers  # noqa: E402
 
 from tdpo.gpu import prepare_gpu  # noqa: E402
 from tdpo.losses import get_objective, tdpo_loss  # noqa: E402
-from tdpo.microbatches import Packing, attention_cost, cut_into_microbatches, cut_into_rows  # noqa: E402
+from tdpo.microbatches import cut_into_microbatches, cut_into_rows  # noqa: E402
 from tdpo.optimizers import make_optimizer  # noqa: E402
 from tdpo.scoring.logps import concatenated_inputs  # noqa: E402
 from tdpo.scoring.mixed_precision import cast_parameters  # noqa: E402
 from tdpo.scoring.prefix_sharing import row_multiple, shared_prefix_batch  # noqa: E402
+from tdpo.scoring.probes import packing_of  # noqa: E402
 from tdpo.scoring.scorer import Scorer  # noqa: E402
 from tdpo.utils import DTYPES, IGNORED, disable_dropout  # noqa: E402
 
@@ -52,7 +53,7 @@ MODELS = {
     "small": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024},
     "pythia28": {"hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 10240},
 }
-MOST = 1024  # tokens of a row, twice the default max_length, as in a run
+MAX_LENGTH = 512  # tokens of prompt and response, the default, on which the width of rows depends
 LOSSES = {"tdpo2": {"beta": 0.1, "alpha": 0.5}, "dpo": {"beta": 0.1}, "sft": {}}
 # In TRL 1.16 padding_free falls back with a warning, and use_liger_kernel does not reach the DPO loss: both are this one mode.
 TRL_MODES = {"": {}, ", reference computed before": {"precompute_ref_log_probs": True}}
@@ -164,7 +165,7 @@ def in_rows(setting: Setting) -> list[tuple[list[Pair], list[int]]]:
     pairs = [(prompt, responses[:roles]) for prompt, responses in setting.pairs]
     lengths = [len(prompt) + sum(len(response) - 1 for response in responses) for prompt, responses in pairs]
     hidden = setting.scorer.policy.get_input_embeddings().weight.shape[-1]
-    rounds = cut_into_rows(lengths, 1, -(-len(pairs) // setting.microbatch), Packing(attention_cost(hidden), MOST))
+    rounds = cut_into_rows(lengths, 1, -(-len(pairs) // setting.microbatch), packing_of(hidden, MAX_LENGTH))
     return [([pairs[i] for row in rows for i in row], list(map(len, rows))) for (rows,) in rounds]
 
 
