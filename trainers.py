@@ -24,7 +24,7 @@ from tdpo.models.adapters import has_adapters
 from tdpo.models.export import export_policy, model_card
 from tdpo.models.sampling import continuations, interleaved, mixed_seed, own_distribution
 from tdpo.optimizers import make_optimizer
-from tdpo.scoring.chunked_loss import HeadOnly
+from tdpo.scoring.head import HeadOnly
 from tdpo.scoring.logps import _get_batch_logps, _tdpo_get_batch_logps, concatenated_inputs
 from tdpo.scoring.scorer import Scored, Scorer
 from tdpo.training.adapter_files import AdapterFiles

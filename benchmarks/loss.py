@@ -22,7 +22,9 @@ import torch  # noqa: E402
 from benchmarks.step import Memory, synchronize  # noqa: E402
 from tdpo.gpu import prepare_gpu  # noqa: E402
 from tdpo.losses import get_objective  # noqa: E402
-from tdpo.scoring.chunked_loss import CHUNK, Head, ReferenceStates, loss_of_rows  # noqa: E402
+from tdpo.scoring.chunked_loss import ReferenceStates, loss_of_rows  # noqa: E402
+from tdpo.scoring.distributions import CHUNK  # noqa: E402
+from tdpo.scoring.head import Head  # noqa: E402
 from tdpo.scoring.prefix_sharing import shared_prefix_batch  # noqa: E402
 from tdpo.utils import DTYPES  # noqa: E402
 

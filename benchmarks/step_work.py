@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 import transformers  # noqa: E402
 
 from tdpo.models.memory import ModelShape  # noqa: E402
-from tdpo.scoring.chunked_loss import CHUNK  # noqa: E402
+from tdpo.scoring.distributions import CHUNK  # noqa: E402
 
 
 @dataclass(frozen=True)

@@ -286,3 +286,13 @@ def test_an_optimizer_without_a_step_fails_alone(monkeypatch):
     failed = [check for check in checks if check.state == "failed"]
     assert [check.name for check in failed] == ["Adagrad, fused=True"] and "lacks this step on cpu" in failed[0].detail
     assert "Adagrad, foreach=True: as the plain loop" in [check.name for check in checks if check.state == "ok"]
+
+
+@pytest.mark.gpu
+def test_the_check_passes_on_a_gpu(request, tmp_path):
+    """Ten minutes on a card, and therefore only where it is asked for: pytest -m gpu."""
+    if not torch.cuda.is_available() or "gpu" not in request.config.option.markexpr:
+        pytest.skip("needs a GPU, and -m gpu")
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--minutes", "9.5", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=620)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]

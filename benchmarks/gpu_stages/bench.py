@@ -27,7 +27,7 @@ from benchmarks.step import (
 from tdpo.losses import get_objective
 from tdpo.models.memory import ModelShape, device_memory
 from tdpo.optimizers import copies_in_step, make_optimizer
-from tdpo.scoring.chunked_loss import chunk_size
+from tdpo.scoring.distributions import chunk_size
 from tdpo.scoring.prefix_sharing import row_multiple, shared_prefix_batch
 from tdpo.scoring.scorer import Scorer
 

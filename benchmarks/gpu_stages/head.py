@@ -9,7 +9,9 @@ import torch.nn.functional as F
 
 from benchmarks.gpu_stages.rows import Row, Sizes, Worst, attempted, distance, judged, skipped
 from tdpo.losses import get_objective, tdpo_loss
-from tdpo.scoring.chunked_loss import Head, ReferenceStates, chunk_size, loss_of_rows, score_rows
+from tdpo.scoring.chunked_loss import ReferenceStates, loss_of_rows, score_rows
+from tdpo.scoring.distributions import chunk_size
+from tdpo.scoring.head import Head
 from tdpo.scoring.prefix_sharing import SharedPrefixBatch, shared_prefix_batch
 
 BETA, ALPHA = 0.1, 0.5

@@ -18,7 +18,7 @@ from benchmarks.gpu_stages.bench import Bench, Result, drawn
 from benchmarks.gpu_stages.rows import Measurement, Row, Sizes, Skip, attempted, judged, largest, limit_graphs, missing, skipped, unjudged
 from benchmarks.step import MODELS, TRL_MODES, matmul_rate, measure, synchronize
 from tdpo.distributed.sharding import find_blocks
-from tdpo.scoring.chunked_loss import CHUNK
+from tdpo.scoring.distributions import CHUNK
 from tdpo.utils import DTYPES
 
 LLAMA = {"hidden_size": 4_096, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14_336}

@@ -13,7 +13,7 @@ from torch import nn
 
 from tdpo.distributed.sharding import find_blocks
 from tdpo.models.quantized import quantized_layers
-from tdpo.scoring.chunked_loss import CHUNK
+from tdpo.scoring.distributions import BLOCK, CHUNK
 from tdpo.utils import UserError
 from tdpo.weights import PACKED, is_adapter_name
 
@@ -189,11 +189,10 @@ def head_memory(
 ) -> float:
     """Estimate the bytes that fast scoring needs for head and loss.
 
-    They are the sum of (positions, vocabulary) tables of a chunk (log-probabilities of policy and reference and the reference's
-    probabilities, or without SeqKL one table for all, two on a GPU, where log-softmax is not in place; one more for matrix products in half
-    precision, and on a GPU for an odd vocabulary); the gradient of the head's weight, and in half precision a chunk's contribution to it;
-    and hidden states at response positions of policy and reference, and their gradient. The additional table of soft-capped logits is not
-    counted.
+    They are the sum of (positions, vocabulary) tables of a chunk: one for each model with SeqKL, else one for both; on a GPU one more,
+    because log-softmax is not in place there, on a CPU a block; one more for matrix products in half precision, and on a GPU for an odd
+    vocabulary. To these come the gradient of the head's weight, and in half precision a chunk's contribution to it; and hidden states at
+    response positions of policy and reference, and their gradient. The additional table of soft-capped logits is not counted.
 
     Args:
         vocabulary, hidden: sizes of the head.
@@ -206,10 +205,11 @@ def head_memory(
     positions = min(chunk, response_tokens)
     on_gpu = chunk != CHUNK["cpu"]
     product = compute_bytes if compute_bytes < 4 or (on_gpu and vocabulary % 64) else 0
-    tables = 4 * (3 if needs_kl else 2 if on_gpu else 1) + product
+    tables = 4 * (1 + needs_kl + on_gpu) + product
     head = vocabulary * hidden * (weight_bytes + (compute_bytes if compute_bytes < 4 else 0)) if weight_bytes else 0
     states = hidden * response_tokens * compute_bytes * (3 if needs_reference else 2)
-    return positions * vocabulary * tables + head + states
+    scratch = 4 * min(BLOCK, positions * vocabulary) if needs_kl and not on_gpu else 0
+    return positions * vocabulary * tables + scratch + head + states
 
 
 def _plain_logits(vocabulary: int, tokens: int, response_tokens: int, needs_reference: bool, needs_kl: bool, compute_bytes: int) -> float:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tdpo.microbatches import Packing, attention_cost
-from tdpo.scoring.chunked_loss import unsupported_head
+from tdpo.scoring.head import unsupported_head
 from tdpo.scoring.prefix_sharing import block_mask, row_multiple, shared_prefix_batch, unsupported_attention
 from tdpo.utils import UserError, get_logger, reason_of
 

@@ -19,7 +19,9 @@ import torch
 from torch import nn
 
 from tdpo.losses import LossOutput, Objective, ResponseScores
-from tdpo.scoring.chunked_loss import Head, ReferenceStates, loss_of_rows, score_rows
+from tdpo.scoring.chunked_loss import ReferenceStates, loss_of_rows, score_rows
+from tdpo.scoring.distributions import Tables
+from tdpo.scoring.head import Head
 from tdpo.scoring.logps import _get_batch_logps, _tdpo_get_batch_logps, full_logits, label_logps, stack_roles
 from tdpo.scoring.prefix_sharing import SharedPrefixBatch, attention_masks, row_multiple, shared_prefix_batch
 from tdpo.utils import IGNORED, to_device
@@ -48,6 +50,7 @@ class Scorer(nn.Module):
     def __init__(self, policy: nn.Module, reference: Optional[nn.Module], objective: Objective, compiled: bool = False):
         super().__init__()
         self.policy, self.reference, self.objective, self.compiled = policy, reference, objective, compiled
+        self.tables = Tables()
         if reference is not None:
             reference.eval().requires_grad_(False)
 
@@ -76,12 +79,12 @@ class Scorer(nn.Module):
         with _gathered(self.reference):
             # Before the policy, whose activations are not in memory yet.
             reference = self._reference(rows, masks) if self.objective.needs_reference else None
-            states, head = hidden_states(self.policy, rows, masks), Head.of(self.policy, self.compiled)
+            states, head = hidden_states(self.policy, rows, masks), Head.of(self.policy, self.compiled, split=True)
             if torch.is_grad_enabled():
                 counted = len(rows.counts) if counted is None else counted
-                loss, output, table = loss_of_rows(states, head, reference, rows, self.objective, counted)
+                loss, output, table = loss_of_rows(states, head, reference, rows, self.objective, counted, self.tables)
                 return Scored(loss, output, table.by_role(self.objective.roles))
-            scores = score_rows(states, head, reference, rows, self.objective).by_role(self.objective.roles)
+            scores = score_rows(states, head, reference, rows, self.objective, self.tables).by_role(self.objective.roles)
         output = self.objective(scores)
         return Scored(output.losses[:counted].sum(), output, scores)
 
@@ -90,7 +93,8 @@ class Scorer(nn.Module):
         kept = hasattr(self.reference, "unshard") or hasattr(self.reference, "is_policy")
         with torch.no_grad() if kept else torch.inference_mode():
             known = rows.reference_states
-            return ReferenceStates(hidden_states(self.reference, rows, masks) if known is None else known, Head.of(self.reference))
+            states = hidden_states(self.reference, rows, masks) if known is None else known
+            return ReferenceStates(states, Head.of(self.reference, split=True))
 
     # The methods below are forward passes too: distributed/sharding.py registers them, so that FSDP gathers the weights.
 

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from tdpo.microbatches import Packing, pack
-from tdpo.scoring.chunked_loss import Head, chunk_size, pieces
+from tdpo.scoring.distributions import chunk_size, pieces
+from tdpo.scoring.head import Head
 from tdpo.scoring.logps import forward_kl, full_logits, label_logps
 from tdpo.scoring.prefix_sharing import SharedPrefixBatch, attention_masks, row_multiple, shared_prefix_batch
 from tdpo.scoring.scorer import hidden_states

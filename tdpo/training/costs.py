@@ -17,7 +17,7 @@ from tdpo.microbatches import Packing, cut_into_microbatches, cut_into_rows
 from tdpo.models.build import compute_dtype
 from tdpo.models.memory import ModelShape, device_memory
 from tdpo.optimizers import bytes_per_weight, copies_in_step
-from tdpo.scoring.chunked_loss import chunk_size
+from tdpo.scoring.distributions import chunk_size
 from tdpo.scoring.prefix_sharing import unsupported_attention
 from tdpo.scoring.probes import packing_of
 from tdpo.training.saver import policy_saved

@@ -12,7 +12,7 @@ from tdpo.data.batching import BatchStream, StagedBatchStream
 from tdpo.data.split import Example, TokenizedSplit
 from tdpo.losses import Objective
 from tdpo.models.adapters import OwnReference
-from tdpo.scoring.chunked_loss import HeadOnly
+from tdpo.scoring.head import HeadOnly
 from tdpo.scoring.scorer import Scorer
 from tdpo.training.feeder import Microbatch
 from tdpo.training.passes import Passes

@@ -14,8 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tdpo.losses import get_objective
 from tdpo.models.memory import head_memory
-from tdpo.scoring import chunked_loss as chunked_head
-from tdpo.scoring.chunked_loss import Head, HeadOnly, ReferenceStates, loss_of_rows, score_rows
+from tdpo.scoring import distributions
+from tdpo.scoring.chunked_loss import ReferenceStates, loss_of_rows, score_rows
+from tdpo.scoring.head import Head, HeadOnly
 from tdpo.scoring.prefix_sharing import attention_masks, shared_prefix_batch
 from tdpo.scoring.probes import fast_scoring_problem, packing_problem
 from tdpo.scoring.scorer import Scorer
@@ -88,7 +89,7 @@ def results(scorer: Scorer, batch) -> tuple[torch.Tensor, dict, dict]:
 @pytest.mark.parametrize("case", CASES)
 def test_fast_scoring_equals_plain_scoring(case, dtype, tolerance, chunk, per_row, monkeypatch):
     """Gradients are compared relative to their norm, or to 1/1000 of the total norm if they are only rounding, such as a key's bias."""
-    monkeypatch.setitem(chunked_head.CHUNK, "cpu", chunk)
+    monkeypatch.setitem(distributions.CHUNK, "cpu", chunk)
     policy, reference = build(case, 0, dtype), build(case, 1, dtype)
     with AllInFloat64():
         for name, hyperparameters in LOSSES.items():
@@ -130,19 +131,18 @@ def test_the_tables_of_a_gpu_give_the_same(loss, softcap, reference_dtype, dtype
         total.backward()
         return [total.detach(), states.grad, weights[0].grad, biases[0].grad, scores.logps]
 
-    monkeypatch.setitem(chunked_head.CHUNK, "cpu", 9)
+    monkeypatch.setitem(distributions.CHUNK, "cpu", 9)
     expected = computed()
-    init, empty = chunked_head._Workspace.__init__, torch.empty
-    monkeypatch.setattr(chunked_head, "needs_alignment", lambda vocabulary, device: vocabulary % 64 != 0)
+    init, empty = distributions.Workspace.__init__, torch.empty
+    monkeypatch.setattr(distributions, "needs_alignment", lambda vocabulary, device: vocabulary % 64 != 0)
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
 
     def as_on_a_gpu(self, *arguments):
         init(self, *arguments)
-        self.in_place = False
-        if len(self.tables) == 1:
-            self.tables = [torch.empty_like(self.tables[0]) for _ in range(2)]
+        self.on_cpu, self.block = False, self.size
+        self.scratch = torch.empty(*self.tables[0].shape, dtype=self.dtype)
 
-    monkeypatch.setattr(chunked_head._Workspace, "__init__", as_on_a_gpu)
+    monkeypatch.setattr(distributions.Workspace, "__init__", as_on_a_gpu)
     for found, value in zip(computed(), expected):
         assert (found.double() - value.double()).norm() <= 1e-5 * value.double().norm()
 
@@ -151,7 +151,7 @@ def test_gradients_in_half_precision_are_summed_over_chunks(monkeypatch):
     """The result agrees with plain scoring in the same dtype, up to rounding."""
     scorer = Scorer(build("phi", 0, torch.bfloat16), build("phi", 1, torch.bfloat16), get_objective("tdpo2", beta=0.5))
     _, _, plain = results(scorer, padded(token_pairs()))
-    monkeypatch.setitem(chunked_head.CHUNK, "cpu", 5)
+    monkeypatch.setitem(distributions.CHUNK, "cpu", 5)
     _, _, fast = results(scorer, shared_prefix_batch(token_pairs()))
     for name in ("lm_head.weight", "lm_head.bias", "model.layers.1.mlp.fc2.weight"):
         difference = (fast[name] - plain[name]).norm() / plain[name].norm()
@@ -175,7 +175,7 @@ def test_cached_states_and_the_head_replace_the_reference(case):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_without_gradients_the_scores_are_the_same(name, monkeypatch):
-    monkeypatch.setitem(chunked_head.CHUNK, "cpu", 16)
+    monkeypatch.setitem(distributions.CHUNK, "cpu", 16)
     objective = get_objective(name, **LOSSES[name])
     scorer = Scorer(build("gpt_neox", 0), build("gpt_neox", 1) if objective.needs_reference else None, objective)
     rows = shared_prefix_batch([(prompt, responses[: len(objective.roles)]) for prompt, responses in token_pairs()])
@@ -190,7 +190,7 @@ def test_without_gradients_the_scores_are_the_same(name, monkeypatch):
 @pytest.mark.parametrize("counted", [0, 1, 4])
 def test_uncounted_examples_enter_neither_loss_nor_gradient(counted, monkeypatch):
     """Examples that are not counted get scores, but enter neither loss nor gradient, in whichever group of rows they are."""
-    monkeypatch.setitem(chunked_head.CHUNK, "cpu", 16)
+    monkeypatch.setitem(distributions.CHUNK, "cpu", 16)
     scorer = Scorer(build("llama", 0), build("llama", 1), get_objective("tdpo2", beta=0.5))
     rows = token_pairs()
     some = scorer(shared_prefix_batch(rows), counted)
@@ -422,5 +422,5 @@ def test_memory_does_not_grow_with_positions_times_vocabulary(name):
         return live.peak
 
     assert 0 < peak(8 * 1024) < 1.5 * peak(1024)
-    computed = head_memory(4096, 8, 1024, objective.needs_reference, objective.needs_kl, 4, chunk=chunked_head.CHUNK["cpu"])
+    computed = head_memory(4096, 8, 1024, objective.needs_reference, objective.needs_kl, 4, chunk=distributions.CHUNK["cpu"])
     assert peak(1024) == pytest.approx(computed, rel=0.1)

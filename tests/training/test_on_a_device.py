@@ -20,7 +20,8 @@ from tdpo.distributed import launch
 from tdpo.distributed.world import World
 from tdpo.losses import get_objective
 from tdpo.microbatches import Packing, attention_cost
-from tdpo.scoring.chunked_loss import Head, ReferenceStates, loss_of_rows
+from tdpo.scoring.chunked_loss import ReferenceStates, loss_of_rows
+from tdpo.scoring.head import Head
 from tdpo.scoring.mixed_precision import cast_parameters
 from tdpo.scoring.prefix_sharing import row_multiple, shared_prefix_batch
 from tdpo.scoring.scorer import Scorer
