@@ -22,7 +22,7 @@ from tdpo.data.rows import Row, RowReport
 from tdpo.data.sources import Place, read_rows
 from tdpo.data.split import TokenizedSplit
 from tdpo.data.token_cache import TEXTS_A_CORE, TokenCache, cache_key, count_texts, tokenize
-from tdpo.data.tokenization import encode, special_token_strings, tokenize_batch_element, truncate, with_bos
+from tdpo.data.tokenization import ESCAPE, encode, encode_rendered, special_token_strings, tokenize_batch_element, truncate, with_bos
 from tdpo.utils import CONFIG_DIR, UserError, get_logger, nearest, plural, some_of
 
 log = get_logger(__name__)
@@ -391,6 +391,27 @@ def _prompt_of(row: Row, report: RowReport, template: Chat) -> Optional[str]:
         return template.prompt(row, "prompt")
     texts = report.texts(row, "prompt")
     return texts and texts[0]
+
+
+def chat_prompts(chats: Sequence[Sequence[Mapping]], tokenizer, add_bos: bool = False) -> list[Prompt]:
+    """Render conversations up to where a reply begins; none is cut, and strings of special tokens inside them are plain text.
+
+    Args:
+        chats: the messages {role, content} of each conversation.
+        tokenizer: with a chat template.
+        add_bos: begin each prompt with the beginning-of-sequence token.
+
+    Raises:
+        UserError: the tokenizer has no chat template, or the template refuses a conversation.
+    """
+    report = RowReport("conversations", "to answer", "error")
+    template = Chat(tokenizer, report, escape=True)
+    rows = report.rows(Row("questions", number, {"prompt": chat}) for number, chat in enumerate(chats, 1))
+    texts = [text for text in (template.prompt(row, "prompt") for row in rows) if text is not None]
+    report.kept = len(texts)
+    report.finish(remedy="")
+    ids = encode_rendered(texts, tokenizer, continues=False)
+    return [Prompt(text.replace(ESCAPE, ""), with_bos(some, tokenizer) if add_bos else some) for text, some in zip(texts, ids)]
 
 
 def get_batch_iterator(

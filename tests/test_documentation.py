@@ -106,7 +106,7 @@ def test_documents_of_the_manual_open_with_a_command():
 
 def is_embedded(script: str, arguments: list[str]) -> bool:
     """Whether a command needs no download, no GPU and no file of the reader's; those of several processes are run elsewhere."""
-    foreign = ("model=", "datasets=", "trainer=", "model.name_or_path=")
+    foreign = ("model=", "datasets=", "trainer=", "model.name_or_path=", "form=", "engine=vllm")
     named = [argument for argument in arguments if argument.startswith(foreign) and argument != "model=tiny"]
     return script in SHORT and not named and not is_example(arguments)
 

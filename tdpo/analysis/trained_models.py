@@ -289,18 +289,19 @@ def load_compared(trained: Trained, archive: Optional[str], device: torch.device
     return Loaded(policy, reference, tokenizer, scoring_of(Scorer(policy, None, get_objective("sft")), max_length))
 
 
-def load_trained(trained: Trained, device: torch.device, max_length: int = 1) -> tuple[torch.nn.Module, Any]:
+def load_trained(trained: Trained, device: torch.device, max_length: int = 1, tokenizer: Any = None) -> tuple[torch.nn.Module, Any]:
     """Return (model, tokenizer): the model on the device, without gradients, in the dtype in which it computed during training.
 
     Args:
         trained: the model.
         device: where it runs.
         max_length: tokens of prompt and response that it must accept.
+        tokenizer: if it has been loaded already.
 
     Raises:
         UserError: weights or tokenizer are missing or do not fit.
     """
-    tokenizer = load_tokenizer(trained.model, trained.cache_dir())
+    tokenizer = load_tokenizer(trained.model, trained.cache_dir()) if tokenizer is None else tokenizer
     return _built(trained.model, trained.cache_dir(), tokenizer, compute_dtype(trained.model), max_length).to(device), tokenizer
 
 

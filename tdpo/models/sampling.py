@@ -1,7 +1,7 @@
 """Sampling of continuations of prompts."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Optional, Union
 
@@ -11,6 +11,9 @@ import transformers
 from torch import nn
 
 from tdpo.data.chat_template import end_tokens
+
+# From prompts (token ids), a temperature and numbers that the random numbers depend on to the continuations of each prompt (token ids).
+Draw = Callable[[Sequence[list[int]], float, Sequence[int]], list[list[list[int]]]]
 
 
 def own_distribution(tokenizer, max_length: int, **others) -> transformers.GenerationConfig:
@@ -91,9 +94,13 @@ def continuations(
         length = min(settings.max_length, longest + (max_new_tokens or settings.max_length))
         options = {"num_return_sequences": n, "max_length": length, "synced_gpus": synced}
         output = model.generate(input_ids=ids, attention_mask=mask, **options)[:, longest:].tolist()
-    stops = [next((i + 1 for i, token in enumerate(ids) if token in ends), None) for ids in output]
-    whole = [ids[:stop] for ids, stop in zip(output, stops)]
+    whole = [up_to_end(ids, ends) for ids in output]
     return [whole[i : i + n] for i in range(0, len(whole), n)]
+
+
+def up_to_end(ids: Sequence[int], ends: Sequence[int]) -> list[int]:
+    """Return token ids up to the first that ends a text, with that one."""
+    return list(ids)[: next((i + 1 for i, token in enumerate(ids) if token in ends), None)]
 
 
 def sample_batch(
@@ -117,20 +124,32 @@ def sample_batch(
         seed: the random numbers depend only on seed and `first`.
 
     Returns:
-        one dict per continuation: {prompt, completion, prompt_ids, completion_ids, index (of the prompt), sample (0 ... n - 1)}.
+        See `rows_of`.
     """
     torch.manual_seed(mixed_seed(seed, first))
     drawn = continuations(model, [ids for _, ids in prompts], n, settings, max_new_tokens)
+    return rows_of(tokenizer, prompts, drawn, range(first, first + len(prompts)))
+
+
+def rows_of(tokenizer, prompts: Sequence[tuple[str, list[int]]], drawn: Sequence[list[list[int]]], indices: Sequence[int]) -> list[dict]:
+    """Return one dict per continuation: {prompt, completion, prompt_ids, completion_ids, index (of the prompt), sample (0 ... n - 1)}.
+
+    Args:
+        tokenizer: decodes the continuations.
+        prompts: (text, token ids) each.
+        drawn: the continuations of each prompt, token ids.
+        indices: of the prompts.
+    """
     return [
         {
             "prompt": text,
             "completion": text_of(tokenizer, prompt_ids, ids),
             "prompt_ids": prompt_ids,
             "completion_ids": ids,
-            "index": first + i,
+            "index": index,
             "sample": j,
         }
-        for i, ((text, prompt_ids), some) in enumerate(zip(prompts, drawn))
+        for index, (text, prompt_ids), some in zip(indices, prompts, drawn)
         for j, ids in enumerate(some)
     ]
 
