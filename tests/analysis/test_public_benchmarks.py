@@ -39,7 +39,7 @@ def chat(tmp_path_factory):
     folder, tokenizer = tmp_path_factory.mktemp("chat") / "model", bpe_tokenizer()
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "initializer_range": 0.3}
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=512, pad_token_id=3, eos_token_id=5, **sizes)
+    config = transformers.LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=512, pad_token_id=3, eos_token_id=2, **sizes)
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -285,7 +285,7 @@ def test_what_vllm_is_asked(chat, tmp_path, vllm):
     assert {(x.n, x.temperature, x.top_p, x.top_k) for x in plain} == {(3, 1.0, 1.0, -1)}
     assert {(x.n, x.temperature, x.top_p, x.top_k) for x in others} == {(3, 0.3, 0.5, 7)}
     assert [x.max_tokens for x in plain] == [20 - lengths[i] for i in range(3)] and len({x.seed for x in vllm.ASKED}) == 6
-    assert all(x.stop_token_ids == [5] for x in vllm.ASKED)
+    assert all(x.stop_token_ids == [2, 5] for x in vllm.ASKED)  # of the model's settings, and of the tokenizer
 
 
 def test_vllm_answers_a_benchmark_and_resumes(chat, tmp_path, vllm):
