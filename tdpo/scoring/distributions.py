@@ -16,7 +16,7 @@ from tdpo.scoring.head import Head, VocabularyPart
 # Positions per chunk: enough to keep the device busy. float32 log-probabilities of 512 positions and 50,304 entries take 103 MB.
 CHUNK = {"cpu": 512, "cuda": 2048}
 # Numbers of a table on which a CPU works at a time: what one operation has written is in its caches for the next one.
-BLOCK = 2**19
+BLOCK = 2**22
 
 
 def chunk_size(device: torch.device) -> int:
