@@ -88,6 +88,7 @@ def test_whole_pipeline_at_a_small_size(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["run.py", "--out", str(tmp_path), "--methods", "TDPO2 0.5", "--workers", "1", *small])
     frontier = module("run")
     monkeypatch.setattr(frontier, "run_script", forked_script)
+    monkeypatch.setattr(sys.modules["experiments.jobs"], "run_script", forked_script)
     frontier.main()
     (measured,) = tmp_path.glob("tdpo2_0.5/*/measured.json")
     points = json.loads(measured.read_text())["points"]
