@@ -52,7 +52,11 @@ START = 1e-3  # tolerance at the first step: of the loss, relative; of rewards a
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the tables and curves of an HH experiment.")
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder.resolve()
+    print(write(parser.parse_args().folder.resolve()))
+
+
+def write(folder: Path) -> str:
+    """Write the results of an experiment's folder, and return the content of table.md."""
     task = OmegaConf.load(folder / "task.yaml")
     task.out = str(folder)  # it may have been moved
     results = results_of(task)
@@ -62,7 +66,7 @@ def main() -> None:
     with replaced_whole(str(folder / "table.md")) as file:
         file.write(table + "\n")
     draw(task)
-    print(table)
+    return table
 
 
 def results_of(task: DictConfig) -> dict[str, Any]:
@@ -125,7 +129,8 @@ def first_step(objective: Objective, logs: Sequence[Mapping]) -> Optional[dict[s
     if first is None:
         return None
     scale = objective.reward_scale or 1.0
-    values = {key: [value for name, value in first.items() if name.startswith(f"{key}_train/")] for key in ("rewards", "kl")}
+    roles = ("chosen", "rejected")
+    values = {key: [first[name] for role in roles if (name := f"{key}_train/{role}") in first] for key in ("rewards", "kl")}
     if None in [first["loss/train"], *values["rewards"], *values["kl"]]:
         return {"loss": first["loss/train"], "expected_loss": loss_of_equals(objective), "reward": None, "seqkl": None, "ok": False}
     reward, seqkl = (max(map(abs, some), default=0.0) / by for some, by in ((values["rewards"], scale), (values["kl"], 1.0)))
@@ -248,7 +253,7 @@ def findings_list(results: Mapping) -> str:
 
 
 def draw(task: DictConfig) -> None:
-    """Write each run's curves.html, and curves.png with all methods."""
+    """Write curves.html of each measured run that has none, and curves.png with all methods."""
     shown = []
     for seed in task.seeds:
         for name in (SFT, *task.methods):
@@ -257,7 +262,8 @@ def draw(task: DictConfig) -> None:
                 continue
             title = f"{name}, seed {seed}"
             logs = plot.read_run(str(run))[1]
-            plot.write_curves([(title, logs)], {title: plot.findings_of(str(run), logs)}, str(run / "curves.html"))
+            if not is_written(run / "curves.html"):
+                plot.write_curves([(title, logs)], {title: plot.findings_of(str(run), logs)}, str(run / "curves.html"))
             shown += [(title, logs)] if name != SFT else []
     if shown:
         plot.write_picture(shown, str(Path(task.out) / "curves.png"))

@@ -50,7 +50,7 @@ def test_pairs_are_best_and_worst(tmp_path):
     rows = [{"prompt": f"film {i}", "completion": text, "index": i} for i, text in texts]
     for split in ("train", "test"):
         (tmp_path / f"completions-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert forked_script("experiments/frontier/pairs.py", str(tmp_path), "--margin", "0.1") == 0
+    forked_script("experiments/frontier/pairs.py", str(tmp_path), "--margin", "0.1")
     (pair,) = [json.loads(line) for line in (tmp_path / "pairs" / "train.jsonl").read_text().splitlines()]
     assert (pair["prompt"], pair["chosen"], pair["rejected"]) == ("film 0", " was good .", " was awful .")
     assert pair["chosen_score"] > 0.6 > 0.4 > pair["rejected_score"]
@@ -95,6 +95,6 @@ def test_whole_pipeline_at_a_small_size(monkeypatch, tmp_path):
     content = json.loads(measured.read_text())
     extra = {**last, "examples": last["examples"] - 1}
     (other / "measured.json").write_text(json.dumps({**content, "seed": 1, "points": [*points[:-1], extra, last]}))
-    assert forked_script("experiments/frontier/report.py", str(tmp_path)) == 0
+    forked_script("experiments/frontier/report.py", str(tmp_path))
     spent = json.loads((tmp_path / "results.json").read_text())["kl_at_reward"]["TDPO2 0.5"]["0.6"]
     assert spent["0"] == pytest.approx(spent["1"]) and spent["0"] > 0

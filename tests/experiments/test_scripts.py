@@ -82,6 +82,23 @@ def test_a_signal_ends_the_jobs_before_its_next_step(tmp_path, monkeypatch):
     assert ended.value.code == 128 + signal.SIGUSR1 and done == ["a.py"]
 
 
+def test_a_required_step_that_fails_ends_its_job_alone(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(jobs, "run_script", lambda script, *arguments, **options: done.append(script) or script in ("a.py", "c.py"))
+    (tmp_path / "logs").mkdir()
+    first = [jobs.Step("a", ["a.py"], required=True), jobs.Step("b", ["b.py"])]
+    failed = jobs.run_jobs("test", [first, [jobs.Step("c", ["c.py"]), jobs.Step("d", ["d.py"])]], 1, tmp_path, lambda: len(done), 4)
+    assert done == ["a.py", "c.py", "d.py"] and failed == ["a", "c"]
+
+
+def test_the_share_of_a_worker(monkeypatch):
+    """All GPUs for one worker, and at least one for each of several."""
+    monkeypatch.setattr(jobs.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    share = {n: [jobs.environment_of(i, n)["CUDA_VISIBLE_DEVICES"] for i in range(n)] for n in (1, 2, 3, 5)}
+    assert share == {1: ["4,5,6"], 2: ["4,6", "5"], 3: ["4", "5", "6"], 5: ["4", "5", "6", "4", "5"]}
+
+
 def test_a_signal_ends_self_play_after_a_script_that_ended_well(monkeypatch):
     from experiments import spin
 
