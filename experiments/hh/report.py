@@ -105,7 +105,9 @@ def over_seeds(estimates: Sequence[Mapping]) -> dict[str, Any]:
     if len(estimates) == 1:
         (only,) = estimates
         return {"mean": only["mean"], "low": only["low"], "high": only["high"], "n": only["examples"], "over": "prompts"}
-    return {**interval([found["mean"] for found in estimates]), "n": len(estimates), "over": "seeds"}
+    means = [found["mean"] for found in estimates]
+    whole = dict.fromkeys(("mean", "low", "high")) if None in means else interval(means)  # None: a mean is not finite
+    return {**whole, "n": len(estimates), "over": "seeds"}
 
 
 def described_run(run: Path) -> dict[str, Any]:
@@ -200,7 +202,7 @@ def intervals_line(results: Mapping) -> str:
         over = " and ".join(kinds) or f"{len(method['seeds'])} seeds"
         seeds = ", ".join(map(str, method["seeds"]))
         lines.append(f"- {name}: {', '.join(f'{n:,}' for n in examples)} train examples, seed {seeds}; intervals over {over}")
-    return "\n".join(["Means with 95 % intervals. Differences whose intervals overlap are told as ties.", "", *lines])
+    return "\n".join(["Means with 95 % intervals. Differences whose intervals overlap count as ties.", "", *lines])
 
 
 def measures_table(results: Mapping, measures: Sequence[str]) -> str:

@@ -76,7 +76,7 @@ def task_of(settings: Sequence[str]) -> DictConfig:
         settings: key=value, see hh.yaml.
 
     Raises:
-        UserError: a key, a size or a method is unknown.
+        UserError: a key, a size or a method is unknown, or a value is of another kind.
     """
     task = OmegaConf.load(HERE / "hh.yaml")
     model = [setting for setting in settings if setting.startswith(("model=", "model."))]
@@ -91,6 +91,11 @@ def task_of(settings: Sequence[str]) -> DictConfig:
         if not OmegaConf.is_list(chosen) or (unknown := sorted(set(chosen) - set(task.methods))):
             raise UserError(f"methods={chosen}: give a list of some of {', '.join(task.methods)}, such as methods=[DPO,TDPO2]")
         task.methods = {name: overrides for name, overrides in task.methods.items() if name in chosen}
+    for key, value in given.items():
+        if OmegaConf.is_list(task[key]) and not OmegaConf.is_list(value):
+            raise UserError(f"{key}={value}: give a list, as in {key}=[{value}]")
+        if isinstance(task[key], int) and not isinstance(value, (int, type(None))):
+            raise UserError(f"{key}={value}: give an integer, as in {key}={task[key]}")
     task = OmegaConf.merge(task, given)
     other = [setting for setting in model if setting.startswith("model=")]
     task.model = [*(other or task.model), *(setting for setting in model if setting not in other)]

@@ -219,6 +219,10 @@ def test_error_messages(tmp_path):
         run.task_of(["size=huge"])
     with pytest.raises(UserError, match="methods=.*: give a list of some of f-DPO forward KL.*such as methods="):
         run.task_of(["methods=[DPO,PPO]"])
+    with pytest.raises(UserError, match=r"seeds=1: give a list, as in seeds=\[1\]"):
+        run.task_of(["seeds=1"])
+    with pytest.raises(UserError, match="examples=some: give an integer, as in examples=400"):
+        run.task_of(["examples=some"])
     with pytest.raises(UserError, match="missing: data=<folder with train.jsonl and test.jsonl"):
         run.check(run.task_of([]))
     with pytest.raises(UserError, match="nowhere"):
@@ -241,6 +245,8 @@ def test_the_interval_of_one_seed_is_over_prompts_and_of_several_over_seeds():
     three = report.over_seeds([one, {**one, "mean": 0.5}, {**one, "mean": 0.6}])
     assert (three["mean"], three["n"], three["over"]) == (pytest.approx(0.5), 3, "seeds")
     assert three["high"] - 0.5 == pytest.approx(0.5 - three["low"]) == pytest.approx(4.302653 * 0.1 / 3**0.5)  # Student's t, two degrees
+    assert report.over_seeds([one, {**one, "mean": None}]) == {"mean": None, "low": None, "high": None, "n": 2, "over": "seeds"}
+    assert report.cell(report.over_seeds([one, {**one, "mean": None}])) == "-"
 
 
 def test_overlapping_intervals_are_ties():
