@@ -16,12 +16,12 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
-import scipy.stats  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from run import slug  # noqa: E402
+from experiments.intervals import interval  # noqa: E402
+from experiments.jobs import slug  # noqa: E402
 
 LEVELS = (0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)  # expected rewards at which KL is compared
 REWARD, KL = "samples/reward", "samples/kl"
@@ -99,13 +99,6 @@ def ratio_to(base: dict, other: dict) -> dict[str, Optional[dict]]:
         ratios = [kl / base[level][seed] for seed, kl in by_seed.items() if kl is not None and base[level].get(seed)]
         result[level] = {**interval(ratios), "seeds": len(ratios)} if len(ratios) > 1 else None
     return result
-
-
-def interval(values: list[float]) -> dict[str, float]:
-    """Return the mean with Student's 95% interval."""
-    mean, error = float(np.mean(values)), float(scipy.stats.sem(values))
-    half = error * scipy.stats.t.ppf(0.975, len(values) - 1)
-    return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
 def best_rewards(runs: list[Run]) -> dict[str, dict[int, float]]:

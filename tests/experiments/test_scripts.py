@@ -11,8 +11,7 @@ from helpers import ROOT, wait_for
 
 sys.path.insert(0, str(ROOT))
 
-from experiments import scripts  # noqa: E402
-from experiments.frontier import run as frontier  # noqa: E402
+from experiments import jobs, scripts  # noqa: E402
 from tdpo.distributed.signals import forwarded  # noqa: E402
 
 # Writes the signal that it gets into the file that is its argument, and exits with 7.
@@ -64,7 +63,7 @@ def test_a_signal_while_a_script_starts_is_sent_to_it(tmp_path, monkeypatch):
     assert scripts.run_script(str(script)) == 128 + signal.SIGTERM
 
 
-def test_a_signal_ends_the_frontier_before_its_next_step(tmp_path, monkeypatch):
+def test_a_signal_ends_the_jobs_before_its_next_step(tmp_path, monkeypatch):
     """Also if the step under way has ended well; the exit code is the signal's."""
     done = []
 
@@ -75,12 +74,29 @@ def test_a_signal_ends_the_frontier_before_its_next_step(tmp_path, monkeypatch):
         wait_for(lambda: len(scripts._sent) > known)  # the main thread has noted it
         return 0
 
-    monkeypatch.setattr(frontier, "run_script", told)
+    monkeypatch.setattr(jobs, "run_script", told)
     (tmp_path / "logs").mkdir()
-    jobs = [[frontier.Step("a", ["a.py"]), frontier.Step("b", ["b.py"])], [frontier.Step("c", ["c.py"])]]
+    both = [[jobs.Step("a", ["a.py"]), jobs.Step("b", ["b.py"])], [jobs.Step("c", ["c.py"])]]
     with pytest.raises(SystemExit) as ended:
-        frontier.run_jobs("test", jobs, 1, tmp_path, [], 0)
+        jobs.run_jobs("test", both, 1, tmp_path, [], 0)
     assert ended.value.code == 128 + signal.SIGUSR1 and done == ["a.py"]
+
+
+def test_a_required_step_that_fails_ends_its_job_alone(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(jobs, "run_script", lambda script, *arguments, **options: done.append(script) or script in ("a.py", "c.py"))
+    (tmp_path / "logs").mkdir()
+    first = [jobs.Step("a", ["a.py"], required=True), jobs.Step("b", ["b.py"])]
+    failed = jobs.run_jobs("test", [first, [jobs.Step("c", ["c.py"]), jobs.Step("d", ["d.py"])]], 1, tmp_path, lambda: len(done), 4)
+    assert done == ["a.py", "c.py", "d.py"] and failed == ["a", "c"]
+
+
+def test_the_share_of_a_worker(monkeypatch):
+    """All GPUs for one worker, and at least one for each of several."""
+    monkeypatch.setattr(jobs.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    share = {n: [jobs.environment_of(i, n)["CUDA_VISIBLE_DEVICES"] for i in range(n)] for n in (1, 2, 3, 5)}
+    assert share == {1: ["4,5,6"], 2: ["4,6", "5"], 3: ["4", "5", "6"], 5: ["4", "5", "6", "4", "5"]}
 
 
 def test_a_signal_ends_self_play_after_a_script_that_ended_well(monkeypatch):
