@@ -74,7 +74,7 @@ def rows(*prompts_and_texts) -> list[dict]:
 def test_measures_of_samples_by_hand():
     """Two prompts (2 tokens and 1 token) with two texts each (1 and 3 tokens; 2 and 2 tokens)."""
     texts = rows(([0, 1], [(" good", [0]), (" bad", [1, 1, 1])]), ([2], [(" good", [0, 2]), (" good", [2, 2])]))
-    measures = measure_samples(Fixed(*P), Fixed(*Q), texts, lambda texts: [float(text == "p good") for text in texts], False, 16)
+    measures = measure_samples(Fixed(*P), Fixed(*Q), texts, [float(row["completion"] == " good") for row in texts], False, 16)
     means = {name: values for name, (values, _) in measures.items()}
     assert means["samples/reward"] == pytest.approx([0.5, 1.0])
     assert means["samples/tokens"] == pytest.approx([2.0, 2.0])

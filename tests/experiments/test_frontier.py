@@ -3,10 +3,9 @@
 import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
-from helpers import ROOT, Command
+from helpers import ROOT, forked_script
 
 HERE = ROOT / "experiments" / "frontier"
 
@@ -19,14 +18,6 @@ def module(name: str):
 
 
 report = module("report")
-
-
-def forked_script(script: str, *arguments: str, output=None, environment=None) -> int:
-    """Like experiments.scripts.run_script, but forked, which is faster."""
-    command = Command(script, *arguments, env=environment, output=output and Path(output.name))
-    printed, _ = command.communicate()
-    assert command.returncode == 0, printed[-3000:]
-    return 0
 
 
 def a_run(method: str, seed: int, *points: tuple[float, float]):
