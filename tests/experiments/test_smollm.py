@@ -57,8 +57,10 @@ def model(tmp_path_factory) -> Path:
 # --- prompts ---
 
 
-def lists() -> list[str]:
-    return [line for name in ("titles.txt", "openings.txt") for line in prepare.lines_of(HERE / name)]
+def texts() -> list[str]:
+    """Everything of which prompts are made, apart from the request."""
+    lists = [prepare.lines_of(HERE / f"{name}.txt") for name in ("titles", "openings")]
+    return [prepare.SYSTEM, prepare.ANSWER, *prepare.EXAMPLE.values(), *lists[0], *lists[1]]
 
 
 def test_prompts_are_chat_messages_and_the_splits_share_no_title(tmp_path, chat_tokenizer):
@@ -68,12 +70,12 @@ def test_prompts_are_chat_messages_and_the_splits_share_no_title(tmp_path, chat_
     found = {}
     for split in ("train", "test"):
         rows = [json.loads(line)["prompt"] for line in (tmp_path / f"{split}.jsonl").read_text().splitlines()]
-        assert all([message["role"] for message in messages] == ["user"] for messages in rows)
+        assert {tuple(message["role"] for message in messages) for messages in rows} == {("system", "user", "assistant", "user")}
         loaded = load_prompts({}, split, chat_tokenizer, 500, path=str(tmp_path / f"{split}.jsonl"))
         assert len(loaded) == len(rows) and all(prompt.text.endswith("<|start|>assistant\n") for prompt in loaded)
-        requests = [messages[0]["content"] for messages in rows]
+        requests = [messages[-1]["content"] for messages in rows]
         found[split] = [request.split('the film "')[1].split('"? ')[0] for request in requests]
-        used = Counter(request.split('begins with "')[1].removesuffix('".') for request in requests)
+        used = Counter(request.split('Begin with "')[1].removesuffix('".') for request in requests)
         assert set(used) == set(openings) and max(used.values()) - min(used.values()) <= 1
     assert sorted(found["train"] + found["test"]) == sorted(titles) and len(found["test"]) == prepare.HELD_OUT
     assert prepare.prompts() == prepare.prompts()
@@ -82,8 +84,8 @@ def test_prompts_are_chat_messages_and_the_splits_share_no_title(tmp_path, chat_
 def test_titles_and_openings_have_no_word_that_vader_rates():
     """A response that repeats the title or the opening as asked has no reward from it."""
     analyzer = pytest.importorskip("vaderSentiment.vaderSentiment").SentimentIntensityAnalyzer()
-    assert [line for line in lists() if analyzer.polarity_scores(line)["compound"] != 0] == []
-    assert [line for line in lists() if any(word.strip(".,:?!").lower() in analyzer.lexicon for word in line.split())] == []
+    assert [line for line in texts() if analyzer.polarity_scores(line)["compound"] != 0] == []
+    assert [line for line in texts() if any(word.strip(".,:?!").lower() in analyzer.lexicon for word in line.split())] == []
 
 
 # --- rewards ---
