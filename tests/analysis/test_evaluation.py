@@ -80,6 +80,8 @@ def test_measures_of_samples_by_hand():
     assert means["samples/tokens"] == pytest.approx([2.0, 2.0])
     assert means["samples/kl"] == pytest.approx([2 * REVERSE, 2 * REVERSE])
     assert means["samples/entropy"] == pytest.approx([ENTROPY] * 2)
+    assert means["samples/reference_nll"] == pytest.approx([-(math.log(0.8) + 3 * math.log(0.1)) / 4] * 2)
+    assert measures["samples/reference_nll"][1].tolist() == [1 + 3, 2 + 2]
     whole = measure_whole_texts(Fixed(*P), texts, False, 16)
     assert whole["samples/entropy_fdpo"][1].tolist() == [2 + 4, 2 + 2]  # every token except the first of each text
 
