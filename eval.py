@@ -25,7 +25,7 @@ from tdpo.analysis.evaluation import (
     measure_whole_texts,
     table_of,
 )
-from tdpo.analysis.rewards import Reward, gold_reward_of, reward_model
+from tdpo.analysis.rewards import VADER, Reward, gold_reward_of, reward_model
 from tdpo.analysis.trained_models import Inputs, Trained, find_inputs, load_compared
 from tdpo.cli.command_line import run_command
 from tdpo.cli.schema import Evaluation, check_tool_config
@@ -50,7 +50,8 @@ def run(config: DictConfig, overrides: Sequence[str] = ()) -> dict[str, dict[str
     """
     check_tool_config(config, Evaluation)
     device = World().device
-    inputs = find_inputs(config, [config.reference, (config.reward or "").removeprefix("logistic:")])
+    downloaded = None if config.reward in (None, VADER) else config.reward.removeprefix("logistic:")
+    inputs = find_inputs(config, [config.reference, downloaded])
     reward = reward_model(config.reward, device, inputs.models[0].cache_dir()) if config.reward else gold_reward_of(list(inputs.data))
     results = {trained.name: measure(trained, inputs, config, reward, device) for trained in inputs.models}
     print(table_of(results))
@@ -68,7 +69,7 @@ def measure(trained: Trained, inputs: Inputs, config: DictConfig, reward: Option
         trained: the model.
         inputs: data and lengths that all models share.
         config: see config/eval.yaml.
-        reward: reward of a text; None: samples/reward is left out.
+        reward: of a response; None: samples/reward is left out.
         device: where the model runs.
 
     Returns:
@@ -91,7 +92,7 @@ def measure(trained: Trained, inputs: Inputs, config: DictConfig, reward: Option
         rows = []
         for first, some in batched(prompts, size):
             rows += sample_batch(policy, tokenizer, some, first, config.n, settings, config.seed)
-        measures |= measure_samples(policy, reference, rows, reward, fast, size)
+        measures |= measure_samples(policy, reference, rows, None if reward is None else reward.of(rows), fast, size)
         measures |= measure_whole_texts(policy, rows, fast, size) | measure_diversity(rows)
     return {name: estimate(*measures[name], seed=config.seed) for name in MEASURES if name in measures}
 

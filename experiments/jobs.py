@@ -29,7 +29,7 @@ def slug(name: str) -> str:
     return name.lower().replace(" ", "_")
 
 
-Marks = Union[Sequence[str], Callable[[], int]]
+Marks = Union[Sequence[str], Callable[[], float]]
 
 
 def run_jobs(title: str, jobs: Sequence[Sequence[Step]], workers: int, out: Path, marks: Marks, total: int) -> list[str]:
@@ -51,7 +51,7 @@ def run_jobs(title: str, jobs: Sequence[Sequence[Step]], workers: int, out: Path
         waiting.put(job)
     failed = []
 
-    def progress() -> int:
+    def progress() -> float:
         return marks() if callable(marks) else sum(len(list(out.glob(mark))) for mark in marks)
 
     def work(worker: int) -> None:

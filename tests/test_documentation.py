@@ -222,10 +222,10 @@ def test_names_for_forks_can_be_imported():
             assert name in importlib.import_module(module).__all__, name
 
 
-PAGES = ["CONTRIBUTING.md", "benchmarks/README.md", "experiments/frontier/README.md", "experiments/hh/README.md"]
+EXPERIMENTS = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "experiments").glob("*/README.md"))]
 
 
-@pytest.mark.parametrize("document", [*DOCUMENTS, *PAGES])
+@pytest.mark.parametrize("document", [*DOCUMENTS, "CONTRIBUTING.md", "benchmarks/README.md", *EXPERIMENTS])
 def test_links_lead_somewhere(document):
     folder = (ROOT / document).parent
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", (ROOT / document).read_text()):

@@ -1,6 +1,9 @@
-"""Write the tables and figure of a frontier experiment: results.json, table.md and frontier.png in its folder.
+"""Write the tables and figure of a frontier experiment into its folder.
 
-python experiments/frontier/report.py runs/frontier-reviews
+    python experiments/frontier/report.py runs/frontier-reviews
+
+results.json has every number of the tables with seeds, number of seeds, mean and 95% interval; table.md is composed from it alone;
+frontier.png has four panels; samples.md has the responses of the final policies with the highest and the lowest rewards, to be read.
 """
 
 import argparse
@@ -8,24 +11,35 @@ import json
 import math
 import sys
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
-from omegaconf import OmegaConf  # noqa: E402
+from omegaconf import DictConfig, OmegaConf  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments.intervals import interval  # noqa: E402
 from experiments.jobs import slug  # noqa: E402
 
-LEVELS = (0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)  # expected rewards at which KL is compared
 REWARD, KL = "samples/reward", "samples/kl"
 STEPS = (("seqkl/chosen", "SeqKL of chosen"), ("seqkl/rejected", "SeqKL of rejected"), ("seqkl/margin", "SeqKL margin, chosen - rejected"))
+FINAL = {REWARD: "reward", KL: "KL", **dict(STEPS), "accuracy/logratio": "accuracy, log-ratio"}
+PERPLEXITY = "samples/reference_perplexity"
+SAMPLES = {
+    REWARD: "reward",
+    KL: "KL",
+    "samples/distinct_1": "distinct-1",
+    "samples/distinct_2": "distinct-2",
+    "samples/tokens": "tokens",
+    PERPLEXITY: "perplexity by pi_ref",
+}
+EXTREMES = 20  # responses at each end in samples.md
 
 
 class Run(NamedTuple):
@@ -35,7 +49,8 @@ class Run(NamedTuple):
     seed: int
     beta: float
     lr: float
-    points: list[dict]  # measures of the SFT model, then of each checkpoint in order
+    points: list[dict]  # measures of the reference, then of each checkpoint in order
+    folder: Path = Path()
 
 
 def main() -> None:
@@ -47,14 +62,76 @@ def main() -> None:
     if not runs:
         sys.exit(f"error: '{arguments.folder}' has no measured runs")
     methods = [method for method in task.methods if any(run.method == method for run in runs)]
-    spent = {method: kl_at_levels([run for run in runs if run.method == method]) for method in methods}
-    ratios = {method: ratio_to(spent["DPO"], spent[method]) for method in methods if "DPO" in methods and method != "DPO"}
-    results = {"runs": len(runs), "kl_at_reward": spent, "kl_over_dpo": ratios, "best_reward": best_rewards(runs)}
-    (arguments.folder / "results.json").write_text(json.dumps(results, indent=1))
-    table = "\n\n".join([kl_table(spent), ratio_table(ratios), final_table(runs, task)])
+    results = json.loads(json.dumps(results_of(runs, methods, task)))  # as they are read from the file: seeds are strings
+    (arguments.folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    table = "\n\n".join(tables(results))
     (arguments.folder / "table.md").write_text(table + "\n")
     draw(runs, methods, task.shown, arguments.folder / "frontier.png")
+    write_extremes(arguments.folder, runs, methods, task.shown)
     print(table)
+
+
+def results_of(runs: list[Run], methods: list[str], task: DictConfig) -> dict:
+    """Return all numbers of the experiment, JSON-serializable.
+
+    Args:
+        runs: the measured runs.
+        methods: those that have runs.
+        task: the experiment's.
+    """
+    spent = {method: kl_at_levels([run for run in runs if run.method == method], task.levels) for method in methods}
+    ends = {method: runs_shown(runs, method, task.shown) for method in methods}
+    starts = list({run.seed: run for run in runs}.values())
+    return {
+        "runs": len(runs),
+        "seeds": sorted({run.seed for run in runs}),
+        "prompts": task.n_prompts,
+        "responses_a_prompt": task.n,
+        "shown": {"beta": task.shown.beta, "lr": task.shown.lr},
+        "kl_at_reward": spent,
+        "kl_at_reward_over_seeds": {method: {x: over_seeds(by_seed) for x, by_seed in levels.items()} for method, levels in spent.items()},
+        "kl_over_dpo": {method: ratio_to(spent["DPO"], spent[method]) for method in methods if "DPO" in methods and method != "DPO"},
+        "best_reward": best_rewards(runs),
+        "start": measures_over_seeds(starts, 0),
+        "end": {method: measures_over_seeds(own, -1) for method, own in ends.items() if own},
+    }
+
+
+def over_seeds(by_seed: Mapping[int, Optional[float]]) -> dict[str, Any]:
+    """Return the seeds that have a value, their number n, mean, standard deviation and Student's 95% interval; None where undefined.
+
+    Args:
+        by_seed: seed -> value or None.
+    """
+    found = {seed: value for seed, value in by_seed.items() if value is not None}
+    values = list(found.values())
+    several = {**interval(values), "deviation": float(np.std(values, ddof=1))} if len(values) > 1 else {}
+    nothing = dict.fromkeys(("low", "high", "deviation"))
+    mean = float(np.mean(values)) if values else None
+    return {"seeds": sorted(found), "n": len(values), "of": len(by_seed), "mean": mean, **nothing, **several}
+
+
+def measures_over_seeds(runs: list[Run], point: int) -> dict[str, dict]:
+    """Return measure -> output of `over_seeds` at one point of the runs.
+
+    Args:
+        runs: one per seed.
+        point: 0: the reference; -1: the end.
+    """
+    points = {run.seed: with_perplexity(run.points[point]) for run in runs}
+    names = dict.fromkeys(name for measures in points.values() for name in measures if name != "examples")
+    return {name: over_seeds({seed: measures.get(name) for seed, measures in points.items()}) for name in names}
+
+
+def with_perplexity(point: Mapping[str, float]) -> dict[str, float]:
+    """Return a point with the reference's perplexity of the samples, if their likelihood has been measured."""
+    nll = point.get("samples/reference_nll")
+    return {**point, **({} if nll is None else {PERPLEXITY: math.exp(nll)})}
+
+
+def tables(results: Mapping) -> list[str]:
+    """Return the Markdown tables of results.json."""
+    return [kl_table(results), ratio_table(results), final_table(results), samples_table(results)]
 
 
 def read_runs(folder: Path, methods: list[str]) -> list[Run]:
@@ -63,7 +140,7 @@ def read_runs(folder: Path, methods: list[str]) -> list[Run]:
     for method in methods:
         for file in sorted(folder.glob(f"{slug(method)}/*/measured.json")):
             content = json.loads(file.read_text())
-            runs.append(Run(method, content["seed"], content["beta"], content["lr"], content["points"]))
+            runs.append(Run(method, content["seed"], content["beta"], content["lr"], content["points"], file.parent))
     return runs
 
 
@@ -79,10 +156,10 @@ def least_kl(runs: list[Run], level: float) -> Optional[float]:
     return min(found, default=None)
 
 
-def kl_at_levels(runs: list[Run]) -> dict[str, dict[int, Optional[float]]]:
+def kl_at_levels(runs: list[Run], levels: Sequence[float]) -> dict[str, dict[int, Optional[float]]]:
     """Return level -> seed -> lowest KL over all betas, learning rates and steps of a method (its best envelope)."""
     seeds = sorted({run.seed for run in runs})
-    return {str(level): {seed: least_kl([run for run in runs if run.seed == seed], level) for seed in seeds} for level in LEVELS}
+    return {str(level): {seed: least_kl([run for run in runs if run.seed == seed], level) for seed in seeds} for level in levels}
 
 
 def ratio_to(base: dict, other: dict) -> dict[str, Optional[dict]]:
@@ -109,49 +186,78 @@ def best_rewards(runs: list[Run]) -> dict[str, dict[int, float]]:
     return best
 
 
-def kl_table(spent: dict) -> str:
-    """Format method -> output of `kl_at_levels` as a Markdown table: mean and standard deviation over seeds."""
+def kl_table(results: Mapping) -> str:
+    """Return the Markdown table of the KL at each reward: mean and standard deviation over seeds."""
+    spent = results["kl_at_reward_over_seeds"]
     lines = [
         "KL(pi \\|\\| pi_ref) per response, nats, at which a method's best envelope reaches an expected reward: mean ± standard deviation"
     ]
     lines[0] += " over seeds (in brackets the number of seeds that reach it, if not all):"
     lines += ["", f"| reward | {' | '.join(spent)} |", "|---|" + "---:|" * len(spent)]
-    for level in map(str, LEVELS):
+    for level in next(iter(spent.values())):
         cells = []
-        for by_seed in (levels[level] for levels in spent.values()):
-            values = [kl for kl in by_seed.values() if kl is not None]
-            missing = "" if len(values) == len(by_seed) else f" ({len(values)})"
-            deviation = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
-            cells.append(f"{np.mean(values):.2f}{deviation}{missing}" if values else "never")
+        for found in (levels[level] for levels in spent.values()):
+            missing = "" if found["n"] == found["of"] else f" ({found['n']})"
+            deviation = "" if found["deviation"] is None else f" ± {found['deviation']:.2f}"
+            cells.append(f"{found['mean']:.2f}{deviation}{missing}" if found["n"] else "never")
         lines.append(f"| {level} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def ratio_table(ratios: dict) -> str:
-    """Format method -> output of `ratio_to` as a Markdown table."""
+def ratio_table(results: Mapping) -> str:
+    """Return the Markdown table of the KL divided by DPO's."""
+    ratios = results["kl_over_dpo"]
     lines = ["The same KL divided by DPO's for the same seed: mean and Student's 95% interval over seeds:"]
     lines += ["", f"| reward | {' | '.join(ratios)} |", "|---|" + "---:|" * len(ratios)]
-    for level in map(str, LEVELS):
+    for level in next(iter(ratios.values()), ()):
         cells = (levels[level] for levels in ratios.values())
         shown = ["-" if cell is None else f"{cell['mean']:.2f} [{cell['low']:.2f}, {cell['high']:.2f}]" for cell in cells]
         lines.append(f"| {level} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 
-def final_table(runs: list[Run], task) -> str:
-    """Format the measures at the end of the runs with the task's `shown` setting as a Markdown table."""
-    shown = task.shown
-    lines = [f"At the end of the runs with beta {shown.beta} and learning rate {shown.lr}: mean ± standard deviation over seeds:"]
-    names = {REWARD: "reward", KL: "KL", **{key: title for key, title in STEPS}, "accuracy/logratio": "accuracy, log-ratio"}
-    lines += ["", f"| | {' | '.join(names.values())} |", "|---|" + "---:|" * len(names)]
-    for method in task.methods:
-        ends = [run.points[-1] for run in runs_shown(runs, method, shown)]
-        if ends:
-            cells = [
-                f"{np.mean(v):.3f} ± {np.std(v, ddof=1) if len(v) > 1 else math.nan:.3f}" for v in ([e[k] for e in ends] for k in names)
-            ]
-            lines.append(f"| {method} | {' | '.join(cells)} |")
+def final_table(results: Mapping) -> str:
+    """Return the Markdown table of the measures at the end of the runs with the task's `shown` setting."""
+    shown = results["shown"]
+    lines = [f"At the end of the runs with beta {shown['beta']} and learning rate {shown['lr']}: mean ± standard deviation over seeds:"]
+    lines += ["", f"| | {' | '.join(FINAL.values())} |", "|---|" + "---:|" * len(FINAL)]
+    for method, measures in results["end"].items():
+        found = [measures[name] for name in FINAL]
+        cells = [f"{x['mean']:.3f} ± {math.nan if x['deviation'] is None else x['deviation']:.3f}" for x in found]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def samples_table(results: Mapping) -> str:
+    """Return the Markdown table of the responses that are sampled at the end of the same runs; a measure that is missing is '-'."""
+    sizes = f"{results['prompts']} held-out prompts with {results['responses_a_prompt']} responses each"
+    lines = [f"The responses at the end of the same runs ({sizes}): mean and Student's 95% interval over seeds:"]
+    lines += ["", f"| | {' | '.join(SAMPLES.values())} |", "|---|" + "---:|" * len(SAMPLES)]
+    for name, measures in {"reference": results["start"], **results["end"]}.items():
+        lines.append(f"| {name} | {' | '.join(with_interval(measures.get(measure)) for measure in SAMPLES)} |")
+    return "\n".join(lines)
+
+
+def with_interval(found: Optional[Mapping]) -> str:
+    """Format an output of `over_seeds`."""
+    if found is None or found["mean"] is None:
+        return "-"
+    digits = 1 if abs(found["mean"]) >= 10 else 3
+    limits = "" if found["low"] is None else f" [{found['low']:.{digits}f}, {found['high']:.{digits}f}]"
+    return f"{found['mean']:.{digits}f}{limits}"
+
+
+def write_extremes(folder: Path, runs: list[Run], methods: list[str], shown: DictConfig) -> None:
+    """Write samples.md: of each method's final policies with the `shown` setting, the responses with the highest and the lowest rewards."""
+    parts = ["# Responses of the final policies, by reward\n"]
+    for method in methods:
+        files = [run.folder / "final_samples.jsonl" for run in runs_shown(runs, method, shown)]
+        rows = [json.loads(line) for file in files if file.exists() for line in file.read_text().splitlines()]
+        ranked = sorted(rows, key=lambda row: -row["reward"])
+        for title, some in (("highest", ranked[:EXTREMES]), ("lowest", ranked[::-1][:EXTREMES])):
+            lines = [f"- {row['reward']:.3f} {json.dumps(row['completion'], ensure_ascii=False)}" for row in some]
+            parts.append("\n".join([f"## {method}: {title} rewards of {len(rows)}\n", *lines, ""]))
+    (folder / "samples.md").write_text("\n".join(parts))
 
 
 def runs_shown(runs: list[Run], method: str, shown) -> list[Run]:

@@ -14,7 +14,6 @@ import torch
 import tqdm
 from torch import nn
 
-from tdpo.analysis.rewards import Reward
 from tdpo.data.split import Example, TokenizedSplit
 from tdpo.losses import Objective, ResponseScores
 from tdpo.microbatches import Packing
@@ -36,6 +35,7 @@ MEASURES = {
     "reverse_seqkl/rejected": "sum_t KL(pi || pi_ref) of rejected, nats",
     "samples/reward": "reward of the model's own texts",
     "samples/kl": "KL(pi || pi_ref) of whole responses, nats",
+    "samples/reference_nll": "-log pi_ref of a token of the model's own texts, nats, mean over tokens; its exponential is a perplexity",
     "samples/entropy": "entropy of pi at a response token, nats, mean over a text's response tokens",
     "samples/entropy_fdpo": "the same, averaged over all tokens of all texts together, prompts included, as in f-DPO's code",
     "samples/tokens": "response tokens of a text",
@@ -169,17 +169,17 @@ def measure_samples(
     policy: nn.Module,
     reference: Optional[nn.Module],
     rows: Sequence[Mapping],
-    reward: Optional[Reward],
+    rewards: Optional[Sequence[float]],
     fast: Union[bool, Packing],
     batch_size: int,
 ) -> dict[str, tuple[np.ndarray, Optional[np.ndarray]]]:
-    """Compute entropy, length, KL and reward of the policy's samples, averaged over the texts of each prompt.
+    """Compute entropy, length, KL, the reference's likelihood and the reward of the policy's samples, averaged over each prompt's texts.
 
     Args:
         policy: the model that wrote the texts.
-        reference: None: samples/kl is left out.
+        reference: None: samples/kl and samples/reference_nll are left out.
         rows: output of sampling.sample_batch, drawn from the policy's own distribution, equally many per prompt.
-        reward: None: samples/reward is left out.
+        rewards: one per row; None: samples/reward is left out.
         fast: score the texts of a prompt in one row, see `token_statistics`.
         batch_size: prompts at a time.
 
@@ -201,8 +201,9 @@ def measure_samples(
     }
     if reference is not None:
         measures["samples/kl"] = (table["reverse_kl"].mean(1), None)
-    if reward is not None:
-        rewards = reward([row["prompt"] + row["completion"] for row in rows])
+        counts = table["tokens"].sum(1)
+        measures["samples/reference_nll"] = (-table["reference_logps"].sum(1) / counts, counts)
+    if rewards is not None:
         measures["samples/reward"] = (np.array(rewards).reshape(-1, n).mean(1), None)
     return measures
 

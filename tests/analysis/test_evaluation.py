@@ -74,12 +74,14 @@ def rows(*prompts_and_texts) -> list[dict]:
 def test_measures_of_samples_by_hand():
     """Two prompts (2 tokens and 1 token) with two texts each (1 and 3 tokens; 2 and 2 tokens)."""
     texts = rows(([0, 1], [(" good", [0]), (" bad", [1, 1, 1])]), ([2], [(" good", [0, 2]), (" good", [2, 2])]))
-    measures = measure_samples(Fixed(*P), Fixed(*Q), texts, lambda texts: [float(text == "p good") for text in texts], False, 16)
+    measures = measure_samples(Fixed(*P), Fixed(*Q), texts, [float(row["completion"] == " good") for row in texts], False, 16)
     means = {name: values for name, (values, _) in measures.items()}
     assert means["samples/reward"] == pytest.approx([0.5, 1.0])
     assert means["samples/tokens"] == pytest.approx([2.0, 2.0])
     assert means["samples/kl"] == pytest.approx([2 * REVERSE, 2 * REVERSE])
     assert means["samples/entropy"] == pytest.approx([ENTROPY] * 2)
+    assert means["samples/reference_nll"] == pytest.approx([-(math.log(0.8) + 3 * math.log(0.1)) / 4] * 2)
+    assert measures["samples/reference_nll"][1].tolist() == [1 + 3, 2 + 2]
     whole = measure_whole_texts(Fixed(*P), texts, False, 16)
     assert whole["samples/entropy_fdpo"][1].tolist() == [2 + 4, 2 + 2]  # every token except the first of each text
 
