@@ -145,6 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--loss", choices=LOSSES, default="tdpo2")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype in which policy and reference compute")
+    parser.add_argument("--way", choices=["fast", "unpacked"], default="fast", help="several pairs in a row, or one")
     parser.add_argument("--pairs", type=int, default=32)
     parser.add_argument("--microbatch", type=int, default=8)
     parser.add_argument("--vocabulary", type=int, default=50_304)
@@ -152,14 +153,14 @@ def main() -> None:
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     dtype = DTYPES[arguments.dtype]
-    run = make_step(arguments.loss, dtype, arguments.pairs, arguments.microbatch, arguments.vocabulary)
+    run = make_step(arguments.loss, dtype, arguments.pairs, arguments.microbatch, arguments.vocabulary, arguments.way)
     run()
     products = products_of(profile(run)[0])
     rounds = [(seconds(run), time_products(products, dtype)) for _ in range(arguments.rounds)]
     parts = parts_of(*profile(run), arguments.vocabulary)
     whole, alone = (statistics.median(some) for some in zip(*rounds))
     sizes = f"{arguments.pairs} pairs in microbatches of {arguments.microbatch}"
-    print(f"{arguments.loss}, {arguments.dtype}, {sizes}, torch {torch.__version__}\n")
+    print(f"{arguments.loss}, {arguments.way}, {arguments.dtype}, {sizes}, torch {torch.__version__}\n")
     print("| part | s | share |\n|---|---:|---:|")
     total = sum(parts.values())
     for part in PARTS:
