@@ -16,6 +16,7 @@ from transformers import GPTJConfig, GPTJForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(ROOT))
 
+from experiments import jobs  # noqa: E402
 from experiments.frontier import pairs, report  # noqa: E402
 from experiments.frontier import run as frontier  # noqa: E402
 from experiments.smollm import prepare  # noqa: E402
@@ -188,7 +189,7 @@ def start(task: Path, out: Path) -> list[dict]:
     """Start the experiment. Return the arguments of its progress bars."""
     bars = []
 
-    class Bar(frontier.tqdm.tqdm):
+    class Bar(jobs.tqdm.tqdm):
         def __init__(self, **settings):
             bars.append(settings)
             super().__init__(**{**settings, "disable": True})
@@ -196,7 +197,8 @@ def start(task: Path, out: Path) -> list[dict]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["run.py", "--task", str(task), "--out", str(out)])
         patch.setattr(frontier, "run_script", forked_script)
-        patch.setattr(frontier.tqdm, "tqdm", Bar)
+        patch.setattr(jobs, "run_script", forked_script)
+        patch.setattr(jobs.tqdm, "tqdm", Bar)
         frontier.main()
     return bars
 
