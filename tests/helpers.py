@@ -396,7 +396,10 @@ def wait_for(condition, seconds: float = 90.0) -> None:
 
 
 def has_steps(folder: Path, n: int) -> bool:
-    return (folder / "metrics.jsonl").exists() and len(logs_of(folder, "train")) >= n
+    try:
+        return len(logs_of(folder, "train")) >= n
+    except FileNotFoundError:  # not begun, or just renamed by a start that found no checkpoint
+        return False
 
 
 def free_port() -> int:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from tdpo.losses import get_objective
 from tdpo.models.adapters import OwnReference, attach
-from tdpo.scoring import chunked_loss
+from tdpo.scoring import distributions
 from tdpo.scoring.scorer import Scorer
 from tdpo.training.strategies import SingleDevice, prepare_blocks
 from tdpo.utils import RunError
@@ -177,7 +177,7 @@ def test_compiled_blocks_and_chunks_compute_the_same(tmp_path, monkeypatch):
     """
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **options: compiler(function, **options, backend="aot_eager"))
-    chunked_loss._kernel.cache_clear()
+    distributions._compiled.cache_clear()
     options = [*QUIET, "model.from_config.num_hidden_layers=10", "loss=tdpo2", "loss.beta=0.5", "n_examples=16", "batch_size=8"]
     options += ["n_eval_examples=8", "eval_every=16", "gradient_accumulation_steps=2"]
     options += ["sample_during_eval=true", "n_eval_model_samples=2"]  # sampling, with its many lengths, is not compiled
