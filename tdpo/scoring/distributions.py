@@ -52,7 +52,8 @@ class Tables:
             return torch.empty(rows, columns, dtype=dtype, device=device)
         kept = self._kept.get((key, dtype))
         if kept is None or kept.numel() < rows * columns:
-            self._kept[key, dtype] = kept = torch.empty(rows * columns, dtype=dtype)
+            with torch.inference_mode(False):  # memory first taken in inference mode could not be written outside it
+                self._kept[key, dtype] = kept = torch.empty(rows * columns, dtype=dtype)
         return kept[: rows * columns].view(rows, columns)
 
 

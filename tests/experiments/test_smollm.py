@@ -209,7 +209,7 @@ def lines_of(file: Path) -> list[dict]:
 
 @pytest.mark.processes
 def test_training_sees_the_sampled_tokens(experiment, model):
-    """Of every pair: the ids of its prompt and of both responses, with the end, are those of a completion of that prompt."""
+    """The ids of each pair's prompt and of both responses, with the end, are those of a completion of that prompt."""
     pytest.importorskip("vaderSentiment")
     sampled = {
         (*row["prompt_ids"], None, *row["completion_ids"]): row for row in lines_of(experiment / "seed0" / "completions-train.jsonl")

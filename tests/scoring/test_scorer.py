@@ -187,6 +187,20 @@ def test_without_gradients_the_scores_are_the_same(name, monkeypatch):
         torch.testing.assert_close(vars(evaluated.scores[role]), vars(score), rtol=1e-5, atol=1e-6)
 
 
+def test_a_scorer_trains_after_scoring_in_inference_mode_and_after_larger_and_smaller_batches():
+    """It keeps memory from one batch to the next."""
+    scorer = Scorer(build("llama", 0), build("llama", 1), get_objective("tdpo2", beta=0.5))
+    few, all_rows = (shared_prefix_batch(token_pairs()[:n]) for n in (2, None))
+    expected = Scorer(scorer.policy, scorer.reference, scorer.objective)(all_rows).loss.detach()
+    scorer(few)
+    with torch.inference_mode():
+        scorer(all_rows)
+    for rows in (all_rows, few, all_rows):
+        loss = scorer(rows).loss
+        loss.backward()
+    assert torch.equal(loss.detach(), expected)
+
+
 @pytest.mark.parametrize("counted", [0, 1, 4])
 def test_uncounted_examples_enter_neither_loss_nor_gradient(counted, monkeypatch):
     """Examples that are not counted get scores, but enter neither loss nor gradient, in whichever group of rows they are."""
