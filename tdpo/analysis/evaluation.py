@@ -28,6 +28,8 @@ MEASURES = {
     "accuracy/logratio": "pairs with r(chosen) > r(rejected)",
     "accuracy/reward": "pairs with r + SeqKL greater for chosen: rewards_*/accuracies of TDPO, as published",
     "accuracy/logit": "pairs whose trained logit is above 0",
+    "logratio/chosen": "r of chosen, nats; below 0: less likely than by pi_ref",
+    "logratio/rejected": "r of rejected, nats",
     "seqkl/chosen": "SeqKL of chosen, nats",
     "seqkl/rejected": "SeqKL of rejected, nats",
     "seqkl/margin": "chosen - rejected, nats",
@@ -152,6 +154,8 @@ def measure_pairs(
     measures = {
         "accuracy/logratio": ratio[:, 0] > ratio[:, 1],
         "accuracy/reward": with_kl[:, 0] > with_kl[:, 1],
+        "logratio/chosen": ratio[:, 0],
+        "logratio/rejected": ratio[:, 1],
         "seqkl/chosen": table["kl"][:, 0],
         "seqkl/rejected": table["kl"][:, 1],
         "seqkl/margin": table["kl"][:, 0] - table["kl"][:, 1],

@@ -107,6 +107,7 @@ def test_measures_of_pairs_by_hand():
     # Response [1, 1]: log-ratios log(P1/Q1) and log(Q1/P1), sum 0; its two KL terms are in both directions. Response [0]: log(P0/Q0) < 0.
     one = math.log(0.5 / 0.8)
     two_tokens = KL + REVERSE
+    assert found["logratio/chosen"] == pytest.approx([0, one]) and found["logratio/rejected"] == pytest.approx([one, 0])
     assert found["seqkl/chosen"] == pytest.approx([two_tokens, KL]) and found["seqkl/rejected"] == pytest.approx([KL, two_tokens])
     assert found["seqkl/margin"] == pytest.approx([REVERSE, -REVERSE])
     assert found["reverse_seqkl/chosen"] == pytest.approx([two_tokens, REVERSE])

@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 from helpers import ROOT, wait_for
@@ -63,7 +65,7 @@ def test_a_signal_while_a_script_starts_is_sent_to_it(tmp_path, monkeypatch):
     assert scripts.run_script(str(script)) == 128 + signal.SIGTERM
 
 
-def test_a_signal_ends_the_jobs_before_its_next_step(tmp_path, monkeypatch):
+def test_a_signal_ends_the_jobs_before_its_next_step(tmp_path, monkeypatch, capsys):
     """Also if the step under way has ended well; the exit code is the signal's."""
     done = []
 
@@ -79,7 +81,7 @@ def test_a_signal_ends_the_jobs_before_its_next_step(tmp_path, monkeypatch):
     both = [[jobs.Step("a", ["a.py"]), jobs.Step("b", ["b.py"])], [jobs.Step("c", ["c.py"])]]
     with pytest.raises(SystemExit) as ended:
         jobs.run_jobs("test", both, 1, tmp_path, [], 0)
-    assert ended.value.code == 128 + signal.SIGUSR1 and done == ["a.py"]
+    assert ended.value.code == 128 + signal.SIGUSR1 and done == ["a.py"] and "the same command continues" in capsys.readouterr().err
 
 
 def test_a_required_step_that_fails_ends_its_job_alone(tmp_path, monkeypatch):
@@ -89,6 +91,20 @@ def test_a_required_step_that_fails_ends_its_job_alone(tmp_path, monkeypatch):
     first = [jobs.Step("a", ["a.py"], required=True), jobs.Step("b", ["b.py"])]
     failed = jobs.run_jobs("test", [first, [jobs.Step("c", ["c.py"]), jobs.Step("d", ["d.py"])]], 1, tmp_path, lambda: len(done), 4)
     assert done == ["a.py", "c.py", "d.py"] and failed == ["a", "c"]
+
+
+def test_progress_is_told_in_lines_where_there_is_no_terminal(tmp_path, monkeypatch, capsys):
+    """Of 100, two are done before the start, then 3, 10 and 40: a change below a fiftieth of the total is told with the next."""
+    counts, progress = [1, 8, 38], [2]
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: progress.append(2 + counts.pop(0)) if counts else None)
+    monkeypatch.setattr(jobs, "time", clock)
+    monkeypatch.setattr(jobs, "run_script", lambda *arguments, **options: wait_for(lambda: not counts) or 0)
+    (tmp_path / "logs").mkdir()
+    assert jobs.run_jobs("Runs", [[jobs.Step("a", ["a.py"])]], 1, tmp_path, lambda: progress[-1], 100) == []
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.rpartition(", ")[0] for line in lines] == ["Runs: 10 of 100", "Runs: 40 of 100"] and all(
+        line.endswith(" left") for line in lines
+    )
 
 
 def test_the_share_of_a_worker(monkeypatch):

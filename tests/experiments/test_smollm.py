@@ -17,9 +17,9 @@ from transformers import GPTJConfig, GPTJForCausalLM, PreTrainedTokenizerFast
 sys.path.insert(0, str(ROOT))
 
 from experiments import jobs  # noqa: E402
-from experiments.frontier import pairs, report  # noqa: E402
+from experiments.frontier import measure, pairs, report, tables  # noqa: E402
 from experiments.frontier import run as frontier  # noqa: E402
-from experiments.smollm import prepare  # noqa: E402
+from experiments.smollm import checks, credit, prepare  # noqa: E402
 from preference_datasets import default_options, load_prompts, load_split  # noqa: E402
 from tdpo.analysis.rewards import Reward, reward_model  # noqa: E402
 from tdpo.utils import UserError  # noqa: E402
@@ -252,7 +252,7 @@ def test_tables_are_those_of_the_results(experiment):
     """table.md is made of results.json alone, whose means and intervals are those of the runs."""
     pytest.importorskip("vaderSentiment")
     results = json.loads((experiment / "results.json").read_text())
-    assert (experiment / "table.md").read_text() == "\n\n".join(report.tables(results)) + "\n"
+    assert (experiment / "table.md").read_text() == "\n\n".join(tables.tables(results)) + "\n"
     ends = [json.loads((experiment / f"dpo/beta0.1_lr0.03_seed{seed}/measured.json").read_text())["points"][-1] for seed in (0, 1)]
     for name in ("samples/reward", "samples/kl", "samples/distinct_2"):
         a, b = (end[name] for end in ends)
@@ -272,13 +272,15 @@ def test_tables_are_those_of_the_results(experiment):
 
 @pytest.mark.processes
 def test_a_second_start_does_what_is_missing(experiment, task, tmp_path):
-    """One run is lost, another one is not measured: the others stay as they are, and the results are the same."""
+    """One run is lost, another one is not measured and has a checkpoint of an interruption: the others stay as they are, and the results
+    are the same."""
     pytest.importorskip("vaderSentiment")
     out = shutil.copytree(experiment, tmp_path / "copy", symlinks=True)
     before = (out / "results.json").read_text()
     lost, unmeasured = out / "dpo" / "beta0.1_lr0.03_seed1", out / "tdpo2_0.5" / "beta0.1_lr0.03_seed0"
     shutil.rmtree(lost)
     (unmeasured / "measured.json").unlink()
+    shutil.copytree(unmeasured / "step-32", unmeasured / "step-40")
     kept = {
         file: file.stat().st_mtime_ns for file in out.rglob("*") if file.is_file() and "step-" in str(file) or file.name == "measured.json"
     }
@@ -311,17 +313,129 @@ def test_means_and_intervals_over_seeds_by_hand():
     assert found["high"] - 2 == pytest.approx(4.302653 / 3**0.5) == 2 - found["low"]
     alone = report.over_seeds({0: 1.0, 1: None})
     assert (alone["mean"], alone["low"], alone["n"]) == (1.0, None, 1) and report.over_seeds({0: None})["mean"] is None
-    assert (
-        report.with_interval(alone) == "1.000" and report.with_interval(report.over_seeds({0: None})) == report.with_interval(None) == "-"
+    assert tables.with_interval(alone) == "1.000"
+    assert tables.with_interval(report.over_seeds({0: None})) == tables.with_interval(None) == "-"
+
+
+def test_differences_from_dpo_are_of_the_same_seed_and_ties_are_named():
+    """A method is 0.1, 0.2 and 0.3 above DPO, whose own rewards differ by more than that; its KL is once above and twice below."""
+    dpo = {0: (0.2, 1.0), 1: (0.5, 2.0), 2: (0.8, 3.0), 3: (0.9, 4.0)}  # seed -> reward, KL; the method has no run with seed 3
+    own = {0: (0.3, 1.2), 1: (0.7, 1.9), 2: (1.1, 2.9)}
+    runs = [
+        report.Run(method, seed, 0.1, 1e-4, [{"examples": n, tables.REWARD: x, tables.KL: y} for n in (0, 8)])
+        for method, by_seed in (("DPO", dpo), ("TDPO2", own))
+        for seed, (x, y) in by_seed.items()
+    ]
+    found = report.differences([run for run in runs if run.method == "TDPO2"], [run for run in runs if run.method == "DPO"])
+    assert list(found) == [tables.REWARD, tables.KL] and found[tables.REWARD]["seeds"] == [0, 1, 2]
+    half = 4.302653 * 0.1 / 3**0.5
+    assert [found[tables.REWARD][key] for key in ("mean", "low", "high")] == pytest.approx([0.2, 0.2 - half, 0.2 + half], rel=1e-4)
+    assert found[tables.KL]["mean"] == pytest.approx(0, abs=1e-9)
+    assert [tables.is_tie(found[name]) for name in (tables.REWARD, tables.KL)] == [True, True]  # 0.2 - 0.248 is below 0
+    assert not tables.is_tie({**found[tables.REWARD], "low": 0.01}) and not tables.is_tie(None)
+    (row,) = (line for line in tables.difference_table({"minus_dpo": {"TDPO2": found}}).splitlines() if line.startswith("| TDPO2"))
+    assert row.startswith("| TDPO2 | 0.200 [-0.048, 0.448], tie |")
+
+
+def test_ends_of_every_setting_of_the_grid():
+    points = {tables.REWARD: 0.5, tables.KL: 1.0, "samples/distinct_2": 0.75, "examples": 8}
+    runs = [report.Run("DPO", seed, 0.1, 1e-4, [points, {**points, tables.REWARD: 0.6 + 0.1 * seed}]) for seed in (0, 1)]
+    runs.append(report.Run("TDPO1", 0, 0.5, 1e-4, [points]))
+    table = tables.grid_table({"grid": report.grid_of(runs, ["DPO", "TDPO1"]), "end": {"DPO": {}, "TDPO1": {}}}).splitlines()
+    assert table[-2:] == ["| 0.1, 0.0001 | 0.650 at 1.00, 0.750 | - |", "| 0.5, 0.0001 | - | 0.500 at 1.00, 0.750 |"]
+
+
+def test_repetition_by_hand():
+    found = measure.repetition(["so good so Good", "so good film", ""])
+    assert found["texts/distinct_2"] == pytest.approx(3 / 5)  # so good, good so, good film
+    assert found["texts/repeated_words"] == pytest.approx((1 / 2 + 0 + 0) / 3)
+
+
+def test_checks_of_a_reward_by_hand():
+    """The reward counts the word good: of a response of 12 words after the eighth one."""
+    texts = ["Thank you, good", "the film was good", "the film was what it was and then " + "good good good ok"]
+    reward = Reward(lambda some: [float(text.split().count("good")) for text in some], of_completion=False)
+    found = checks.measures_of([{"prompt": "good", "completion": text} for text in texts], reward)
+    assert (found["reward"], found["reward_of_first_8_words"], found["words"]) == (5 / 3, 2 / 3, pytest.approx(19 / 3))
+    assert found["addressed"] == pytest.approx(1 / 3)
+    deviations = [[-2 / 3, -2 / 3, 4 / 3], [3 - 19 / 3, 4 - 19 / 3, 12 - 19 / 3]]
+    products = [sum(x * y for x, y in zip(a, b)) for a, b in ((deviations[0], deviations[1]), (deviations[0],) * 2, (deviations[1],) * 2)]
+    assert found["correlation_with_words"] == pytest.approx(products[0] / math.sqrt(products[1] * products[2]))
+
+
+@pytest.mark.processes
+def test_checks_of_an_experiment(experiment):
+    pytest.importorskip("vaderSentiment")
+    found = checks.checks_of(experiment)
+    assert list(found) == ["reference", "DPO", "TDPO2 0.5"] and found["DPO"]["words"]["seeds"] == [0, 1]
+    ends = json.loads((experiment / "results.json").read_text())["end"]
+    for method, measures in ends.items():
+        assert found[method]["reward"]["mean"] == pytest.approx(
+            measures["samples/reward"]["mean"], abs=0.05
+        )  # empty responses are left out
+
+
+# --- credit of tokens ---
+
+PAGE = {
+    "runs": [{"name": "a run", "beta": 0.5}],
+    "scale": {"reward": 1.0, "kl": 1.0},
+    "pairs": [
+        {
+            "tokens": {"chosen": [" A", " won", "derful", " film", "."], "rejected": [" dull", None, "."]},
+            "values": [
+                {
+                    "chosen": {"logps": [-1.0, -1.0, -1.0, -2.0, -1.0], "reference": [-1.0, -2.0, -4.0, -1.0, -1.0], "kl": [0.0] * 5},
+                    "rejected": {"logps": [-5.0, -1.0, -1.0], "reference": [-3.0, -1.0, -3.0], "kl": [0.5] * 3},
+                }
+            ],
+        }
+    ],
+}
+
+
+def test_words_of_tokens():
+    assert credit.words_of([" A", " won", "derful", " film", ".", "\n", "Good", "!"]) == [
+        "a",
+        *["wonderful"] * 2,
+        "film",
+        "",
+        "",
+        "good",
+        "",
+    ]
+    assert credit.words_of([" na", "ï", "ve", " caf", None, " x"]) == ["naïve"] * 3 + ["caf", "caf", "x"] and credit.words_of([]) == []
+
+
+def test_credit_of_tokens_by_hand():
+    """Chosen: 0, 0.5, 1.5, -0.5, 0; rejected: -1, 0, 1. The margin is 1.5 - 0, of which wonderful and dull have 2 + 1."""
+    found = credit.credit_of(PAGE, 0, {"wonderful", "dull"})
+    assert found["rated_tokens"] == 4 / 8 and found["seqkl"] == pytest.approx(0.75)
+    assert found["margin"] == pytest.approx(1.5) and found["rated_margin"] == pytest.approx(3 / 1.5)
+    assert found["size_of_rated"] == pytest.approx((0.5 + 1.5 + 1 + 0) / 4) and found["size_of_others"] == pytest.approx(
+        (0 + 0.5 + 0 + 1) / 4
     )
 
 
-def test_the_readmes_tables_are_those_of_its_results():
-    """Figures in README.md are those of results.json beside it; without it there are none."""
-    text = (HERE / "README.md").read_text()
-    if not (HERE / "results.json").exists():
-        assert "not measured yet" in text and "|---|---:|" not in text
-        return
-    for table in report.tables(json.loads((HERE / "results.json").read_text())):
-        assert table in text
-    assert "not measured yet" not in text
+def test_credit_of_several_seeds_and_its_words():
+    """With four pages a word has to occur on each of them four times; the second seed's margin is three times that of the others."""
+    pages = [json.loads(json.dumps(PAGE)) for _ in range(4)]
+    pages[1]["runs"][0]["beta"] = 1.5
+    for page in pages:
+        page["pairs"] *= 2  # each of the two tokens of a word then occurs twice
+    found = credit.credit_of_method(pages, 0, {"dull"})
+    assert found["margin"]["mean"] == pytest.approx((1.5 * 3 + 4.5) / 4) and found["margin"]["n"] == 4
+    assert [word for word, _, _ in found["highest"]] == ["wonderful", "dull"] and found["lowest"][0] == ["dull", -0.75, 16]
+
+
+def test_a_picture_of_pairs_and_an_error(tmp_path, monkeypatch):
+    from xml.etree import ElementTree
+
+    root = ElementTree.fromstring(credit.picture(PAGE, [0], ["a run"]))
+    texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert texts[0] == "a run, chosen: reward 1.50, SeqKL 0.00 nats" and texts[1:6] == PAGE["pairs"][0]["tokens"]["chosen"]
+    boxes = [(box.get("fill"), box.get("fill-opacity")) for box in root.iter("{http://www.w3.org/2000/svg}rect")][1:]
+    assert boxes[2] == ("#1f77b4", "0.75") and boxes[3] == ("#d66012", "0.38")  # 1.5, more than the scale; -0.5
+    (tmp_path / "page.html").write_text("<html></html>")
+    with pytest.raises(SystemExit, match="is no page of token_report.py"):
+        credit.read_page(tmp_path / "page.html")
