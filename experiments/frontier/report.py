@@ -83,6 +83,7 @@ def results_of(runs: list[Run], methods: list[str], task: DictConfig) -> dict:
         "best_reward": best_rewards(runs),
         "start": measures_over_seeds(starts, 0),
         "end": {method: measures_over_seeds(own, -1) for method, own in ends.items() if own},
+        "minus_start": {method: differences(own, starts, base_point=0) for method, own in ends.items() if own},
         "minus_dpo": {method: differences(own, ends.get("DPO", [])) for method, own in ends.items() if own and method != "DPO"},
         "grid": grid_of(runs, methods),
     }
@@ -114,14 +115,15 @@ def measures_over_seeds(runs: list[Run], point: int) -> dict[str, dict]:
     return {name: over_seeds({seed: measures.get(name) for seed, measures in points.items()}) for name in names}
 
 
-def differences(runs: list[Run], base: list[Run]) -> dict[str, dict]:
-    """Return measure -> output of `over_seeds` for the difference of two methods at the end, seed by seed.
+def differences(runs: list[Run], base: list[Run], base_point: int = -1) -> dict[str, dict]:
+    """Return measure -> output of `over_seeds` for the difference between the ends of runs and other ones, seed by seed.
 
     Args:
         runs, base: one per seed.
+        base_point: point of the others; 0: the reference, -1: the end.
     """
     ends = {run.seed: with_perplexity(run.points[-1]) for run in runs}
-    bases = {run.seed: with_perplexity(run.points[-1]) for run in base}
+    bases = {run.seed: with_perplexity(run.points[base_point]) for run in base}
     seeds = sorted(ends.keys() & bases.keys())
     names = [name for name in ends[seeds[0]] if name != "examples"] if seeds else []
     return {name: over_seeds({seed: ends[seed][name] - bases[seed][name] for seed in seeds}) for name in names}
@@ -154,14 +156,18 @@ def read_runs(folder: Path, methods: list[str]) -> list[Run]:
 
 
 def least_kl(runs: list[Run], level: float) -> Optional[float]:
-    """Return the lowest KL (nats) at which one of the runs reaches a reward, interpolated between its points; None if none does."""
+    """Return the lowest KL (nats) at which one of the runs reaches a reward, None if none does.
+
+    Between two points the reward is taken as linear in the square root of KL, as it is for small moves (Gao et al. 2023, arXiv 2210.10760,
+    fit rewards in it). Linear in KL, a method whose first point is further away would seem to need more of it on the same curve.
+    """
     found = [run.points[0][KL] for run in runs if run.points[0][REWARD] >= level]
     for run in runs:
         for before, after in zip(run.points, run.points[1:]):
             low, high = before[REWARD], after[REWARD]
             if low < level <= high:
                 share = (level - low) / (high - low)
-                found.append(before[KL] + share * (after[KL] - before[KL]))
+                found.append(((1 - share) * before[KL] ** 0.5 + share * after[KL] ** 0.5) ** 2)
     return min(found, default=None)
 
 
@@ -183,7 +189,7 @@ def ratio_to(base: dict, other: dict) -> dict[str, Optional[dict]]:
     result = {}
     for level, by_seed in other.items():
         ratios = [kl / base[level][seed] for seed, kl in by_seed.items() if kl is not None and base[level].get(seed)]
-        result[level] = {**interval(ratios), "seeds": len(ratios)} if len(ratios) > 1 else None
+        result[level] = {**interval(ratios), "seeds": len(ratios), "of": len(by_seed)} if len(ratios) > 1 else None
     return result
 
 
@@ -214,33 +220,43 @@ def runs_shown(runs: list[Run], method: str, shown) -> list[Run]:
 
 
 def draw(runs: list[Run], methods: list[str], shown, file: Path) -> None:
-    """Draw four panels: reward against KL with each method's envelope; SeqKL of chosen, of rejected, and their margin during training."""
+    """Draw four panels: reward against KL; SeqKL of chosen, of rejected, and their margin during training."""
     figure, axes = plt.subplots(2, 2, figsize=(12, 8.5))
     for i, method in enumerate(methods):
-        own = [run for run in runs if run.method == method]
-        points = [(point[KL], point[REWARD]) for run in own for point in run.points]
-        axes[0, 0].scatter(*zip(*points), s=14, alpha=0.45, color=f"C{i}", linewidths=0)
-        envelope = sorted(points)
-        best = np.maximum.accumulate([reward for _, reward in envelope])
-        axes[0, 0].step([kl for kl, _ in envelope], best, where="post", color=f"C{i}", label=method)
-        for axis, (key, _) in zip(axes.flat[1:], STEPS.items()):
-            own = runs_shown(runs, method, shown)
-            if own:
-                # Only checkpoints that all seeds have: an interrupted run has an additional one.
-                examples = sorted(set.intersection(*({point["examples"] for point in run.points} for run in own)))
-                curves = [[point[key] for point in run.points if point["examples"] in examples] for run in own]
-                mean, spread = np.mean(curves, axis=0), np.std(curves, axis=0, ddof=min(1, len(own) - 1))
-                axis.plot(examples, mean, color=f"C{i}", label=method, marker="o", markersize=3)
-                axis.fill_between(examples, mean - spread, mean + spread, color=f"C{i}", alpha=0.15, linewidth=0)
-    axes[0, 0].set(xscale="symlog", xlabel="KL(pi || pi_ref), nats per response", ylabel="expected reward", title="reward and KL, all runs")
+        draw_frontier(axes[0, 0], [run for run in runs if run.method == method], f"C{i}", method)
+        if own := runs_shown(runs, method, shown):
+            for axis, measure in zip(axes.flat[1:], STEPS):
+                draw_course(axis, own, measure, f"C{i}")
+    axes[0, 0].set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+    axes[0, 0].set(xlim=(0, None), xlabel="KL(pi || pi_ref), nats per response", ylabel="expected reward", title="reward and KL, all runs")
     axes[0, 0].legend(fontsize=8)
-    for axis, (_, title) in zip(axes.flat[1:], STEPS.items()):
+    for axis, title in zip(axes.flat[1:], STEPS.values()):
         axis.set(xlabel="train examples", ylabel="nats", title=f"{title} (beta {shown.beta}, lr {shown.lr})")
     for axis in axes.flat:
         axis.grid(alpha=0.25)
     figure.tight_layout()
     figure.savefig(file, dpi=130)
     plt.close(figure)
+
+
+def draw_frontier(axis, runs: list[Run], colour: str, label: str) -> None:
+    """Draw a method's measurements, and as a line the KL of its best envelope, mean over seeds, at rewards that all seeds reach."""
+    points = [(point[KL], point[REWARD]) for run in runs for point in run.points]
+    axis.scatter(*zip(*points), s=14, alpha=0.45, color=colour, linewidths=0)
+    rewards = [reward for _, reward in points]
+    levels = np.linspace(min(rewards), max(rewards), 100)
+    spent = {level: list(by_seed.values()) for level, by_seed in zip(levels, kl_at_levels(runs, levels).values())}
+    line = [(np.mean(found), level) for level, found in spent.items() if None not in found]
+    axis.plot(*zip(*line), color=colour, label=label)
+
+
+def draw_course(axis, runs: list[Run], measure: str, colour: str) -> None:
+    """Draw a measure over training: mean and standard deviation over the runs, at points that all of them have."""
+    examples = sorted(set.intersection(*({point["examples"] for point in run.points} for run in runs)))
+    curves = [[point[measure] for point in run.points if point["examples"] in examples] for run in runs]
+    mean, spread = np.mean(curves, axis=0), np.std(curves, axis=0, ddof=min(1, len(runs) - 1))
+    axis.plot(examples, mean, color=colour, marker="o", markersize=3)
+    axis.fill_between(examples, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,9 @@ GRID = (REWARD, KL, "samples/distinct_2")
 
 def tables(results: Mapping[str, Any]) -> list[str]:
     """Return the Markdown tables of results.json."""
-    some = [kl_table, ratio_table, final_table, samples_table, difference_table, *([grid_table] if len(results["grid"]) > 1 else [])]
-    return [table(results) for table in some]
+    found = [table(results) for table in (kl_table, ratio_table, final_table, samples_table)]
+    found += [difference_table(results["minus_start"], "the reference's"), difference_table(results["minus_dpo"], "DPO's")]
+    return found + ([grid_table(results)] if len(results["grid"]) > 1 else [])
 
 
 def kl_table(results: Mapping) -> str:
@@ -45,14 +46,20 @@ def kl_table(results: Mapping) -> str:
 def ratio_table(results: Mapping) -> str:
     """Return the KL divided by DPO's."""
     ratios = results["kl_over_dpo"]
-    title = "The same KL divided by DPO's for the same seed: mean and Student's 95% interval over seeds:"
+    title = (
+        "The same KL divided by DPO's for the same seed: mean and Student's 95% interval over seeds (in brackets their number, if not all):"
+    )
     rows = {level: [ratio(levels[level]) for levels in ratios.values()] for level in next(iter(ratios.values()), ())}
     return markdown(title, "reward", list(ratios), rows)
 
 
 def ratio(found: Optional[Mapping]) -> str:
-    """Format a ratio with its interval."""
-    return "-" if found is None else f"{found['mean']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+    """Format a ratio with its interval and, if some seeds are missing, the number of those that it has."""
+    if found is None:
+        return "-"
+    return f"{found['mean']:.2f} [{found['low']:.2f}, {found['high']:.2f}]" + (
+        f" ({found['seeds']})" if found["seeds"] < found["of"] else ""
+    )
 
 
 def final_table(results: Mapping) -> str:
@@ -73,12 +80,17 @@ def samples_table(results: Mapping) -> str:
     return markdown(title, "", list(SAMPLES.values()), rows)
 
 
-def difference_table(results: Mapping) -> str:
-    """Return the differences from DPO at the end of the same runs, of which those whose interval has 0 are ties."""
-    title = "Measures at the end of the same runs, minus DPO's for the same seed; a difference whose interval contains 0 is a tie:"
-    names = {**SAMPLES, **RATIOS}
+def difference_table(differences: Mapping, base: str) -> str:
+    """Return differences at the end of the same runs, of which those whose interval contains 0 are ties.
+
+    Args:
+        differences: method -> measure -> output of `over_seeds`.
+        base: what has been subtracted.
+    """
+    title = f"Measures at the end of the same runs, minus {base} for the same seed; a difference whose interval contains 0 is a tie:"
+    names = {**SAMPLES, "seqkl/margin": "SeqKL margin", **RATIOS}
     rows = {}
-    for method, measures in results["minus_dpo"].items():
+    for method, measures in differences.items():
         rows[method] = [with_interval(found := measures.get(name)) + (", tie" if is_tie(found) else "") for name in names]
     return markdown(title, "", list(names.values()), rows)
 

@@ -1,8 +1,8 @@
-"""Check by what the final policies of an experiment gain their reward: by better responses, by longer ones, or by praise of the reader.
+"""Check by what the final policies of an experiment gain their reward: by better responses, by longer ones, or by addressing the reader.
 
     python experiments/smollm/checks.py runs/smollm/results --out checks.json
 
-Reads final_samples.jsonl of the runs with the task's `shown` setting, and the reference's completions of the held-out prompts.
+Reads final_samples.jsonl of the runs with the task's `shown` setting, and the reference's completions of the same held-out prompts.
 """
 
 import argparse
@@ -43,8 +43,8 @@ def main() -> None:
         file.write(text + "\n")
 
 
-def checks_of(folder: Path) -> dict[str, dict]:
-    """Return method -> measure -> output of `over_seeds`, the reference among the methods.
+def checks_of(folder: Path) -> dict[str, dict[str, dict]]:
+    """Return end, method -> measure -> output of `over_seeds`, the reference among the methods, and minus_dpo, the same of differences.
 
     Raises:
         FileNotFoundError: the experiment or its completions are missing.
@@ -57,8 +57,17 @@ def checks_of(folder: Path) -> dict[str, dict]:
     for method in task.methods:
         if own := {run.seed: run.folder / "final_samples.jsonl" for run in runs_shown(runs, method, task.shown)}:
             files[method] = own
-    found = {name: {seed: measures_of(lines_of(file), reward) for seed, file in some.items()} for name, some in files.items()}
-    return {name: by_measure(some) for name, some in found.items()}
+    found = {
+        name: {seed: measures_of([row for row in lines_of(file) if row["index"] < task.n_prompts], reward) for seed, file in some.items()}
+        for name, some in files.items()
+    }
+    ends = {name: by_measure(some) for name, some in found.items()}
+    minus = {
+        name: by_measure({seed: {key: x[key] - found["DPO"][seed][key] for key in x} for seed, x in some.items() if seed in found["DPO"]})
+        for name, some in found.items()
+        if "DPO" in found and name not in ("reference", "DPO")
+    }
+    return {"end": ends, "minus_dpo": minus}
 
 
 def by_measure(by_seed: Mapping[int, Mapping[str, float]]) -> dict[str, dict]:
@@ -82,7 +91,7 @@ def measures_of(rows: Sequence[dict], reward: Reward) -> dict[str, float]:
     cut = [{**row, "completion": " ".join(some[:FIRST])} for row, some in zip(rows, words)]
     rewards = np.array(reward_of_rows(reward, rows, []))
     lengths = np.array([len(some) for some in words])
-    addressed = [any(word.lower().strip(".,!?\"'") in READER for word in some) for some in words]
+    addressed = [any(word.lower().replace("’", "'").strip(".,!?\"'") in READER for word in some) for some in words]
     return {
         "reward": float(rewards.mean()),
         f"reward_of_first_{FIRST}_words": float(np.mean(reward_of_rows(reward, cut, []))),

@@ -24,7 +24,7 @@ from tdpo.files import replaced_whole  # noqa: E402
 
 ROLES = {"chosen": 1, "rejected": -1}  # sign of a role's tokens in the credit of a pair
 LISTED = 12  # words at each end of the list
-SEEN = 4  # a word is listed if it occurs as often on a page
+SEEN = 4  # a word is listed if it has as many tokens on a page
 WIDTH, SIZE, LINE = 920, 13, 24  # of the picture, px
 ADVANCE = 0.602 * SIZE  # of a character of a monospaced font, px
 
@@ -99,7 +99,7 @@ def credits_of(page: Mapping, run: int, pair: Mapping, role: str) -> list[float]
 
 def credit_of_method(pages: Sequence[Mapping], run: int, rated: set[str]) -> dict[str, Any]:
     """Return where the credit of a method lands: measure -> output of `over_seeds`, and the words with the highest and the lowest mean
-    credit over all pages, each with its number."""
+    credit of their tokens over all pages, each with the number of these tokens."""
     found = [credit_of(page, run, rated) for page in pages]
     measures = {name: over_seeds({seed: one[name] for seed, one in enumerate(found)}) for name in found[0]}
     by_word: dict[str, list[float]] = defaultdict(list)
@@ -128,8 +128,9 @@ def credit_of(page: Mapping, run: int, rated: set[str]) -> dict[str, float]:
         rated: words whose share is measured.
 
     Returns:
-        rated_tokens: share of the tokens that are part of rated words; margin: mean credit of a pair; rated_margin: share of the margin on
-        rated words; size_of_rated, size_of_others: mean absolute credit of a token; seqkl: mean of both responses, nats.
+        rated_tokens: share of the tokens that are part of rated words; margin: mean credit of a pair; margin_of_rated: the part of it on
+        rated words; rated_margin: the share; size_of_rated, size_of_others: mean absolute credit of a token; seqkl: mean of both responses,
+        nats.
     """
     tokens = list(credits_of_tokens(page, run))
     margin = {kind: sum(sign * credit for word, credit, sign in tokens if (word in rated) == kind) for kind in (True, False)}
@@ -138,6 +139,7 @@ def credit_of(page: Mapping, run: int, rated: set[str]) -> dict[str, float]:
     return {
         "rated_tokens": len(sizes[True]) / len(tokens),
         "margin": sum(margin.values()) / len(page["pairs"]),
+        "margin_of_rated": margin[True] / len(page["pairs"]),
         "rated_margin": margin[True] / sum(margin.values()),
         "size_of_rated": sum(sizes[True]) / max(1, len(sizes[True])),
         "size_of_others": sum(sizes[False]) / max(1, len(sizes[False])),

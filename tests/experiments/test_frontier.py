@@ -25,19 +25,26 @@ def a_run(method: str, seed: int, *points: tuple[float, float]):
 
 
 def test_kl_at_a_reward_by_hand():
-    """Interpolated linearly between two measurements; the lowest KL over several runs and crossings."""
+    """Linear in the square root of KL between two measurements; the lowest KL over several runs and crossings."""
     runs = [a_run("DPO", 0, (0, 0.5), (2, 0.7), (6, 0.9)), a_run("DPO", 0, (0, 0.5), (3, 0.85), (4, 0.75), (9, 0.95))]
-    assert report.least_kl(runs[:1], 0.8) == pytest.approx(4.0)
-    assert report.least_kl(runs, 0.8) == pytest.approx(3 * 0.3 / 0.35)
+    assert report.least_kl(runs[:1], 0.8) == pytest.approx(((2**0.5 + 6**0.5) / 2) ** 2)
+    assert report.least_kl(runs, 0.8) == pytest.approx(3 * (0.3 / 0.35) ** 2)
     assert report.least_kl([a_run("DPO", 0, (0, 0.7), (1, 0.8))], 0.65) == 0  # the SFT model already has it
     assert report.least_kl(runs, 0.9) == pytest.approx(6.0) and report.least_kl(runs, 0.96) is None
+
+
+def test_a_method_does_not_seem_better_by_where_it_was_measured():
+    """Two methods on one curve, reward 0.5 + 0.1 sqrt(KL), measured at different points of it, need the same KL at every reward."""
+    near, far = (a_run("DPO", 0, *((kl, 0.5 + 0.1 * kl**0.5) for kl in kls)) for kls in ((0, 0.25, 4, 9), (0, 3, 9)))
+    for level in (0.52, 0.6, 0.7, 0.75):
+        assert report.least_kl([near], level) == pytest.approx(report.least_kl([far], level)) == pytest.approx(((level - 0.5) / 0.1) ** 2)
 
 
 def test_ratios_are_taken_seed_by_seed():
     base = {"0.8": {0: 4.0, 1: 2.0, 2: 5.0}, "0.9": {0: 8.0, 1: None, 2: None}}
     other = {"0.8": {0: 2.0, 1: 1.0, 2: 2.5}, "0.9": {0: 2.0, 1: 1.0, 2: None}}
     ratios = report.ratio_to(base, other)
-    assert ratios["0.8"] == pytest.approx({"mean": 0.5, "low": 0.5, "high": 0.5, "seeds": 3})
+    assert ratios["0.8"] == pytest.approx({"mean": 0.5, "low": 0.5, "high": 0.5, "seeds": 3, "of": 3})
     assert ratios["0.9"] is None  # a single seed gives no interval
     assert report.ratio_to({"0.6": {0: 0.0, 1: 2.0, 2: 1.0}}, {"0.6": {0: 0.0, 1: 1.0, 2: 0.5}})["0.6"]["seeds"] == 2  # one has it at KL 0
     spread = report.interval([0.4, 0.5, 0.6])

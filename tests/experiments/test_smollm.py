@@ -333,7 +333,9 @@ def test_differences_from_dpo_are_of_the_same_seed_and_ties_are_named():
     assert found[tables.KL]["mean"] == pytest.approx(0, abs=1e-9)
     assert [tables.is_tie(found[name]) for name in (tables.REWARD, tables.KL)] == [True, True]  # 0.2 - 0.248 is below 0
     assert not tables.is_tie({**found[tables.REWARD], "low": 0.01}) and not tables.is_tie(None)
-    (row,) = (line for line in tables.difference_table({"minus_dpo": {"TDPO2": found}}).splitlines() if line.startswith("| TDPO2"))
+    start = report.differences([run for run in runs if run.method == "DPO"], runs[:4], base_point=0)
+    assert start[tables.REWARD]["mean"] == 0 and start[tables.REWARD]["n"] == 4
+    (row,) = (line for line in tables.difference_table({"TDPO2": found}, "DPO's").splitlines() if line.startswith("| TDPO2"))
     assert row.startswith("| TDPO2 | 0.200 [-0.048, 0.448], tie |")
 
 
@@ -366,8 +368,10 @@ def test_checks_of_a_reward_by_hand():
 @pytest.mark.processes
 def test_checks_of_an_experiment(experiment):
     pytest.importorskip("vaderSentiment")
-    found = checks.checks_of(experiment)
+    both = checks.checks_of(experiment)
+    found, minus = both["end"], both["minus_dpo"]["TDPO2 0.5"]
     assert list(found) == ["reference", "DPO", "TDPO2 0.5"] and found["DPO"]["words"]["seeds"] == [0, 1]
+    assert minus["words"]["mean"] == pytest.approx(found["TDPO2 0.5"]["words"]["mean"] - found["DPO"]["words"]["mean"])
     ends = json.loads((experiment / "results.json").read_text())["end"]
     for method, measures in ends.items():
         assert found[method]["reward"]["mean"] == pytest.approx(
@@ -412,6 +416,7 @@ def test_credit_of_tokens_by_hand():
     found = credit.credit_of(PAGE, 0, {"wonderful", "dull"})
     assert found["rated_tokens"] == 4 / 8 and found["seqkl"] == pytest.approx(0.75)
     assert found["margin"] == pytest.approx(1.5) and found["rated_margin"] == pytest.approx(3 / 1.5)
+    assert found["margin_of_rated"] == pytest.approx(3)
     assert found["size_of_rated"] == pytest.approx((0.5 + 1.5 + 1 + 0) / 4) and found["size_of_others"] == pytest.approx(
         (0 + 0.5 + 0 + 1) / 4
     )
