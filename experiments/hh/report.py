@@ -82,10 +82,17 @@ def results_of(task: DictConfig) -> dict[str, Any]:
             methods[name] = method_of(found)
     content = OmegaConf.to_container(task)
     settings = {key: value for key, value in content.items() if key not in ("out", "data", "methods", "seeds")}
+    settings["model"] = [without_folder(setting) for setting in settings["model"]]
     compared = [measure for some in TABLES.values() for measure in some]
     comparisons = {measure: compare({name: methods[name]["measures"].get(measure) for name in methods}) for measure in compared}
     meanings = {measure: MEASURES[measure] for measure in compared}
     return {"settings": settings, "meanings": meanings, "methods": methods, "comparisons": comparisons, "missing": missing}
+
+
+def without_folder(setting: str) -> str:
+    """Return a setting without the folder of its value, which is of one machine alone, if it is an absolute path."""
+    key, _, value = setting.partition("=")
+    return f"{key}={Path(value).name}" if Path(value).is_absolute() else setting
 
 
 def method_of(runs: Mapping[int, Path]) -> dict[str, Any]:

@@ -104,6 +104,7 @@ def test_from_rows_to_the_table(experiment):
             ]
         assert method["measures"]["samples/entropy"]["n"] == 4 and method["seeds"] == [0]
         assert method["runs"]["0"]["train_examples"] == 16
+    assert results["settings"]["model"] == ["model=blank_model", "model.name_or_path=model"]  # no path of this machine
     dpo = results["methods"]["DPO"]
     assert dpo["measures"]["accuracy/logit"]["n"] == 12 and dpo["measures"]["seqkl/chosen"]["mean"] > 0.01
     assert "accuracy/logratio" not in results["methods"]["SFT"]["measures"] and results["methods"]["SFT"]["runs"]["0"]["start"] is None
