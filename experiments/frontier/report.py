@@ -69,7 +69,7 @@ def results_of(runs: list[Run], methods: list[str], task: DictConfig) -> dict:
         task: the experiment's.
     """
     spent = {method: kl_at_levels([run for run in runs if run.method == method], task.levels) for method in methods}
-    ends = {method: runs_shown(runs, method, task.shown) for method in methods}
+    ends = {method: at_point(runs_shown(runs, method, task.shown), -1) for method in methods}
     starts = list({run.seed: run for run in runs}.values())
     return {
         "runs": len(runs),
@@ -81,10 +81,10 @@ def results_of(runs: list[Run], methods: list[str], task: DictConfig) -> dict:
         "kl_at_reward_over_seeds": {method: {x: over_seeds(by_seed) for x, by_seed in levels.items()} for method, levels in spent.items()},
         "kl_over_dpo": {method: ratio_to(spent["DPO"], spent[method]) for method in methods if "DPO" in methods and method != "DPO"},
         "best_reward": best_rewards(runs),
-        "start": measures_over_seeds(starts, 0),
-        "end": {method: measures_over_seeds(own, -1) for method, own in ends.items() if own},
-        "minus_start": {method: differences(own, starts, base_point=0) for method, own in ends.items() if own},
-        "minus_dpo": {method: differences(own, ends.get("DPO", [])) for method, own in ends.items() if own and method != "DPO"},
+        "start": by_measure(at_point(starts, 0)),
+        "end": {method: by_measure(own) for method, own in ends.items() if own},
+        "minus_start": {method: differences(own, at_point(starts, 0)) for method, own in ends.items() if own},
+        "minus_dpo": {method: differences(own, ends.get("DPO", {})) for method, own in ends.items() if own and method != "DPO"},
         "grid": grid_of(runs, methods),
     }
 
@@ -103,30 +103,35 @@ def over_seeds(by_seed: Mapping[int, Optional[float]]) -> dict[str, Any]:
     return {"seeds": sorted(found), "n": len(values), "of": len(by_seed), "mean": mean, **nothing, **several}
 
 
-def measures_over_seeds(runs: list[Run], point: int) -> dict[str, dict]:
-    """Return measure -> output of `over_seeds` at one point of the runs.
+def by_measure(by_seed: Mapping[int, Mapping[str, float]]) -> dict[str, dict]:
+    """Return measure -> output of `over_seeds`.
+
+    Args:
+        by_seed: seed -> measures.
+    """
+    names = dict.fromkeys(name for measures in by_seed.values() for name in measures)
+    return {name: over_seeds({seed: measures.get(name) for seed, measures in by_seed.items()}) for name in names}
+
+
+def differences(by_seed: Mapping[int, Mapping[str, float]], base: Mapping[int, Mapping[str, float]]) -> dict[str, dict]:
+    """Return measure -> output of `over_seeds` for the difference from other measures, seed by seed.
+
+    Args:
+        by_seed, base: seed -> measures; seeds that only one of them has are left out.
+    """
+    seeds = sorted(by_seed.keys() & base.keys())
+    return by_measure({seed: {name: value - base[seed][name] for name, value in by_seed[seed].items()} for seed in seeds})
+
+
+def at_point(runs: list[Run], point: int) -> dict[int, dict[str, float]]:
+    """Return seed -> measures at one point of the runs.
 
     Args:
         runs: one per seed.
         point: 0: the reference; -1: the end.
     """
     points = {run.seed: with_perplexity(run.points[point]) for run in runs}
-    names = dict.fromkeys(name for measures in points.values() for name in measures if name != "examples")
-    return {name: over_seeds({seed: measures.get(name) for seed, measures in points.items()}) for name in names}
-
-
-def differences(runs: list[Run], base: list[Run], base_point: int = -1) -> dict[str, dict]:
-    """Return measure -> output of `over_seeds` for the difference between the ends of runs and other ones, seed by seed.
-
-    Args:
-        runs, base: one per seed.
-        base_point: point of the others; 0: the reference, -1: the end.
-    """
-    ends = {run.seed: with_perplexity(run.points[-1]) for run in runs}
-    bases = {run.seed: with_perplexity(run.points[base_point]) for run in base}
-    seeds = sorted(ends.keys() & bases.keys())
-    names = [name for name in ends[seeds[0]] if name != "examples"] if seeds else []
-    return {name: over_seeds({seed: ends[seed][name] - bases[seed][name] for seed in seeds}) for name in names}
+    return {seed: {name: value for name, value in measures.items() if name != "examples"} for seed, measures in points.items()}
 
 
 def grid_of(runs: list[Run], methods: Sequence[str]) -> dict[str, dict]:
@@ -134,7 +139,7 @@ def grid_of(runs: list[Run], methods: Sequence[str]) -> dict[str, dict]:
     grid: dict[str, dict] = {}
     for beta, lr in sorted({(run.beta, run.lr) for run in runs}):
         own = {method: [run for run in runs if (run.method, run.beta, run.lr) == (method, beta, lr)] for method in methods}
-        ends = {method: measures_over_seeds(some, -1) for method, some in own.items() if some}
+        ends = {method: by_measure(at_point(some, -1)) for method, some in own.items() if some}
         grid[f"{beta:g}, {lr:g}"] = {method: {name: measures[name] for name in GRID} for method, measures in ends.items()}
     return grid
 

@@ -8,7 +8,7 @@ Reads final_samples.jsonl of the runs with the task's `shown` setting, and the r
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -17,7 +17,7 @@ import numpy as np  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 
 from experiments.frontier.pairs import reward_of_rows  # noqa: E402
-from experiments.frontier.report import over_seeds, read_runs, runs_shown  # noqa: E402
+from experiments.frontier.report import by_measure, differences, read_runs, runs_shown  # noqa: E402
 from tdpo.analysis.rewards import Reward, reward_model  # noqa: E402
 from tdpo.distributed.world import World  # noqa: E402
 from tdpo.files import replaced_whole  # noqa: E402
@@ -48,9 +48,13 @@ def checks_of(folder: Path) -> dict[str, dict[str, dict]]:
 
     Raises:
         FileNotFoundError: the experiment or its completions are missing.
-        UserError: the reward cannot be loaded.
+        UserError: the reward cannot be loaded, or is the data's own.
     """
     task = OmegaConf.load(folder / "task.yaml")
+    if task.reward is None:
+        raise UserError(
+            f"'{folder}' has the gold reward of its data, which is no word list or classifier that could be misled: nothing to check"
+        )
     reward = reward_model(task.reward, World().device, get_local_dir([".cache"]))
     files = {"reference": {task.seeds[0]: folder / f"seed{task.seeds[0]}" / "completions-test.jsonl"}}
     runs = read_runs(folder, list(task.methods))
@@ -61,27 +65,14 @@ def checks_of(folder: Path) -> dict[str, dict[str, dict]]:
         name: {seed: measures_of([row for row in lines_of(file) if row["index"] < task.n_prompts], reward) for seed, file in some.items()}
         for name, some in files.items()
     }
+    others = [name for name in found if name not in ("reference", "DPO")] if "DPO" in found else []
     ends = {name: by_measure(some) for name, some in found.items()}
-    minus = {
-        name: by_measure({seed: {key: x[key] - found["DPO"][seed][key] for key in x} for seed, x in some.items() if seed in found["DPO"]})
-        for name, some in found.items()
-        if "DPO" in found and name not in ("reference", "DPO")
-    }
-    return {"end": ends, "minus_dpo": minus}
-
-
-def by_measure(by_seed: Mapping[int, Mapping[str, float]]) -> dict[str, dict]:
-    """Return measure -> output of `over_seeds`.
-
-    Args:
-        by_seed: seed -> measures.
-    """
-    return {name: over_seeds({seed: measures[name] for seed, measures in by_seed.items()}) for name in next(iter(by_seed.values()))}
+    return {"end": ends, "minus_dpo": {name: differences(found[name], found["DPO"]) for name in others}}
 
 
 def lines_of(file: Path) -> list[dict]:
-    """Return the rows of a file of samples that have text."""
-    return [row for row in map(json.loads, file.read_text().splitlines()) if row["completion"].strip()]
+    """Return the rows of a file of samples."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def measures_of(rows: Sequence[dict], reward: Reward) -> dict[str, float]:

@@ -19,7 +19,7 @@ from xml.sax.saxutils import escape
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from experiments.frontier.report import over_seeds  # noqa: E402
+from experiments.frontier.report import by_measure  # noqa: E402
 from tdpo.files import replaced_whole  # noqa: E402
 
 ROLES = {"chosen": 1, "rejected": -1}  # sign of a role's tokens in the credit of a pair
@@ -40,6 +40,8 @@ def main() -> None:
     pages = [read_page(file) for file in arguments.pages]
     if other := [file for file, page in zip(arguments.pages, pages) if len(page["runs"]) != len(arguments.names)]:
         sys.exit(f"error: '{other[0]}' has another number of runs than --names={','.join(arguments.names)}")
+    if wrong := [i for i in arguments.pairs if not 1 <= i <= len(pages[0]["pairs"])]:
+        sys.exit(f"error: --pairs: there is no pair {wrong[0]}, '{arguments.pages[0]}' has 1 to {len(pages[0]['pairs'])}")
     rated = rated_words()
     found = {name: credit_of_method(pages, run, rated) for run, name in enumerate(arguments.names)}
     text = json.dumps(found, indent=1, ensure_ascii=False)
@@ -66,9 +68,15 @@ def read_page(file: Path) -> dict[str, Any]:
 
 
 def rated_words() -> set[str]:
-    """Return the words that VADER rates, in lower case."""
-    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    """Return the words that VADER rates, in lower case.
 
+    Raises:
+        SystemExit: VADER is not installed.
+    """
+    try:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    except ImportError:
+        sys.exit("error: the words that VADER rates are not installed: pip install vaderSentiment")
     return set(SentimentIntensityAnalyzer().lexicon)
 
 
@@ -100,8 +108,7 @@ def credits_of(page: Mapping, run: int, pair: Mapping, role: str) -> list[float]
 def credit_of_method(pages: Sequence[Mapping], run: int, rated: set[str]) -> dict[str, Any]:
     """Return where the credit of a method lands: measure -> output of `over_seeds`, and the words with the highest and the lowest mean
     credit of their tokens over all pages, each with the number of these tokens."""
-    found = [credit_of(page, run, rated) for page in pages]
-    measures = {name: over_seeds({seed: one[name] for seed, one in enumerate(found)}) for name in found[0]}
+    measures = by_measure({seed: credit_of(page, run, rated) for seed, page in enumerate(pages)})
     by_word: dict[str, list[float]] = defaultdict(list)
     for word, credit, _ in (token for page in pages for token in credits_of_tokens(page, run)):
         by_word[word].append(credit)
@@ -140,7 +147,7 @@ def credit_of(page: Mapping, run: int, rated: set[str]) -> dict[str, float]:
         "rated_tokens": len(sizes[True]) / len(tokens),
         "margin": sum(margin.values()) / len(page["pairs"]),
         "margin_of_rated": margin[True] / len(page["pairs"]),
-        "rated_margin": margin[True] / sum(margin.values()),
+        "rated_margin": margin[True] / total if (total := sum(margin.values())) else 0.0,  # 0 for an untrained policy
         "size_of_rated": sum(sizes[True]) / max(1, len(sizes[True])),
         "size_of_others": sum(sizes[False]) / max(1, len(sizes[False])),
         "seqkl": sum(kls) / len(kls),

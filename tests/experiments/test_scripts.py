@@ -94,7 +94,7 @@ def test_a_required_step_that_fails_ends_its_job_alone(tmp_path, monkeypatch):
 
 
 def test_progress_is_told_in_lines_where_there_is_no_terminal(tmp_path, monkeypatch, capsys):
-    """Of 100, two are done before the start, then 3, 10 and 40: a change below a fiftieth of the total is told with the next."""
+    """Tell a change below a fiftieth of the total, here from 2 to 3 of 100, together with the next one."""
     counts, progress = [1, 8, 38], [2]
     clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: progress.append(2 + counts.pop(0)) if counts else None)
     monkeypatch.setattr(jobs, "time", clock)
