@@ -27,8 +27,9 @@ from tdpo.analysis.evaluation import (
 )
 from tdpo.analysis.rewards import VADER, Reward, gold_reward_of, reward_model
 from tdpo.analysis.trained_models import Inputs, Trained, find_inputs, load_compared
+from tdpo.cli.check_config import check_tool_config
 from tdpo.cli.command_line import run_command
-from tdpo.cli.schema import Evaluation, check_tool_config
+from tdpo.cli.schema import Evaluation
 from tdpo.data.split import EVAL_SEED
 from tdpo.distributed.world import World
 from tdpo.files import replaced_whole

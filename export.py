@@ -16,8 +16,9 @@ from omegaconf import DictConfig
 from tdpo.analysis.trained_models import find_trained
 from tdpo.checkpointing.resume import command_of
 from tdpo.checkpointing.training_state import Progress, read_progress
+from tdpo.cli.check_config import check_tool_config
 from tdpo.cli.command_line import run_command
-from tdpo.cli.schema import Export, check_tool_config
+from tdpo.cli.schema import Export
 from tdpo.files import usual_modes
 from tdpo.models.build import build_model, check_model, load_model_config
 from tdpo.models.export import export_policy, model_card

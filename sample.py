@@ -24,8 +24,9 @@ from tdpo.analysis.engines import Engine, drawing, load_engine
 from tdpo.analysis.resumable import ResumableJsonl
 from tdpo.analysis.sampling_tasks import BenchmarkTask, PromptTask
 from tdpo.analysis.trained_models import find_trained
+from tdpo.cli.check_config import check_tool_config
 from tdpo.cli.command_line import run_command
-from tdpo.cli.schema import Sample, check_tool_config
+from tdpo.cli.schema import Sample
 from tdpo.distributed.launch import is_rank, process_group
 from tdpo.distributed.world import World
 from tdpo.models.places import prepare_hub

@@ -16,8 +16,9 @@ from omegaconf import DictConfig
 from preference_datasets import load_split
 from tdpo.analysis.pages import write_page
 from tdpo.analysis.trained_models import Trained, find_inputs, load_compared
+from tdpo.cli.check_config import check_tool_config
 from tdpo.cli.command_line import run_command
-from tdpo.cli.schema import TokenReport, check_tool_config
+from tdpo.cli.schema import TokenReport
 from tdpo.data.split import EVAL_SEED, Example, TokenizedExample, TokenizedSplit
 from tdpo.distributed.world import World
 from tdpo.microbatches import Packing

@@ -21,8 +21,7 @@ import preference_datasets
 from preference_datasets import get_dataset
 from tdpo import losses
 from tdpo.cli import schema
-from tdpo.cli.check_config import check_config
-from tdpo.cli.schema import check_tool_config
+from tdpo.cli.check_config import check_config, check_tool_config
 from tdpo.losses import ResponseScores, get_objective
 from tdpo.utils import UserError
 

@@ -19,7 +19,7 @@ from xml.sax.saxutils import escape
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from experiments.frontier.report import by_measure  # noqa: E402
+from experiments.frontier.report import by_measure, differences  # noqa: E402
 from tdpo.files import replaced_whole  # noqa: E402
 
 ROLES = {"chosen": 1, "rejected": -1}  # sign of a role's tokens in the credit of a pair
@@ -43,8 +43,7 @@ def main() -> None:
     if wrong := [i for i in arguments.pairs if not 1 <= i <= len(pages[0]["pairs"])]:
         sys.exit(f"error: --pairs: there is no pair {wrong[0]}, '{arguments.pages[0]}' has 1 to {len(pages[0]['pairs'])}")
     rated = rated_words()
-    found = {name: credit_of_method(pages, run, rated) for run, name in enumerate(arguments.names)}
-    text = json.dumps(found, indent=1, ensure_ascii=False)
+    text = json.dumps(credit_of_methods(pages, arguments.names, rated), indent=1, ensure_ascii=False)
     if arguments.out is None:
         print(text)
     else:
@@ -105,17 +104,32 @@ def credits_of(page: Mapping, run: int, pair: Mapping, role: str) -> list[float]
     return [page["runs"][run]["beta"] * (policy - reference) for policy, reference in zip(values["logps"], values["reference"])]
 
 
-def credit_of_method(pages: Sequence[Mapping], run: int, rated: set[str]) -> dict[str, Any]:
-    """Return where the credit of a method lands: measure -> output of `over_seeds`, and the words with the highest and the lowest mean
-    credit of their tokens over all pages, each with the number of these tokens."""
-    measures = by_measure({seed: credit_of(page, run, rated) for seed, page in enumerate(pages)})
+def credit_of_methods(pages: Sequence[Mapping], names: Sequence[str], rated: set[str]) -> dict[str, dict]:
+    """Return where the credit of methods lands.
+
+    Args:
+        pages: of `read_page`, one for each seed.
+        names: of their runs.
+        rated: see `credit_of`.
+
+    Returns:
+        methods: name -> measure -> output of `over_seeds`, and highest and lowest, see `words_at_the_ends`; minus_first: name -> measure ->
+        the same of differences from the first method, seed by seed.
+    """
+    found = {name: {seed: credit_of(page, run, rated) for seed, page in enumerate(pages)} for run, name in enumerate(names)}
+    methods = {name: {**by_measure(found[name]), **words_at_the_ends(pages, run)} for run, name in enumerate(names)}
+    return {"methods": methods, "minus_first": {name: differences(found[name], found[names[0]]) for name in names[1:]}}
+
+
+def words_at_the_ends(pages: Sequence[Mapping], run: int) -> dict[str, list[list]]:
+    """Return the words with the highest and the lowest mean credit of their tokens over all pages, with it and the number of the tokens."""
     by_word: dict[str, list[float]] = defaultdict(list)
     for word, credit, _ in (token for page in pages for token in credits_of_tokens(page, run)):
         by_word[word].append(credit)
     least = SEEN * len(pages)
     means = sorted((sum(some) / len(some), word, len(some)) for word, some in by_word.items() if word and len(some) >= least)
     ends = {"highest": means[::-1][:LISTED], "lowest": means[:LISTED]}
-    return {**measures, **{end: [[word, round(value, 4), n] for value, word, n in some] for end, some in ends.items()}}
+    return {end: [[word, round(value, 4), n] for value, word, n in some] for end, some in ends.items()}
 
 
 def credits_of_tokens(page: Mapping, run: int) -> Iterator[tuple[str, float, int]]:
@@ -136,13 +150,14 @@ def credit_of(page: Mapping, run: int, rated: set[str]) -> dict[str, float]:
 
     Returns:
         rated_tokens: share of the tokens that are part of rated words; margin: mean credit of a pair; margin_of_rated: the part of it on
-        rated words; rated_margin: the share; size_of_rated, size_of_others: mean absolute credit of a token; seqkl: mean of both responses,
-        nats.
+        rated words; rated_margin: the share; size_of_rated, size_of_others: mean absolute credit of a token; last: mean credit of the last
+        token of a response, which is its end unless it has been cut; seqkl: mean of both responses, nats.
     """
     tokens = list(credits_of_tokens(page, run))
     margin = {kind: sum(sign * credit for word, credit, sign in tokens if (word in rated) == kind) for kind in (True, False)}
     sizes = {kind: [abs(credit) for word, credit, _ in tokens if (word in rated) == kind] for kind in (True, False)}
     kls = [sum(pair["values"][run][role]["kl"]) for pair in page["pairs"] for role in ROLES]
+    last = [credits_of(page, run, pair, role)[-1] for pair in page["pairs"] for role in ROLES]
     return {
         "rated_tokens": len(sizes[True]) / len(tokens),
         "margin": sum(margin.values()) / len(page["pairs"]),
@@ -150,6 +165,7 @@ def credit_of(page: Mapping, run: int, rated: set[str]) -> dict[str, float]:
         "rated_margin": margin[True] / total if (total := sum(margin.values())) else 0.0,  # 0 for an untrained policy
         "size_of_rated": sum(sizes[True]) / max(1, len(sizes[True])),
         "size_of_others": sum(sizes[False]) / max(1, len(sizes[False])),
+        "last": sum(last) / len(last),
         "seqkl": sum(kls) / len(kls),
     }
 

@@ -1,4 +1,4 @@
-"""Check a run's config as a whole: every key on its own (schema.py), and which values go together."""
+"""Check the config of a run or a tool as a whole: every key on its own (schema.py), and which values go together."""
 
 import re
 from collections.abc import Iterable
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
-from tdpo.cli.schema import Config, loss_problems, resolved, schema_problems
+from tdpo.cli.schema import Config, Node, Sample, loss_problems, resolved, schema_problems
 from tdpo.losses import Objective, objective_of
 from tdpo.optimizers import EIGHT_BIT, WHOLE, option_problems
 from tdpo.utils import UserError
@@ -161,3 +161,44 @@ def _notes(config: DictConfig, objective: Objective, overrides: list[str]) -> li
     if objective.needs_reference and config.model.archive is None:
         notes.append(f"warning: {name} without model.archive: policy and reference start from the base model, without SFT")
     return notes
+
+
+def check_tool_config(config: DictConfig, schema: type[Node]) -> None:
+    """Check a tool's config against its schema. In place, references are resolved and values get their types.
+
+    Args:
+        config: as Hydra composed it.
+        schema: Sample, TokenReport, Evaluation or Export.
+
+    Raises:
+        UserError: names all problems found.
+    """
+    problems = schema_problems(resolved(config), config, schema)
+    if not problems and schema is Sample:
+        problems = _problems_of_sampling(config)
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _problems_of_sampling(config: DictConfig) -> list[str]:
+    """Return a line for each key of sample.py that does not go with another one."""
+    problems = []
+    if 1 < config.num_beams < config.n:
+        problems.append(
+            f"n={config.n} is more than num_beams={config.num_beams}, the number of texts of a beam search; use a larger num_beams"
+        )
+    if config.num_beams == 1 and config.temperature == 0 and config.n > 1:
+        problems.append(f"temperature=0 takes the most likely token each time, so all n={config.n} texts would be equal: give n=1")
+    if config.engine == "vllm" and config.num_beams > 1:
+        problems.append(f"engine=vllm has no beam search here: leave num_beams=1, or num_beams={config.num_beams} with engine=transformers")
+    if config.form is None:
+        return problems
+    if config.prompts is None:
+        problems.append(f"form={config.form} needs prompts=<the benchmark's file of questions>")
+    if config.max_new_tokens is None:
+        problems.append(
+            f"form={config.form} needs max_new_tokens=<tokens of an answer>, so that every question is sure to have room for it"
+        )
+    if config.n > 1:
+        problems.append(f"form={config.form} holds one answer to each question: give n=1")
+    return problems

@@ -302,47 +302,6 @@ class Export(Node):
     push: Optional[Annotated[str, Field(pattern=r"^[^/]+/[^/]+$")]]
 
 
-def check_tool_config(config: DictConfig, schema: type[Node]) -> None:
-    """Check a tool's config against its schema. In place, references are resolved and values get their types.
-
-    Args:
-        config: as Hydra composed it.
-        schema: Sample, TokenReport or Evaluation.
-
-    Raises:
-        UserError: names all problems found.
-    """
-    problems = schema_problems(resolved(config), config, schema)
-    if not problems and schema is Sample:
-        problems = _problems_of_sampling(config)
-    if problems:
-        raise UserError("\n".join(problems))
-
-
-def _problems_of_sampling(config: DictConfig) -> list[str]:
-    """Return a line for each key of sample.py that does not go with another one."""
-    problems = []
-    if 1 < config.num_beams < config.n:
-        problems.append(
-            f"n={config.n} is more than num_beams={config.num_beams}, the number of texts of a beam search; use a larger num_beams"
-        )
-    if config.num_beams == 1 and config.temperature == 0 and config.n > 1:
-        problems.append(f"temperature=0 takes the most likely token each time, so all n={config.n} texts would be equal: give n=1")
-    if config.engine == "vllm" and config.num_beams > 1:
-        problems.append(f"engine=vllm has no beam search here: leave num_beams=1, or num_beams={config.num_beams} with engine=transformers")
-    if config.form is None:
-        return problems
-    if config.prompts is None:
-        problems.append(f"form={config.form} needs prompts=<the benchmark's file of questions>")
-    if config.max_new_tokens is None:
-        problems.append(
-            f"form={config.form} needs max_new_tokens=<tokens of an answer>, so that every question is sure to have room for it"
-        )
-    if config.n > 1:
-        problems.append(f"form={config.form} holds one answer to each question: give n=1")
-    return problems
-
-
 def resolved(config: DictConfig) -> dict:
     """Resolve a config's references, and ~ at the beginning of paths, in place, and return it as a dict.
 

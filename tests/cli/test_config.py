@@ -21,9 +21,8 @@ import train
 from tdpo import losses
 from tdpo.cli import command_line
 from tdpo.cli import schema as config_schema
-from tdpo.cli.check_config import check_config
+from tdpo.cli.check_config import check_config, check_tool_config
 from tdpo.cli.command_line import override
-from tdpo.cli.schema import check_tool_config
 from tdpo.gpu import allocate_in_segments
 from tdpo.utils import Console, UserError, lenient_console
 
