@@ -122,7 +122,11 @@ class HeadOnly(nn.Module):
         """Copy the model's head and free the model's memory, even if references to it remain, as FSDP keeps them."""
         head = cls(model)
         for tensor in [*model.parameters(), *model.buffers()]:
-            (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage().resize_(0)
+            storage = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
+            if storage.resizable():
+                storage.resize_(0)
+            elif not isinstance(tensor, DTensor):  # on a CPU, weights of a safetensors file are its pages, mapped into memory
+                tensor.data = tensor.new_empty(0)
         return head
 
     def get_output_embeddings(self) -> nn.Module:

@@ -27,9 +27,14 @@ def files(tmp_path) -> set[str]:
     return {file.name for file in (tmp_path / "cache").glob("*/reference/*")}
 
 
-@pytest.mark.parametrize("loss,mp", [("dpo", "null"), ("tdpo2", "bfloat16")])
-def test_cached_and_live_reference_are_equal_bit_by_bit(loss, mp, options, tmp_path):
-    """In the microbatches in which the states were computed: those of the first epoch, and of an eval."""
+@pytest.mark.parametrize(
+    "loss,mp,archive", [("dpo", "null", None), ("tdpo2", "bfloat16", None), ("tdpo2", "null", "null"), ("dpo", "null", "folder")]
+)
+def test_cached_and_live_reference_are_equal_bit_by_bit(loss, mp, archive, options, tmp_path):
+    """In the microbatches in which the states were computed: those of the first epoch, and of an eval. With weights of a policy.pt, of the
+    model itself, and of a Hugging Face folder."""
+    if archive:
+        options += [f"model.archive={MINI / 'model' if archive == 'folder' else 'null'}"]
     options += [f"loss={loss}", f"model.fsdp_policy_mp={mp}", "gradient_accumulation_steps=4", "eval_every=48", "n_epochs=1"]
     live = run(*options, f"local_run_dir={tmp_path}/live")
     cached = run(*options, "reference_cache=true", f"local_run_dir={tmp_path}/cached")
