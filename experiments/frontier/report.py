@@ -7,6 +7,7 @@ frontier.png has four panels; samples.md has the responses of the final policies
 """
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -80,6 +81,8 @@ def results_of(runs: list[Run], methods: list[str], task: DictConfig) -> dict:
         "kl_at_reward": spent,
         "kl_at_reward_over_seeds": {method: {x: over_seeds(by_seed) for x, by_seed in levels.items()} for method, levels in spent.items()},
         "kl_over_dpo": {method: ratio_to(spent["DPO"], spent[method]) for method in methods if "DPO" in methods and method != "DPO"},
+        "kl_over_previous": {after: ratio_to(spent[before], spent[after]) for before, after in itertools.pairwise(methods)},
+        "best_setting": {method: best_settings([run for run in runs if run.method == method], task.levels) for method in methods},
         "best_reward": best_rewards(runs),
         "start": by_measure(at_point(starts, 0)),
         "end": {method: by_measure(own) for method, own in ends.items() if own},
@@ -137,11 +140,16 @@ def at_point(runs: list[Run], point: int) -> dict[int, dict[str, float]]:
 def grid_of(runs: list[Run], methods: Sequence[str]) -> dict[str, dict]:
     """Return setting -> method -> measure of the grid's table -> output of `over_seeds` at the end."""
     grid: dict[str, dict] = {}
-    for beta, lr in sorted({(run.beta, run.lr) for run in runs}):
-        own = {method: [run for run in runs if (run.method, run.beta, run.lr) == (method, beta, lr)] for method in methods}
+    for setting in dict.fromkeys(setting_of(run) for run in sorted(runs, key=lambda run: (run.beta, run.lr))):
+        own = {method: [run for run in runs if (run.method, setting_of(run)) == (method, setting)] for method in methods}
         ends = {method: by_measure(at_point(some, -1)) for method, some in own.items() if some}
-        grid[f"{beta:g}, {lr:g}"] = {method: {name: measures[name] for name in GRID} for method, measures in ends.items()}
+        grid[setting] = {method: {name: measures[name] for name in GRID} for method, measures in ends.items()}
     return grid
+
+
+def setting_of(run: Run) -> str:
+    """Return beta and learning rate of a run as text."""
+    return f"{run.beta:g}, {run.lr:g}"
 
 
 def with_perplexity(point: Mapping[str, float]) -> dict[str, float]:
@@ -182,8 +190,20 @@ def kl_at_levels(runs: list[Run], levels: Sequence[float]) -> dict[str, dict[int
     return {str(level): {seed: least_kl([run for run in runs if run.seed == seed], level) for seed in seeds} for level in levels}
 
 
+def best_settings(runs: list[Run], levels: Sequence[float]) -> dict[str, dict[int, Optional[str]]]:
+    """Return level -> seed -> setting of the run of a method that reaches the reward at the lowest KL; None if none does."""
+    found: dict[str, dict[int, Optional[str]]] = {}
+    for level in levels:
+        reached: dict[int, list[tuple[float, str]]] = {run.seed: [] for run in sorted(runs, key=lambda run: run.seed)}
+        for run in runs:
+            if (kl := least_kl([run], level)) is not None:
+                reached[run.seed].append((kl, setting_of(run)))
+        found[str(level)] = {seed: min(some)[1] if some else None for seed, some in reached.items()}
+    return found
+
+
 def ratio_to(base: dict, other: dict) -> dict[str, Optional[dict]]:
-    """Return level -> ratio of the other method's KL to the base's: mean over seeds and Student's 95% interval.
+    """Return level -> ratio of a method's KL to that of another one, the base: mean over seeds and Student's 95% interval.
 
     The ratio is taken seed by seed. Seeds that do not reach the reward, or whose SFT model already has it (the base's KL is 0), are left
     out; None if fewer than two remain.

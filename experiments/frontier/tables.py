@@ -18,12 +18,14 @@ SAMPLES = {
     "texts/distinct_2": "distinct-2 of all texts",
     "texts/repeated_words": "words repeated in a text",
 }
+PREVIOUS = "that of the method before it in the table above"
 GRID = (REWARD, KL, "samples/distinct_2")
 
 
 def tables(results: Mapping[str, Any]) -> list[str]:
     """Return the Markdown tables of results.json."""
-    found = [table(results) for table in (kl_table, ratio_table, final_table, samples_table)]
+    found = [kl_table(results), ratio_table(results["kl_over_dpo"], "DPO's"), ratio_table(results["kl_over_previous"], PREVIOUS)]
+    found += [final_table(results), samples_table(results)]
     found += [difference_table(results["minus_start"], "the reference's"), difference_table(results["minus_dpo"], "DPO's")]
     return found + ([grid_table(results)] if len(results["grid"]) > 1 else [])
 
@@ -43,12 +45,15 @@ def kl_table(results: Mapping) -> str:
     return markdown(title, "reward", list(spent), rows)
 
 
-def ratio_table(results: Mapping) -> str:
-    """Return the KL divided by DPO's."""
-    ratios = results["kl_over_dpo"]
-    title = (
-        "The same KL divided by DPO's for the same seed: mean and Student's 95% interval over seeds (in brackets their number, if not all):"
-    )
+def ratio_table(ratios: Mapping[str, Mapping], base: str) -> str:
+    """Return the KL divided by that of another method.
+
+    Args:
+        ratios: method -> level -> output of `ratio_to`.
+        base: whose KL has divided it.
+    """
+    title = f"The same KL divided by {base} for the same seed: mean and Student's 95% interval over seeds "
+    title += "(in brackets their number, if not all):"
     rows = {level: [ratio(levels[level]) for levels in ratios.values()] for level in next(iter(ratios.values()), ())}
     return markdown(title, "reward", list(ratios), rows)
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from helpers import ROOT, forked_script
+from omegaconf import OmegaConf
 
 HERE = ROOT / "experiments" / "frontier"
 
@@ -38,6 +39,29 @@ def test_a_method_does_not_seem_better_by_where_it_was_measured():
     near, far = (a_run("DPO", 0, *((kl, 0.5 + 0.1 * kl**0.5) for kl in kls)) for kls in ((0, 0.25, 4, 9), (0, 3, 9)))
     for level in (0.52, 0.6, 0.7, 0.75):
         assert report.least_kl([near], level) == pytest.approx(report.least_kl([far], level)) == pytest.approx(((level - 0.5) / 0.1) ** 2)
+
+
+def test_best_setting_is_that_of_the_run_that_needs_the_least_kl():
+    """For 0.8 the second run, with its larger beta; for 0.9 only the first one comes there, and with the other seed none."""
+    runs = [
+        a_run("DPO", 0, (0, 0.5), (4, 0.9)),
+        a_run("DPO", 0, (0, 0.5), (1, 0.85))._replace(beta=2.0),
+        a_run("DPO", 1, (0, 0.5), (1, 0.6)),
+    ]
+    assert report.best_settings(runs, [0.8, 0.9]) == {"0.8": {0: "2, 0.0001", 1: None}, "0.9": {0: "0.1, 0.0001", 1: None}}
+
+
+def test_kl_is_compared_with_dpos_and_with_that_of_the_method_before():
+    """At a reward of 0.9 the methods need 4, 2 and 1 nats, with both seeds."""
+    methods = {"DPO": 4, "TDPO1": 2, "TDPO2 0.5": 1}
+    whole = dict.fromkeys(report.GRID, 0.0)
+    runs = [a_run(name, seed, (0, 0.5), (kl, 0.9)) for name, kl in methods.items() for seed in (0, 1)]
+    runs = [run._replace(points=[{**whole, **point} for point in run.points]) for run in runs]
+    task = OmegaConf.create({"levels": [0.9], "shown": {"beta": 0.1, "lr": 1e-4}, "n_prompts": 1, "n": 1})
+    results = report.results_of(runs, list(methods), task)
+    means = {key: {name: levels["0.9"]["mean"] for name, levels in results[key].items()} for key in ("kl_over_dpo", "kl_over_previous")}
+    assert means["kl_over_dpo"] == pytest.approx({"TDPO1": 0.5, "TDPO2 0.5": 0.25})
+    assert means["kl_over_previous"] == pytest.approx({"TDPO1": 0.5, "TDPO2 0.5": 0.5})
 
 
 def test_ratios_are_taken_seed_by_seed():
