@@ -126,7 +126,9 @@ def test_a_signal_ends_self_play_after_a_script_that_ended_well(monkeypatch):
 
 # Starts a script as an experiment does; prints the script's process id.
 STARTER = """
+import signal
 import sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored if the tests are started with nohup
 sys.path.insert(0, sys.argv[1])
 from experiments import scripts
 scripts.run_script(sys.argv[2], sys.argv[3])
