@@ -12,7 +12,7 @@ import json
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -69,7 +69,10 @@ def results_of(runs: list[Run], methods: list[str], task: DictConfig) -> dict:
         methods: those that have runs.
         task: the experiment's.
     """
-    spent = {method: kl_at_levels([run for run in runs if run.method == method], task.levels) for method in methods}
+    spent, settings = (
+        {method: at_levels([run for run in runs if run.method == method], task.levels, measure) for method in methods}
+        for measure in (least_kl, best_setting)
+    )
     ends = {method: at_point(runs_shown(runs, method, task.shown), -1) for method in methods}
     starts = list({run.seed: run for run in runs}.values())
     return {
@@ -82,7 +85,7 @@ def results_of(runs: list[Run], methods: list[str], task: DictConfig) -> dict:
         "kl_at_reward_over_seeds": {method: {x: over_seeds(by_seed) for x, by_seed in levels.items()} for method, levels in spent.items()},
         "kl_over_dpo": {method: ratio_to(spent["DPO"], spent[method]) for method in methods if "DPO" in methods and method != "DPO"},
         "kl_over_previous": {after: ratio_to(spent[before], spent[after]) for before, after in itertools.pairwise(methods)},
-        "best_setting": {method: best_settings([run for run in runs if run.method == method], task.levels) for method in methods},
+        "best_setting": settings,
         "best_reward": best_rewards(runs),
         "start": by_measure(at_point(starts, 0)),
         "end": {method: by_measure(own) for method, own in ends.items() if own},
@@ -184,22 +187,16 @@ def least_kl(runs: list[Run], level: float) -> Optional[float]:
     return min(found, default=None)
 
 
-def kl_at_levels(runs: list[Run], levels: Sequence[float]) -> dict[str, dict[int, Optional[float]]]:
-    """Return level -> seed -> lowest KL over all betas, learning rates and steps of a method (its best envelope)."""
+def best_setting(runs: list[Run], level: float) -> Optional[str]:
+    """Return the setting of the run that reaches a reward at the lowest KL, None if none does."""
+    reached = [(kl, setting_of(run)) for run in runs if (kl := least_kl([run], level)) is not None]
+    return min(reached)[1] if reached else None
+
+
+def at_levels(runs: list[Run], levels: Sequence[float], measure: Callable[[list[Run], float], Any]) -> dict[str, dict[int, Any]]:
+    """Return level -> seed -> a measure of the seed's runs with all betas and learning rates, such as `least_kl` (the best envelope)."""
     seeds = sorted({run.seed for run in runs})
-    return {str(level): {seed: least_kl([run for run in runs if run.seed == seed], level) for seed in seeds} for level in levels}
-
-
-def best_settings(runs: list[Run], levels: Sequence[float]) -> dict[str, dict[int, Optional[str]]]:
-    """Return level -> seed -> setting of the run of a method that reaches the reward at the lowest KL; None if none does."""
-    found: dict[str, dict[int, Optional[str]]] = {}
-    for level in levels:
-        reached: dict[int, list[tuple[float, str]]] = {run.seed: [] for run in sorted(runs, key=lambda run: run.seed)}
-        for run in runs:
-            if (kl := least_kl([run], level)) is not None:
-                reached[run.seed].append((kl, setting_of(run)))
-        found[str(level)] = {seed: min(some)[1] if some else None for seed, some in reached.items()}
-    return found
+    return {str(level): {seed: measure([run for run in runs if run.seed == seed], level) for seed in seeds} for level in levels}
 
 
 def ratio_to(base: dict, other: dict) -> dict[str, Optional[dict]]:
@@ -209,7 +206,7 @@ def ratio_to(base: dict, other: dict) -> dict[str, Optional[dict]]:
     out; None if fewer than two remain.
 
     Args:
-        base, other: output of `kl_at_levels`.
+        base, other: output of `at_levels` with `least_kl`.
     """
     result = {}
     for level, by_seed in other.items():
@@ -270,7 +267,7 @@ def draw_frontier(axis, runs: list[Run], colour: str, label: str) -> None:
     axis.scatter(*zip(*points), s=14, alpha=0.45, color=colour, linewidths=0)
     rewards = [reward for _, reward in points]
     levels = np.linspace(min(rewards), max(rewards), 100)
-    spent = {level: list(by_seed.values()) for level, by_seed in zip(levels, kl_at_levels(runs, levels).values())}
+    spent = {level: list(by_seed.values()) for level, by_seed in zip(levels, at_levels(runs, levels, least_kl).values())}
     line = [(np.mean(found), level) for level, found in spent.items() if None not in found]
     axis.plot(*zip(*line), color=colour, label=label)
 

@@ -48,7 +48,7 @@ def test_best_setting_is_that_of_the_run_that_needs_the_least_kl():
         a_run("DPO", 0, (0, 0.5), (1, 0.85))._replace(beta=2.0),
         a_run("DPO", 1, (0, 0.5), (1, 0.6)),
     ]
-    assert report.best_settings(runs, [0.8, 0.9]) == {"0.8": {0: "2, 0.0001", 1: None}, "0.9": {0: "0.1, 0.0001", 1: None}}
+    assert report.at_levels(runs, [0.8, 0.9], report.best_setting) == {"0.8": {0: "2, 0.0001", 1: None}, "0.9": {0: "0.1, 0.0001", 1: None}}
 
 
 def test_kl_is_compared_with_dpos_and_with_that_of_the_method_before():
