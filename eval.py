@@ -23,6 +23,7 @@ from tdpo.analysis.evaluation import (
     measure_pairs,
     measure_samples,
     measure_whole_texts,
+    score_samples,
     table_of,
 )
 from tdpo.analysis.rewards import VADER, Reward, gold_reward_of, reward_model
@@ -93,8 +94,9 @@ def measure(trained: Trained, inputs: Inputs, config: DictConfig, reward: Option
         rows = []
         for first, some in batched(prompts, size):
             rows += sample_batch(policy, tokenizer, some, first, config.n, settings, config.seed)
-        measures |= measure_samples(policy, reference, rows, None if reward is None else reward.of(rows), fast, size)
-        measures |= measure_whole_texts(policy, rows, fast, size) | measure_diversity(rows)
+        table = score_samples(policy, reference, rows, fast, size)
+        measures |= measure_samples(table, None if reward is None else reward.of(rows))
+        measures |= measure_whole_texts(policy, rows, table, fast, size) | measure_diversity(rows)
     return {name: estimate(*measures[name], seed=config.seed) for name in MEASURES if name in measures}
 
 

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf  # noqa: E402
 
 from experiments.frontier.pairs import chat_prompts, reward_of_rows  # noqa: E402
 from preference_datasets import load_prompts, load_split  # noqa: E402
-from tdpo.analysis.evaluation import distinct, measure_diversity, measure_pairs, measure_samples  # noqa: E402
+from tdpo.analysis.evaluation import distinct, measure_diversity, measure_pairs, measure_samples, score_samples  # noqa: E402
 from tdpo.analysis.rewards import gold_reward_of, reward_model  # noqa: E402
 from tdpo.analysis.trained_models import Trained, find_trained, load_compared, load_trained  # noqa: E402
 from tdpo.checkpointing.checkpoints import list_checkpoints  # noqa: E402
@@ -143,7 +143,7 @@ class Measures:
         for first, some in batched(self.prompts, size):
             rows += sample_batch(policy, self.tokenizer, some, first, n, settings, self.seed, self.arguments.max_new_tokens)
         rewards = reward_of_rows(self.reward, rows, self.chat)
-        measures = measure_samples(policy, self.reference, rows, rewards, self.fast, size) | measure_diversity(rows)
+        measures = measure_samples(score_samples(policy, self.reference, rows, self.fast, size), rewards) | measure_diversity(rows)
         examples = next(self.split.epochs(0, shuffle=False))[: self.arguments.n_prompts]
         pairs = measure_pairs(policy, self.reference, None, self.split, examples, self.fast, size)
         measures |= {name: (values, None) for name, values in pairs.items()}

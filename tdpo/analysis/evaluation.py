@@ -169,26 +169,20 @@ def measure_pairs(
     return measures
 
 
-def measure_samples(
-    policy: nn.Module,
-    reference: Optional[nn.Module],
-    rows: Sequence[Mapping],
-    rewards: Optional[Sequence[float]],
-    fast: Union[bool, Packing],
-    batch_size: int,
-) -> dict[str, tuple[np.ndarray, Optional[np.ndarray]]]:
-    """Compute entropy, length, KL, the reference's likelihood and the reward of the policy's samples, averaged over each prompt's texts.
+def score_samples(
+    policy: nn.Module, reference: Optional[nn.Module], rows: Sequence[Mapping], fast: Union[bool, Packing], batch_size: int
+) -> dict[str, np.ndarray]:
+    """Sum the statistics over the response tokens of each of the policy's samples.
 
     Args:
         policy: the model that wrote the texts.
-        reference: None: samples/kl and samples/reference_nll are left out.
+        reference: None: no statistics that need a reference.
         rows: output of sampling.sample_batch, drawn from the policy's own distribution, equally many per prompt.
-        rewards: one per row; None: samples/reward is left out.
         fast: score the texts of a prompt in one row, see `token_statistics`.
         batch_size: prompts at a time.
 
     Returns:
-        measure -> (one value per prompt, weights of the prompts or None for equal weights).
+        statistic, see TokenStatistics -> (prompts, texts of a prompt), nats; "tokens": the number of response tokens.
     """
     n = texts_of_a_prompt(rows)
     prompts = [texts for _, texts in batched(rows, n)]
@@ -196,49 +190,67 @@ def measure_samples(
     for _, some in tqdm.tqdm(batched(prompts, batch_size), "Scoring samples", leave=False, disable=None):
         tokens = [(texts[0]["prompt_ids"], [text["completion_ids"] for text in texts]) for texts in some]
         counts = np.array([len(response) for _, responses in tokens for response in responses])
-        sums = of_responses(token_statistics(policy, reference, tokens, fast), counts)
-        found.append({**sums, "tokens": counts, "mean_entropy": sums["entropy"] / counts})
-    table = {name: np.concatenate([part[name] for part in found]).reshape(-1, n) for name in found[0]}
+        found.append({**of_responses(token_statistics(policy, reference, tokens, fast), counts), "tokens": counts})
+    return {name: np.concatenate([part[name] for part in found]).reshape(-1, n) for name in found[0]}
+
+
+def measure_samples(
+    table: Mapping[str, np.ndarray], rewards: Optional[Sequence[float]]
+) -> dict[str, tuple[np.ndarray, Optional[np.ndarray]]]:
+    """Compute entropy, length, KL, the reference's likelihood and the reward of the policy's samples, averaged over each prompt's texts.
+
+    Args:
+        table: output of `score_samples`; without a reference samples/kl and samples/reference_nll are left out.
+        rewards: one per row of the samples; None: samples/reward is left out.
+
+    Returns:
+        measure -> (one value per prompt, weights of the prompts or None for equal weights).
+    """
+    counts = table["tokens"]
     measures = {
-        "samples/entropy": (table["mean_entropy"].mean(1), None),
-        "samples/tokens": (table["tokens"].mean(1), None),
+        "samples/entropy": ((table["entropy"] / counts).mean(1), None),
+        "samples/tokens": (counts.mean(1), None),
     }
-    if reference is not None:
+    if "reference_logps" in table:
         measures["samples/kl"] = (table["reverse_kl"].mean(1), None)
-        counts = table["tokens"].sum(1)
-        measures["samples/reference_nll"] = (-table["reference_logps"].sum(1) / counts, counts)
+        measures["samples/reference_nll"] = (-table["reference_logps"].sum(1) / counts.sum(1), counts.sum(1))
     if rewards is not None:
-        measures["samples/reward"] = (np.array(rewards).reshape(-1, n).mean(1), None)
+        measures["samples/reward"] = (np.array(rewards).reshape(counts.shape).mean(1), None)
     return measures
 
 
 def measure_whole_texts(
-    policy: nn.Module, rows: Sequence[Mapping], fast: Union[bool, Packing], batch_size: int
+    policy: nn.Module, rows: Sequence[Mapping], table: Mapping[str, np.ndarray], fast: Union[bool, Packing], batch_size: int
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Compute the entropy as f-DPO's code (its metrics/imdb) averages it: over all tokens of all texts together, prompts included.
 
+    Only the prompts are scored here, each once for all its texts.
+
     Args:
-        policy, rows, fast, batch_size: as for `measure_samples`.
+        policy, rows, fast, batch_size: as for `score_samples`.
+        table: its output.
 
     Returns:
         measure -> (one value per prompt, number of its tokens as weight).
     """
-    totals, counts = [], []
-    for _, some in batched(rows, batch_size * texts_of_a_prompt(rows)):
-        texts = [row["prompt_ids"] + row["completion_ids"] for row in some]
-        whole = [(ids[:1], [ids[1:]]) for ids in texts]  # the first token of a text is not predicted
-        counts += [len(ids) - 1 for ids in texts]
-        totals.append(of_responses(token_statistics(policy, None, whole, fast), counts[-len(some) :])["entropy"])
-    by_prompt = (np.concatenate(totals), np.array(counts))
-    total, tokens = (values.reshape(-1, texts_of_a_prompt(rows)).sum(1) for values in by_prompt)
-    return {"samples/entropy_fdpo": (total / tokens, tokens)}
+    n = texts_of_a_prompt(rows)
+    prompts = [texts[0]["prompt_ids"] for _, texts in batched(rows, n)]
+    predicted = np.array([len(ids) - 1 for ids in prompts])  # the first token of a text is not
+    found = [np.zeros(0)]
+    for _, some in batched([ids for ids in prompts if len(ids) > 1], batch_size):
+        statistics = token_statistics(policy, None, [(ids[:1], [ids[1:]]) for ids in some], fast)
+        found.append(of_responses(statistics, [len(ids) - 1 for ids in some])["entropy"])
+    of_prompts = np.zeros(len(prompts))
+    of_prompts[predicted > 0] = np.concatenate(found)
+    tokens = n * predicted + table["tokens"].sum(1)
+    return {"samples/entropy_fdpo": ((n * of_prompts + table["entropy"].sum(1)) / tokens, tokens)}
 
 
 def measure_diversity(rows: Sequence[Mapping]) -> dict[str, tuple[np.ndarray, None]]:
     """Compute how much the texts of each prompt differ: distinct-1, distinct-2 and, for two or more texts, self-BLEU.
 
     Args:
-        rows: as for `measure_samples`.
+        rows: as for `score_samples`.
 
     Returns:
         measure -> (one value per prompt, None).

@@ -20,6 +20,7 @@ from tdpo.analysis.evaluation import (
     measure_samples,
     measure_whole_texts,
     of_responses,
+    score_samples,
     self_bleu,
 )
 from tdpo.analysis.rewards import gold_reward_of, reward_model
@@ -74,7 +75,8 @@ def rows(*prompts_and_texts) -> list[dict]:
 def test_measures_of_samples_by_hand():
     """Two prompts (2 tokens and 1 token) with two texts each (1 and 3 tokens; 2 and 2 tokens)."""
     texts = rows(([0, 1], [(" good", [0]), (" bad", [1, 1, 1])]), ([2], [(" good", [0, 2]), (" good", [2, 2])]))
-    measures = measure_samples(Fixed(*P), Fixed(*Q), texts, [float(row["completion"] == " good") for row in texts], False, 16)
+    table = score_samples(Fixed(*P), Fixed(*Q), texts, False, 16)
+    measures = measure_samples(table, [float(row["completion"] == " good") for row in texts])
     means = {name: values for name, (values, _) in measures.items()}
     assert means["samples/reward"] == pytest.approx([0.5, 1.0])
     assert means["samples/tokens"] == pytest.approx([2.0, 2.0])
@@ -82,8 +84,9 @@ def test_measures_of_samples_by_hand():
     assert means["samples/entropy"] == pytest.approx([ENTROPY] * 2)
     assert means["samples/reference_nll"] == pytest.approx([-(math.log(0.8) + 3 * math.log(0.1)) / 4] * 2)
     assert measures["samples/reference_nll"][1].tolist() == [1 + 3, 2 + 2]
-    whole = measure_whole_texts(Fixed(*P), texts, False, 16)
-    assert whole["samples/entropy_fdpo"][1].tolist() == [2 + 4, 2 + 2]  # every token except the first of each text
+    values, tokens = measure_whole_texts(Fixed(*P), texts, table, False, 16)["samples/entropy_fdpo"]
+    assert tokens.tolist() == [2 + 4, 2 + 2]  # every token except the first of each text
+    assert values == pytest.approx([ENTROPY] * 2)
 
 
 class ByToken(Fixed):
@@ -130,9 +133,10 @@ def test_entropy_is_averaged_per_text_then_over_texts():
             return CausalLMOutput(logits=torch.where((input_ids == 0).unsqueeze(-1), sure, unsure))
 
     texts = rows(([1], [("a", [0, 0, 0, 0]), ("b", [1, 1])]))
-    measures = measure_samples(Doubling(*P), None, texts, None, False, 16)
+    table = score_samples(Doubling(*P), None, texts, False, 16)
+    measures = measure_samples(table, None)
     assert measures["samples/entropy"][0] == pytest.approx([(math.log(3) / 4 + math.log(3)) / 2])
-    values, weights = measure_whole_texts(Doubling(*P), texts, False, 16)["samples/entropy_fdpo"]
+    values, weights = measure_whole_texts(Doubling(*P), texts, table, False, 16)["samples/entropy_fdpo"]
     assert values == pytest.approx([3 * math.log(3) / 6]) and weights.tolist() == [6]
     assert set(measures) == {"samples/entropy", "samples/tokens"}
 
@@ -164,12 +168,30 @@ def test_estimates_against_enumeration(fast):
 
     drawn = np.random.default_rng(0).choice(len(every), size=2000, p=p / p.sum())
     texts = rows(*(([3, 1], [("", every[i])]) for i in drawn))
-    measures = measure_samples(policy, reference, texts, None, fast, 500)
+    measures = measure_samples(score_samples(policy, reference, texts, fast, 500), None)
     kl = measures["samples/kl"][0]
     assert abs(kl.mean() - exact_kl) < 4 * kl.std() / len(kl) ** 0.5
     per_token = (p * table["entropy"] / np.array(list(map(len, every)))).sum()
     entropy = measures["samples/entropy"][0]
     assert abs(entropy.mean() - per_token) < 4 * entropy.std() / len(entropy) ** 0.5
+
+
+@pytest.mark.parametrize("fast", [False, True, Packing(1e-6, 1000)])
+def test_the_entropy_of_whole_texts_scores_each_prompt_once(fast):
+    """It is that of every token of every text, from the logits of the texts one by one; prompts of one token have none of their own."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", **FAMILIES["llama"])
+    policy = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
+    for parameter in policy.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    texts = rows(([3, 4, 5, 9], [("", [6, 7]), ("", [8])]), ([9], [("", [10]), ("", [11, 12])]), ([7, 2], [("", [1, 1, 1]), ("", [4])]))
+    values, tokens = measure_whole_texts(policy, texts, score_samples(policy, None, texts, fast, 2), fast, 2)["samples/entropy_fdpo"]
+    with torch.no_grad():
+        of_texts = [policy(torch.tensor([row["prompt_ids"] + row["completion_ids"]])).logits[0, :-1] for row in texts]
+    entropies = [torch.distributions.Categorical(logits=torch.cat(of_texts[i : i + 2])).entropy() for i in (0, 2, 4)]
+    assert tokens.tolist() == [5 + 4, 1 + 2, 4 + 2] == [len(each) for each in entropies]
+    assert values == pytest.approx([each.mean().item() for each in entropies], rel=1e-5)
+    assert np.ptp(values) > 0.01
 
 
 def test_fast_and_plain_statistics_agree():
