@@ -78,8 +78,8 @@ def expected():
 @pytest.mark.parametrize("scoring", ["fast", "plain"])
 def test_two_steps_are_those_of_the_published_arithmetic(scoring, expected, tmp_path):
     """Within 1e-4 relative or 1e-5 absolute of them in float64. Not closer: RMSprop's first step has one size for gradients of any size, so
-    their rounding, which depends on the processor, moves the second step. Measured on an AMD EPYC without AVX-512: a chosen reward of 0.092618
-    was 3.2e-6 less with fast scoring, and 4.2e-6 more by this arithmetic in float32."""
+    their rounding, which depends on the processor, moves the second step. Measured on an AMD EPYC without AVX-512: a chosen reward of
+    0.092618 was 3.2e-6 less with fast scoring, and 4.2e-6 more by this arithmetic in float32."""
     data = ["datasets=[hh]", f"datasets.hh.path={MINI}/data", "loss=tdpo2", "loss.beta=0.1", "n_examples=8", "lr=5e-6", "warmup_steps=0"]
     run_dir = run(*SMALL, *data, f"scoring={scoring}", "do_first_eval=false", f"local_run_dir={tmp_path}/run")
     for ours, theirs in zip(logs_of(run_dir, "train"), expected, strict=True):
