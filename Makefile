@@ -1,7 +1,7 @@
 # make demo: SFT, then TDPO2, on the generated reviews; up to two and a half minutes on two idle CPU cores. make test: run the tests.
 # make frontier: reward against KL for DPO, TDPO1 and TDPO2; half an hour or more on two CPU cores.
 # make smollm: the same on SmolLM2-135M-Instruct, in an hour or more on two idle CPU cores. FULL=1: a larger grid.
-# make hh DATA=<folder>: the paper's Table 1 on HH rows with SmolLM2-135M; one and a half to three hours on two idle CPU cores.
+# make hh DATA=<folder>: the paper's Table 1 on HH rows with SmolLM2-135M; an hour or more on two idle CPU cores with bfloat16 instructions.
 # Every target first sets up a virtual environment in .venv; VENV= and PYTHON= choose another one.
 VENV ?= .venv
 PYTHON ?= python3

@@ -29,7 +29,10 @@ from preference_datasets import default_options, get_dataset  # noqa: E402
 from tdpo.checkpointing.logs import read_metrics  # noqa: E402
 from tdpo.cli.check_config import check_config  # noqa: E402
 from tdpo.cli.command_line import explain_composition_error, known_keys, override  # noqa: E402
+from tdpo.distributed.world import World  # noqa: E402
 from tdpo.files import replaced_whole  # noqa: E402
+from tdpo.models.build import compute_dtype  # noqa: E402
+from tdpo.scoring.mixed_precision import slow_dtype  # noqa: E402
 from tdpo.utils import CONFIG_DIR, UserError, lenient_console, nearest, plural  # noqa: E402
 
 SFT = "SFT"  # name of the runs from whose weights the methods start
@@ -105,7 +108,7 @@ def task_of(settings: Sequence[str]) -> DictConfig:
 
 
 def check(task: DictConfig) -> None:
-    """Check the data and the command lines of all runs, before the first of them starts.
+    """Check the data and the command lines of all runs, before the first of them starts. Says so if they would be slow on this processor.
 
     Raises:
         UserError: rows cannot be read, or a command line cannot be composed.
@@ -119,9 +122,12 @@ def check(task: DictConfig) -> None:
         try:
             GlobalHydra.instance().clear()
             with hydra.initialize_config_dir(CONFIG_DIR, version_base=None):
-                check_config(hydra.compose("config", overrides), overrides)
+                config = hydra.compose("config", overrides)
+                check_config(config, overrides)
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(f"{name}: {explain_composition_error(error, CONFIG_DIR, known_keys('config'))}") from None
+        if name == SFT and (slow := slow_dtype(World().device, compute_dtype(config.model))):
+            print(f"warning: {slow}", file=sys.stderr)
 
 
 def begin(task: DictConfig) -> None:

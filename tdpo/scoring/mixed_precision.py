@@ -7,6 +7,25 @@ from typing import Optional
 import torch
 from torch import nn
 
+BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")  # of x86 processors, as torch.cpu.get_capabilities names them
+
+
+def slow_dtype(device: torch.device, dtype: torch.dtype) -> str:
+    """Say in a line if matrix products in a dtype are slower than in float32: in bfloat16 on an x86 processor without instructions for it,
+    up to three times (docs/speed.md); "" otherwise, or if it cannot be told.
+
+    Args:
+        device: that computes.
+        dtype: in which it computes.
+    """
+    has = getattr(torch.cpu, "get_capabilities", dict)()  # not in every version of PyTorch
+    if device.type != "cpu" or dtype != torch.bfloat16 or not has.get("avx2") or any(map(has.get, BFLOAT16_INSTRUCTIONS)):
+        return ""
+    return (
+        "bfloat16 is slower than float32 on this processor, which has no instructions for it: to compute in float32, give "
+        "model.fsdp_policy_mp=null model.policy_dtype=float32"
+    )
+
 
 @contextmanager
 def cast_parameters(module: nn.Module, dtype: Optional[torch.dtype]) -> Iterator[None]:

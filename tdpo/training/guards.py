@@ -11,6 +11,7 @@ from tdpo.checkpointing.training_state import Progress
 from tdpo.data.split import Example, TokenizedSplit
 from tdpo.distributed.world import World
 from tdpo.microbatches import Packing
+from tdpo.scoring.mixed_precision import slow_dtype
 from tdpo.scoring.probes import (
     check_predictions,
     fast_scoring_problem,
@@ -74,6 +75,8 @@ class Guards:
                 runs out of memory.
         """
         plain = self.config.scoring == "plain"
+        if slow := slow_dtype(self.world.device, self.strategy.compute_dtype or scorer.policy.dtype):
+            log.warning(slow)
         without_randomness(scorer.policy)
         try:
             with torch.no_grad(), self.strategy.forward_context():

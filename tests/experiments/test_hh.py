@@ -209,8 +209,21 @@ def test_every_run_of_a_size_composes(size):
 
 
 def test_the_model_of_the_command_line():
-    assert run.task_of(["data=x", "model.name_or_path=/m"]).model == ["model=smollm2", "model.name_or_path=/m"]
+    small = ["model=smollm2", "model.fsdp_policy_mp=bfloat16"]
+    assert run.task_of(["data=x", "model.name_or_path=/m"]).model == [*small, "model.name_or_path=/m"]
     assert run.task_of(["data=x", "model.add_bos=true", "model=pythia160m"]).model == ["model=pythia160m", "model.add_bos=true"]
+
+
+def test_a_dtype_that_is_slow_on_this_processor_is_told_before_the_first_run(tmp_path, capsys, monkeypatch):
+    """And the remedy that is told computes in float32."""
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx2": True}, raising=False)
+    run.check(task_in(tmp_path, "model.fsdp_policy_mp=bfloat16"))
+    said = capsys.readouterr().err
+    assert said.count("warning: bfloat16 is slower than float32 on this processor") == 1
+    remedy = said.split("give ")[1].split()
+    assert remedy == ["model.fsdp_policy_mp=null", "model.policy_dtype=float32"]
+    run.check(task_in(tmp_path, "model.fsdp_policy_mp=bfloat16", *remedy))
+    assert capsys.readouterr().err == ""
 
 
 def test_error_messages(tmp_path):

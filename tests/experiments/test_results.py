@@ -58,7 +58,7 @@ def test_the_tables_of_a_page_are_those_of_its_results(experiment):
         assert table in page, table.splitlines()[0]
 
 
-@pytest.mark.parametrize("experiment", ["hh", "hh/seed1"])
+@pytest.mark.parametrize("experiment", ["hh", "hh/float32/seed0", "hh/float32/seed1"])
 def test_the_table_of_hh_is_that_of_its_results(experiment):
     assert (HERE / experiment / "table.md").read_text() == report.table_of(results_of(experiment)) + "\n"
 

@@ -16,7 +16,7 @@ from tdpo.losses import get_objective
 from tdpo.models.build import Models, load_model_config
 from tdpo.models.tokenizer import load_tokenizer
 from tdpo.scoring.logps import _get_batch_logps, _tdpo_get_batch_logps, concatenated_inputs, forward_kl
-from tdpo.scoring.mixed_precision import cast_parameters
+from tdpo.scoring.mixed_precision import cast_parameters, slow_dtype
 from tdpo.scoring.scorer import Scorer
 
 
@@ -119,6 +119,24 @@ def test_labels_that_do_not_fit_the_logits_are_refused():
         _get_batch_logps(torch.zeros(1, 3, 4), torch.zeros(1, 4, dtype=torch.long))
     with pytest.raises(ValueError, match=r"reference_logits \(1, 5, 4\) and logits \(1, 4, 4\) have different shapes"):
         _tdpo_get_batch_logps(torch.zeros(1, 4, 4), torch.zeros(1, 5, 4), torch.zeros(1, 4, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    "device, dtype, has, slow",
+    [
+        ("cpu", torch.bfloat16, {"avx2": True, "avx512_bf16": False, "amx_bf16": False}, True),
+        ("cpu", torch.bfloat16, {"avx2": True, "avx512_bf16": True}, False),
+        ("cpu", torch.bfloat16, {"avx2": True, "amx_bf16": True}, False),
+        ("cpu", torch.bfloat16, {"neon": True, "bf16": False}, False),  # not known
+        ("cpu", torch.float32, {"avx2": True}, False),
+        ("cuda", torch.bfloat16, {"avx2": True}, False),
+    ],
+)
+def test_bfloat16_is_slow_on_a_processor_without_instructions_for_it(device, dtype, has, slow, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
+    assert bool(slow_dtype(torch.device(device), dtype)) == slow
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # as in older versions of PyTorch
+    assert slow_dtype(torch.device(device), dtype) == ""
 
 
 def test_gradients_of_a_cast_policy_reach_its_float32_weights(model, batch):
