@@ -127,7 +127,7 @@ def check(task: DictConfig) -> None:
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(f"{name}: {explain_composition_error(error, CONFIG_DIR, known_keys('config'))}") from None
         if name == SFT and (slow := slow_dtype(World().device, compute_dtype(config.model))):
-            print(f"warning: {slow}", file=sys.stderr)
+            print(f"warning: {slow}, and another out= than that of a run which has begun", file=sys.stderr)
 
 
 def begin(task: DictConfig) -> None:

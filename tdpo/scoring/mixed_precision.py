@@ -11,8 +11,8 @@ BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")  # of x86 processors, as tor
 
 
 def slow_dtype(device: torch.device, dtype: torch.dtype) -> str:
-    """Say in a line if matrix products in a dtype are slower than in float32: in bfloat16 on an x86 processor without instructions for it,
-    up to three times (docs/speed.md); "" otherwise, or if it cannot be told.
+    """Say in a line if matrix products in a dtype are no faster than in float32: in bfloat16 on an x86 processor with AVX2 or more, but
+    without instructions for bfloat16, where they take up to three times as long (docs/speed.md); "" otherwise, or if it cannot be told.
 
     Args:
         device: that computes.
@@ -22,8 +22,8 @@ def slow_dtype(device: torch.device, dtype: torch.dtype) -> str:
     if device.type != "cpu" or dtype != torch.bfloat16 or not has.get("avx2") or any(map(has.get, BFLOAT16_INSTRUCTIONS)):
         return ""
     return (
-        "bfloat16 is slower than float32 on this processor, which has no instructions for it: to compute in float32, give "
-        "model.fsdp_policy_mp=null model.policy_dtype=float32"
+        "bfloat16 is no faster than float32 on this processor, which has no instructions for it, and may take three times as long: "
+        "to compute in float32, give model.fsdp_policy_mp=null model.policy_dtype=float32"
     )
 
 

@@ -68,15 +68,15 @@ class Guards:
     def choose_scoring(self, scorer: Scorer) -> tuple[bool, Optional[Packing]]:
         """Test the policy's predictions, and return whether to use fast scoring, and how its rows are filled, the same on all ranks.
 
-        `auto` and `fast` test fast scoring too.
+        `auto` and `fast` test fast scoring too. A dtype that is slow on this device is told.
 
         Raises:
             UserError, RunError: the model's predictions depend on later tokens; scoring=fast, but the model does not support it; the test
                 runs out of memory.
         """
         plain = self.config.scoring == "plain"
-        if slow := slow_dtype(self.world.device, self.strategy.compute_dtype or scorer.policy.dtype):
-            log.warning(slow)
+        if warning := slow_dtype(self.world.device, self.strategy.compute_dtype or scorer.policy.dtype):
+            log.warning(warning)
         without_randomness(scorer.policy)
         try:
             with torch.no_grad(), self.strategy.forward_context():

@@ -215,14 +215,21 @@ def test_the_model_of_the_command_line():
 
 
 def test_a_dtype_that_is_slow_on_this_processor_is_told_before_the_first_run(tmp_path, capsys, monkeypatch):
-    """And the remedy that is told computes in float32."""
+    """And what is told as the remedy computes in float32, in the folder that it names."""
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx2": True}, raising=False)
-    run.check(task_in(tmp_path, "model.fsdp_policy_mp=bfloat16"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    slow = task_in(tmp_path / "slow", "model.fsdp_policy_mp=bfloat16")
+    run.check(slow)
     said = capsys.readouterr().err
-    assert said.count("warning: bfloat16 is slower than float32 on this processor") == 1
-    remedy = said.split("give ")[1].split()
+    assert said.count("warning: bfloat16 is no faster than float32 on this processor") == 1 and "another out=" in said
+    remedy = [word.strip(",") for word in said.split() if word.startswith("model.")]
     assert remedy == ["model.fsdp_policy_mp=null", "model.policy_dtype=float32"]
-    run.check(task_in(tmp_path, "model.fsdp_policy_mp=bfloat16", *remedy))
+    run.begin(slow)
+    with pytest.raises(UserError, match="or another out="):
+        run.begin(task_in(tmp_path / "slow", "model.fsdp_policy_mp=bfloat16", *remedy))
+    mended = task_in(tmp_path / "mended", "model.fsdp_policy_mp=bfloat16", *remedy)
+    run.check(mended)
+    run.begin(mended)
     assert capsys.readouterr().err == ""
 
 
