@@ -7,22 +7,24 @@ from typing import Optional
 import torch
 from torch import nn
 
-BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")  # of x86 processors, as torch.cpu.get_capabilities names them
+# Instructions of x86 processors for products in a dtype, as torch.cpu.get_capabilities names them.
+INSTRUCTIONS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
 
 
 def slow_dtype(device: torch.device, dtype: torch.dtype) -> str:
-    """Say in a line if matrix products in a dtype are no faster than in float32: in bfloat16 on an x86 processor with AVX2 or more, but
-    without instructions for bfloat16, where they take up to three times as long (docs/speed.md); "" otherwise, or if it cannot be told.
+    """Say in a line if matrix products in a dtype are no faster than in float32: in bfloat16 or float16 on an x86 processor with AVX2 or
+    more, but without instructions for that dtype (docs/speed.md has the times); "" otherwise, or if it cannot be told.
 
     Args:
         device: that computes.
         dtype: in which it computes.
     """
     has = getattr(torch.cpu, "get_capabilities", dict)()  # not in every version of PyTorch
-    if device.type != "cpu" or dtype != torch.bfloat16 or not has.get("avx2") or any(map(has.get, BFLOAT16_INSTRUCTIONS)):
+    if device.type != "cpu" or dtype not in INSTRUCTIONS or not has.get("avx2") or any(map(has.get, INSTRUCTIONS[dtype])):
         return ""
+    name = str(dtype).removeprefix("torch.")
     return (
-        "bfloat16 is no faster than float32 on this processor, which has no instructions for it, and may take three times as long: "
+        f"{name} is no faster than float32 on this processor, which has no instructions for it, and may take several times as long: "
         "to compute in float32, give model.fsdp_policy_mp=null model.policy_dtype=float32"
     )
 

@@ -127,14 +127,18 @@ def test_labels_that_do_not_fit_the_logits_are_refused():
         ("cpu", torch.bfloat16, {"avx2": True, "avx512_bf16": False, "amx_bf16": False}, True),
         ("cpu", torch.bfloat16, {"avx2": True, "avx512_bf16": True}, False),
         ("cpu", torch.bfloat16, {"avx2": True, "amx_bf16": True}, False),
+        ("cpu", torch.bfloat16, {"avx2": True, "avx512_fp16": True}, True),
+        ("cpu", torch.float16, {"avx2": True, "avx512_bf16": True, "avx512_fp16": False}, True),
+        ("cpu", torch.float16, {"avx2": True, "avx512_fp16": True}, False),
         ("cpu", torch.bfloat16, {"neon": True, "bf16": False}, False),  # not known
         ("cpu", torch.float32, {"avx2": True}, False),
         ("cuda", torch.bfloat16, {"avx2": True}, False),
     ],
 )
-def test_bfloat16_is_slow_on_a_processor_without_instructions_for_it(device, dtype, has, slow, monkeypatch):
+def test_a_dtype_is_slow_on_a_processor_without_instructions_for_it(device, dtype, has, slow, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
-    assert bool(slow_dtype(torch.device(device), dtype)) == slow
+    said = slow_dtype(torch.device(device), dtype)
+    assert said.startswith(f"{str(dtype).removeprefix('torch.')} is no faster") if slow else said == ""
     monkeypatch.delattr(torch.cpu, "get_capabilities")  # as in older versions of PyTorch
     assert slow_dtype(torch.device(device), dtype) == ""
 
